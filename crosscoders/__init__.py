@@ -1,0 +1,73 @@
+"""Crosscoders: one sparse dictionary over the activations of a base and a tuned language model.
+
+Names are loaded when first used, so that importing the package costs nothing.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from crosscoders.cache import ActivationCache, cache_activations
+    from crosscoders.config import CacheConfig, CrosscoderConfig, DataSource, TrainConfig
+    from crosscoders.errors import CorruptData, EnvironmentFault, InputError
+    from crosscoders.formats import load_crosscoder
+    from crosscoders.metrics import evaluate
+    from crosscoders.model import Crosscoder
+    from crosscoders.pair import ModelPair, load_pair
+    from crosscoders.stream import cached_stream, live_stream, tensor_stream
+    from crosscoders.train import train
+
+_HOMES = {
+    "ActivationCache": "cache",
+    "CacheConfig": "config",
+    "CorruptData": "errors",
+    "Crosscoder": "model",
+    "CrosscoderConfig": "config",
+    "DataSource": "config",
+    "EnvironmentFault": "errors",
+    "InputError": "errors",
+    "ModelPair": "pair",
+    "TrainConfig": "config",
+    "cache_activations": "cache",
+    "cached_stream": "stream",
+    "evaluate": "metrics",
+    "live_stream": "stream",
+    "load_crosscoder": "formats",
+    "load_pair": "pair",
+    "tensor_stream": "stream",
+    "train": "train",
+}
+
+__all__ = [
+    "ActivationCache",
+    "CacheConfig",
+    "CorruptData",
+    "Crosscoder",
+    "CrosscoderConfig",
+    "DataSource",
+    "EnvironmentFault",
+    "InputError",
+    "ModelPair",
+    "TrainConfig",
+    "cache_activations",
+    "cached_stream",
+    "evaluate",
+    "live_stream",
+    "load_crosscoder",
+    "load_pair",
+    "tensor_stream",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+        # `train` is a function and the module that holds it: keep the function under the public name.
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,123 @@
+"""Run folder: what a training run leaves behind, and how it goes on after an interruption.
+
+    RUN/run.json              resolved config, environment, hashes of the inputs; written first
+    RUN/train.jsonl           one line of metrics per interval
+    RUN/step-00001000/        state to resume from: weights, Adam, counters; manifest last; the last two are kept
+    RUN/model.safetensors, config.json, eval.json    the finished crosscoder; their presence means done
+
+A state holds everything that decides what follows: the stream's order is a pure function of (seed, step) and training
+draws no random number after the start, so weights, Adam's moments, dead counters and the step are all there is.
+"""
+
+import contextlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from crosscoders import store
+from crosscoders.errors import CorruptData, InputError
+from crosscoders.model import Crosscoder
+from crosscoders.progress import say
+
+FORMAT_VERSION = 1
+
+
+def start_run(folder: Path, config: dict[str, Any], inputs: dict[str, Any], environment: dict[str, Any]) -> None:
+    """Write run.json, or check that the run found there is the same one.
+
+    Raises:
+        InputError: the folder holds a run with another config or other inputs.
+    """
+    described = {
+        "format_version": FORMAT_VERSION,
+        "command": "train",
+        "config": config,
+        "environment": environment,
+        "inputs": inputs,
+    }
+    path = folder / "run.json"
+    if not path.is_file():
+        store.write_json(path, described)
+        return
+    found = store.read_json(path)
+    for part, now in (("config", config), ("inputs", inputs)):
+        was, now = json.loads(json.dumps(found[part])), json.loads(json.dumps(now))
+        changed = _first_difference(was, now)
+        if changed:
+            key, old, new = changed
+            raise InputError(
+                f"{folder} holds a run with {key} = {old!r}, now {new!r}. "
+                "Use the same settings to go on, or choose another --out."
+            )
+
+
+def _first_difference(was: Any, now: Any, key: str = "") -> tuple[str, Any, Any] | None:
+    if isinstance(was, dict) and isinstance(now, dict):
+        for name in [*was, *(n for n in now if n not in was)]:
+            found = _first_difference(was.get(name), now.get(name), f"{key}.{name}".lstrip("."))
+            if found:
+                return found
+        return None
+    return None if was == now else (key, was, now)
+
+
+def save_state(
+    folder: Path, step: int, model: Crosscoder, optimizer: torch.optim.Optimizer, tokens_since_fired: Tensor
+) -> None:
+    """Publish the state of a step; the manifest is written last, so a half-written state is never read."""
+    tensors: dict[str, Tensor] = {f"model.{name}": value for name, value in model.state_dict().items()}
+    for index, entry in optimizer.state_dict()["state"].items():
+        tensors |= {f"adam.{index}.{name}": value for name, value in entry.items()}
+    tensors["tokens_since_fired"] = tokens_since_fired
+    target = folder / f"step-{step:08d}"
+    written = store.write_tensors(target / "state.safetensors", tensors)
+    store.write_json(
+        target / "manifest.json", {"format_version": FORMAT_VERSION, "step": step, "state": written._asdict()}
+    )
+    for old in _state_folders(folder)[:-2]:
+        shutil.rmtree(old)
+
+
+def _state_folders(folder: Path) -> list[Path]:
+    return sorted(path.parent for path in folder.glob("step-*/manifest.json"))
+
+
+def load_state(folder: Path, model: Crosscoder, optimizer: torch.optim.Optimizer) -> tuple[int, Tensor] | None:
+    """Restore the newest whole state and return its step and dead counters; None where there is none.
+
+    A state that fails its checksum is passed over, with a line that says so.
+    """
+    for path in reversed(_state_folders(folder)):
+        try:
+            manifest = store.read_json(path / "manifest.json")
+            tensors = store.read_tensors(path / "state.safetensors", store.Written(**manifest["state"]))
+        except (CorruptData, InputError) as error:
+            say(f"warning: {error} Going on from the state before it.")
+            continue
+        model.load_state_dict(
+            {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
+        )
+        entries: dict[int, dict[str, Tensor]] = {}
+        for name, value in tensors.items():
+            if name.startswith("adam."):
+                _, index, key = name.split(".", 2)
+                entries.setdefault(int(index), {})[key] = value
+        optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
+        return int(manifest["step"]), tensors["tokens_since_fired"]
+    return None
+
+
+def cut_log(path: Path, step: int) -> None:
+    """Drop lines of train.jsonl beyond `step`, and a torn last line."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+    store.write_bytes(path, "".join(kept).encode())

@@ -1,0 +1,58 @@
+"""`crosscoders cache | train | eval`. Settings and messages only; the work is in the modules that the commands name."""
+
+from dataclasses import dataclass, field
+
+from crosscoders.command import Command
+from crosscoders.command import main as run_main
+from crosscoders.config import PRESETS, CacheConfig, TrainConfig
+
+
+@dataclass(frozen=True)
+class TrainSettings(TrainConfig):
+    """Train a crosscoder on a cache of paired activations."""
+
+    cache: str = field(kw_only=True)
+    """Folder of `crosscoders cache`."""
+    out: str = field(kw_only=True)
+    """Run folder; an interrupted run there goes on."""
+    eval_cache: str | None = None
+    """Cache of held-out documents."""
+    wandb: str | None = None
+    """Weights & Biases project that gets every line of train.jsonl too (needs the extra `wandb`)."""
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """FVE, L0 and dead latents of a crosscoder on a cache."""
+
+    run: str
+    """Run folder, crosscoder folder or hub repository."""
+    cache: str
+    """Folder of `crosscoders cache`, best with documents that were not trained on."""
+    n_tokens: int | None = None
+    """Tokens to read; default: all."""
+    out: str | None = None
+    """JSON file for the results."""
+
+
+COMMANDS = [
+    Command(
+        "cache",
+        "Store paired activations of a base and a tuned model on disk.",
+        CacheConfig,
+        "crosscoders.commands:cache",
+    ),
+    Command("train", "Train a crosscoder on a cache.", TrainSettings, "crosscoders.commands:train", presets=PRESETS),
+    Command(
+        "eval",
+        "FVE, L0 and dead latents of a crosscoder on a cache.",
+        EvalSettings,
+        "crosscoders.commands:evaluate",
+        positional="run",
+    ),
+]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of the console command `crosscoders`."""
+    return run_main("crosscoders", "Sparse dictionaries over the activations of several models.", COMMANDS, argv)

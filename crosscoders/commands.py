@@ -1,0 +1,144 @@
+"""What the commands of `crosscoders` do, each as one function of its settings that returns a JSON object."""
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from crosscoders import metrics, store
+from crosscoders.cache import ActivationCache, cache_activations
+from crosscoders.cli import EvalSettings, TrainSettings
+from crosscoders.config import CacheConfig, TrainConfig, to_dict
+from crosscoders.errors import EnvironmentFault, InputError
+from crosscoders.formats import load_crosscoder
+from crosscoders.progress import say
+from crosscoders.provenance import environment
+from crosscoders.stream import cached_stream
+from crosscoders.train import evaluation_rows
+from crosscoders.train import train as train_crosscoder
+
+
+def cache(settings: CacheConfig) -> dict[str, Any]:
+    """`crosscoders cache`"""
+    started = time.perf_counter()
+    made = cache_activations(settings)
+    norms = made.mean_norm
+    closing(started, f"{len(made):,} tokens, mean norm base {norms[0]:.2f} tuned {norms[1]:.2f}, in {made.path}")
+    say(f"next: crosscoders train --cache {made.path} --out RUN --preset paper-batchtopk")
+    rows = [row("cache.tokens", len(made), "tokens", len(made))]
+    rows += [
+        row(f"cache.mean_norm.{name}", value, "activation", len(made))
+        for name, value in zip(("base", "tuned"), norms, strict=True)
+    ]
+    return result("cache", to_dict(settings), rows)
+
+
+def train(settings: TrainSettings) -> dict[str, Any]:
+    """`crosscoders train`"""
+    started = time.perf_counter()
+    config = TrainConfig(**{f.name: getattr(settings, f.name) for f in fields(TrainConfig)})
+    opened = ActivationCache(settings.cache)
+    holdout, n_train = _holdout(settings, opened)
+    stream = cached_stream(
+        opened, batch_size=config.batch_size, buffer_tokens=config.buffer_tokens, seed=config.seed, n_tokens=n_train
+    )
+    out = Path(settings.out)
+    say(
+        f"train {config.crosscoder.dict_size:,} latents ({config.crosscoder.activation}) on "
+        f"{opened.manifest['hook_point']} of {opened.manifest['base']['name']} and {opened.manifest['tuned']['name']}: "
+        f"{config.n_tokens:,} tokens, {config.n_tokens / (stream.steps_per_epoch * config.batch_size):.1f} epochs, to {out}"
+    )
+    trained = train_crosscoder(config, stream, out, holdout=holdout, inputs=cache_inputs(opened), log=_wandb(settings))
+    closing(started, f"crosscoder in {out}")
+    say(f"next: diffing scale {out} --cache {settings.cache}")
+    found = store.read_json(out / "eval.json")["rows"] if holdout else []
+    found.append(row("train.tokens", config.n_tokens, "tokens", config.n_tokens))
+    return result("train", {**to_dict(config), "crosscoder": to_dict(trained.config)}, found)
+
+
+def _holdout(settings: TrainSettings, opened: ActivationCache) -> tuple[Callable[[], Iterator[Tensor]] | None, int]:
+    """A maker of held-out batches, and how many tokens are left for training."""
+    if settings.eval_cache is not None:
+        if settings.holdout_tokens:
+            raise InputError("holdout_tokens has no effect with eval_cache. Give one of the two.")
+        other = ActivationCache(settings.eval_cache)
+        _require_same_source(opened, other)
+        return lambda: (tokens.activations for tokens in other.batches(4096)), len(opened)
+    if not settings.holdout_tokens:
+        return None, len(opened)
+    n_train = len(opened) - settings.holdout_tokens
+    if n_train < settings.batch_size:
+        raise InputError(
+            f"holdout_tokens = {settings.holdout_tokens} leaves {n_train} of {len(opened)} tokens to train on. "
+            "Lower it."
+        )
+    return lambda: (tokens.activations for tokens in opened.batches(4096, n_train)), n_train
+
+
+def _require_same_source(opened: ActivationCache, other: ActivationCache) -> None:
+    for key in ("hook_point", "d_model", "base", "tuned"):
+        if opened.manifest[key] != other.manifest[key]:
+            raise InputError(
+                f"eval_cache {str(other.path)!r} has another {key} than {str(opened.path)!r}. Cache the same pair."
+            )
+
+
+def _wandb(settings: TrainSettings) -> Callable[[dict[str, Any]], None] | None:
+    if settings.wandb is None:
+        return None
+    try:
+        import wandb
+    except ImportError:
+        raise EnvironmentFault("--wandb needs the package wandb. Run: pip install 'model-diffing[wandb]'") from None
+    run = wandb.init(project=settings.wandb, config=to_dict(settings), dir=settings.out, resume="allow")
+    return lambda line: run.log({k: v for k, v in line.items() if k != "step"}, step=line["step"])
+
+
+def evaluate(settings: EvalSettings) -> dict[str, Any]:
+    """`crosscoders eval`"""
+    crosscoder, opened = load_crosscoder(settings.run), ActivationCache(settings.cache)
+    n_tokens = min(settings.n_tokens or len(opened), len(opened))
+    found = metrics.evaluate(crosscoder, (tokens.activations for tokens in opened.batches(4096, 0, n_tokens)))
+    described = result("eval", to_dict(settings), evaluation_rows(found))
+    for entry in described["rows"]:
+        say(f"{entry['name']} {entry['value']:.4f} {entry['unit']}  n {entry['n']:,} tokens")
+    if settings.out:
+        store.write_json(Path(settings.out), described)
+    return described
+
+
+def cache_inputs(opened: ActivationCache) -> dict[str, Any]:
+    """What of a cache is recorded beside every result made from it."""
+    manifest = opened.manifest
+    kept = ("hook_point", "base", "tuned", "tokenizer_hash", "template_hash", "groups", "dtype", "drop_bos")
+    return {
+        "cache": {
+            "path": str(opened.path),
+            "hash": opened.manifest_hash,
+            "n_tokens": len(opened),
+            **{key: manifest[key] for key in kept},
+        }
+    }
+
+
+def row(
+    name: str, value: float, unit: str, n: int, low: float | None = None, high: float | None = None
+) -> dict[str, Any]:
+    """One row of a JSON result."""
+    return {"name": name, "value": value, "unit": unit, "n": n, "low": low, "high": high}
+
+
+def result(name: str, config: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The object that --json prints."""
+    return {"name": name, "config": config, "environment": environment(), "rows": rows}
+
+
+def closing(started: float, text: str) -> None:
+    """The last lines of a command: what was made, wall time, peak memory."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024**2 if sys.platform != "darwin" else 1024**3)
+    say(f"done in {time.perf_counter() - started:.0f} s, peak memory {peak:.2f} GiB: {text}")

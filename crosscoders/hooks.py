@@ -1,0 +1,142 @@
+"""Hook point name -> module; read and replace activations there, hooks always removed.
+
+Names are TransformerLens's. `blocks.L.hook_resid_post` and `blocks.L.hook_resid_pre` work on a Hugging Face decoder
+(the fast path); every other name needs a TransformerBridge. `capture` reads, `replace` edits; both are context
+managers and go through PyTorch's own forward hooks, so they nest and survive exceptions.
+"""
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from crosscoders.errors import InputError
+
+_RESIDUAL = re.compile(r"blocks\.(\d+)\.hook_resid_(pre|post)")
+_BLOCK = re.compile(r"blocks\.(\d+)\.")
+
+
+class _Reached(Exception):
+    """Raised by `capture(stop=True)` once every hook point has been seen; never leaves this module."""
+
+
+def is_residual(hook_point: str) -> bool:
+    """Whether the hook point has the fast path."""
+    return _RESIDUAL.fullmatch(hook_point) is not None
+
+
+def layer_of(hook_point: str) -> int:
+    """Layer of a hook point.
+
+    Raises:
+        InputError: the name has no layer.
+    """
+    match = _BLOCK.match(hook_point)
+    if match is None:
+        raise InputError(f"hook_point {hook_point!r} has no layer. Use a name such as 'blocks.13.hook_resid_post'.")
+    return int(match[1])
+
+
+def require_layer(hook_point: str, n_layers: int, model_name: str) -> None:
+    """Raise InputError when the model has no such layer."""
+    if layer_of(hook_point) >= n_layers:
+        raise InputError(
+            f"hook_point {hook_point!r} is not in {model_name!r}: it has layers 0 to {n_layers - 1}. "
+            f"Use 'blocks.{n_layers // 2}.hook_resid_post' for the middle layer."
+        )
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The list of decoder layers of a Hugging Face model, also under PEFT or a language-model head."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and name.split(".")[-1] in ("layers", "h", "blocks"):
+            return module
+    raise InputError(f"no list of decoder layers in {type(model).__name__}. Use a decoder-only language model.")
+
+
+def find_module(model: Any, hook_point: str) -> tuple[nn.Module, bool]:
+    """The module of a hook point, and whether its input (True) or its output is meant.
+
+    Raises:
+        InputError: the model has no such hook point.
+    """
+    named = getattr(model, "hook_dict", None)  # a TransformerBridge names its own hook points
+    if named is not None:
+        if hook_point in named:
+            return named[hook_point], False
+        raise InputError(f"hook_point {hook_point!r} is not in this model. It has, for example, {sorted(named)[:3]}.")
+    match = _RESIDUAL.fullmatch(hook_point)
+    if match is None:
+        raise InputError(
+            f"hook_point {hook_point!r} needs a TransformerBridge; a Hugging Face model has hook_resid_pre and _post."
+        )
+    layers = decoder_layers(model)
+    layer = int(match[1])
+    require_layer(hook_point, len(layers), type(model).__name__)
+    return layers[layer], match[2] == "pre"
+
+
+def _as_tensor(value: Any) -> Tensor:
+    """Decoder layers return a tensor (transformers 5) or a tuple whose first entry is it."""
+    return value if isinstance(value, Tensor) else value[0]
+
+
+@contextlib.contextmanager
+def capture(model: Any, hook_points: list[str], *, stop: bool = False) -> Iterator[dict[str, Tensor]]:
+    """Collect activations of one or several hook points while the model runs.
+
+    With `stop`, the forward pass ends as soon as all have been seen; call the model through `run_to` then.
+    """
+    seen: dict[str, Tensor] = {}
+    handles = []
+
+    def keep(name: str, value: Any) -> None:
+        seen[name] = _as_tensor(value)
+        if stop and len(seen) == len(hook_points):
+            raise _Reached
+
+    try:
+        for name in hook_points:
+            module, is_input = find_module(model, name)
+            if is_input:
+                handles.append(module.register_forward_pre_hook(lambda _m, args, name=name: keep(name, args[0])))
+            else:
+                handles.append(module.register_forward_hook(lambda _m, _a, out, name=name: keep(name, out)))
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def run_to(model: Any, hook_points: list[str], input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+    """Activations at the hook points, (rows, seq, d_model) each; nothing above the deepest one is computed."""
+    with capture(model, hook_points, stop=True) as seen, contextlib.suppress(_Reached), torch.inference_mode():
+        if hasattr(model, "hook_dict"):
+            model(input_ids, attention_mask=attention_mask, return_type=None)
+        else:
+            model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    missing = [name for name in hook_points if name not in seen]
+    if missing:
+        raise InputError(f"hook_point {missing[0]!r} did not fire in the forward pass of {type(model).__name__}.")
+    return seen
+
+
+@contextlib.contextmanager
+def replace(model: Any, hook_point: str, edit: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Put `edit(activation)` in place of the activation at a hook point; tuple outputs keep their other entries."""
+    module, is_input = find_module(model, hook_point)
+
+    def edit_output(_module: nn.Module, _args: Any, out: Any) -> Any:
+        return edit(out) if isinstance(out, Tensor) else (edit(out[0]), *out[1:])
+
+    def edit_input(_module: nn.Module, args: Any) -> Any:
+        return (edit(args[0]), *args[1:])
+
+    handle = module.register_forward_pre_hook(edit_input) if is_input else module.register_forward_hook(edit_output)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,277 @@
+"""Load a base and a tuned model with one tokenizer, after checking that they fit together.
+
+`inspect_pair` reads configurations and tokenizers only, and finds everything that can be wrong before weights load;
+`load_pair` then loads both models, cut off above the deepest hook point. A model is a local folder, a hub id, or (the
+tuned one) a PEFT adapter of the base model.
+"""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from crosscoders import hooks, store
+from crosscoders.errors import EnvironmentFault, InputError
+from crosscoders.tokens import PaddedBatch
+
+PROBE = "The quick brown fox, def f(x): return 42\n\tNäïve 数据 <end>"
+
+
+@dataclass(frozen=True)
+class PairInfo:
+    """What is known of a pair before its weights load."""
+
+    base: str
+    tuned: str
+    adapter: str | None
+    """PEFT adapter folder or id, where `tuned` is one; the tuned weights are then base + adapter."""
+    tokenizer: Any
+    d_model: int
+    n_layers: int
+
+    def hashes(self) -> dict[str, Any]:
+        """Content hashes for a manifest: local weights and configuration files, or the hub's commit."""
+        vocabulary = json.dumps(sorted(self.tokenizer.get_vocab().items()))
+        return {
+            "base": {"name": self.base, "hash": hash_model(self.base)},
+            "tuned": {"name": self.tuned, "hash": hash_model(self.tuned)},
+            "tokenizer_hash": store.hash_json(
+                [vocabulary, self.tokenizer.special_tokens_map, self.tokenizer(PROBE)["input_ids"]]
+            ),
+        }
+
+
+@dataclass(frozen=True)
+class ModelPair:
+    """Two models that read the same ids. `models` is (base, tuned), each cut off above the hook points."""
+
+    info: PairInfo
+    models: tuple[nn.Module, nn.Module]
+    hook_points: list[str]
+    device: torch.device
+
+    def activations(self, batch: PaddedBatch, hook_point: str) -> Float[Tensor, "rows seq n_models d_model"]:
+        """Activations of both models on one padded batch, base first."""
+        ids = torch.from_numpy(batch.ids).to(self.device)
+        mask = torch.from_numpy(batch.attention_mask).to(self.device)
+        return torch.stack(
+            [hooks.run_to(model, self.hook_points, ids, mask)[hook_point] for model in self.models], dim=2
+        )
+
+
+def hash_model(name: str) -> str:
+    """sha256 over a local folder's weights, configuration and adapter files; for a hub id its commit."""
+    folder = Path(name)
+    if folder.is_dir():
+        kept = (".safetensors", ".bin", "config.json")
+        files = sorted(f for f in folder.iterdir() if f.name.endswith(kept) or f.name == "chat_template.jinja")
+        return store.hash_json([[f.name, store.hash_file(f)] for f in files])
+    from transformers.utils import cached_file
+    from transformers.utils.hub import extract_commit_hash
+
+    commit = extract_commit_hash(cached_file(name, "config.json", _raise_exceptions_for_missing_entries=False), None)
+    return f"commit:{commit}"
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Loading a cut-off model reports every missing layer as unexpected, which is meant; restores what it found."""
+    import transformers
+
+    verbosity = transformers.logging.get_verbosity()
+    bars = transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        if bars:
+            transformers.logging.enable_progress_bar()
+
+
+def inspect_pair(base: str, tuned: str, hook_points: list[str], *, tokenizer: str | None = None) -> PairInfo:
+    """Check a pair by configurations and tokenizers alone.
+
+    Raises:
+        InputError: a model is not there or is a git-lfs pointer, the widths differ, a layer is out of range, the
+            tokenizers differ.
+    """
+    adapter = tuned if _is_adapter(tuned) else None
+    base_config = _load(base, "config")
+    tuned_config = base_config if adapter else _load(tuned, "config")
+    for name in (base, tuned):
+        for file in Path(name).glob("*.safetensors") if Path(name).is_dir() else ():
+            store.refuse_lfs_pointer(file)
+    base_text, tuned_text = base_config.get_text_config(), tuned_config.get_text_config()
+    if base_text.hidden_size != tuned_text.hidden_size:
+        raise InputError(
+            f"base {base!r} has d_model {base_text.hidden_size} but tuned {tuned!r} has {tuned_text.hidden_size}. "
+            "Choose two models of one size."
+        )
+    n_layers = min(base_text.num_hidden_layers, tuned_text.num_hidden_layers)
+    for hook_point in hook_points:
+        hooks.require_layer(hook_point, n_layers, base)
+    return PairInfo(
+        base, tuned, adapter, _one_tokenizer(base, tuned, tokenizer, adapter), base_text.hidden_size, n_layers
+    )
+
+
+def _is_adapter(name: str) -> bool:
+    if Path(name).is_dir():
+        return (Path(name) / "adapter_config.json").is_file()
+    from transformers.utils import cached_file
+
+    try:
+        found = cached_file(name, "adapter_config.json", _raise_exceptions_for_missing_entries=False)
+    except OSError:
+        return False
+    return found is not None
+
+
+def _load(name: str, what: str) -> Any:
+    """A configuration or tokenizer, or one line that says why there is none."""
+    import transformers
+
+    auto = transformers.AutoConfig if what == "config" else transformers.AutoTokenizer
+    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
+        raise InputError(
+            f"model folder {name!r} does not exist. Check the path, or give a hub id such as 'google/gemma-2-2b'."
+        )
+    try:
+        return auto.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        lines = str(error).splitlines() or [type(error).__name__]
+        raise InputError(
+            f"no {what} for model {name!r}: {lines[0]} Give a local folder, or a hub id that you can reach "
+            "(gated models need HF_TOKEN and an accepted licence)."
+        ) from None
+
+
+def _one_tokenizer(base: str, tuned: str, chosen: str | None, adapter: str | None) -> Any:
+    """The tokenizer of the tuned model (its chat template is the right one), after comparing it with the base's."""
+    if chosen is not None:
+        return _load(chosen, "tokenizer")
+    base_tokenizer = _load(base, "tokenizer")
+    if adapter is not None and not (Path(adapter) / "tokenizer_config.json").is_file():
+        return base_tokenizer
+    tuned_tokenizer = _load(tuned, "tokenizer")
+    first, second = base_tokenizer.get_vocab(), tuned_tokenizer.get_vocab()
+    if first != second:
+        token = min(set(first.items()) ^ set(second.items()), key=lambda item: item[1])[0]
+        raise InputError(
+            f"the tokenizers differ: token {token!r} has id {first.get(token)} in {base!r} and {second.get(token)} in "
+            f"{tuned!r}. Both models must read the same ids; name one that fits both with --tokenizer."
+        )
+    if base_tokenizer(PROBE)["input_ids"] != tuned_tokenizer(PROBE)["input_ids"]:
+        raise InputError(
+            f"the tokenizers of {base!r} and {tuned!r} have one vocabulary but split text differently. "
+            "Name the one that fits both with --tokenizer."
+        )
+    return tuned_tokenizer if tuned_tokenizer.chat_template or not base_tokenizer.chat_template else base_tokenizer
+
+
+def choose_device(device: str) -> torch.device:
+    """`auto` is the first GPU, or the CPU.
+
+    Raises:
+        EnvironmentFault: the device is not there.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise InputError(f"device {device!r} is unknown. Use auto, cpu, cuda or cuda:N.") from None
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise EnvironmentFault(
+            f"device {device!r} is not there: this machine has {torch.cuda.device_count()} GPUs. Use --device cpu."
+        )
+    return chosen
+
+
+def load_pair(
+    base: str,
+    tuned: str,
+    hook_point: str | list[str],
+    *,
+    tokenizer: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    info: PairInfo | None = None,
+) -> ModelPair:
+    """Load both models, cut off above the deepest hook point, in evaluation mode.
+
+    Residual-stream hook points load only the layers they need; any other hook point loads whole models through
+    TransformerBridge. dtype auto: bfloat16 on a GPU, float32 on a CPU.
+
+    Raises:
+        InputError: as `inspect_pair`.
+        EnvironmentFault: the device is not there.
+    """
+    hook_points = [hook_point] if isinstance(hook_point, str) else list(hook_point)
+    chosen = choose_device(device)
+    info = info or inspect_pair(base, tuned, hook_points, tokenizer=tokenizer)
+    chosen_dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(
+        dtype, torch.bfloat16 if chosen.type == "cuda" else torch.float32
+    )
+    with quiet_transformers():
+        models = tuple(_load_model(info, is_tuned, hook_points, chosen, chosen_dtype) for is_tuned in (False, True))
+    return ModelPair(info, (models[0], models[1]), hook_points, chosen)
+
+
+def _load_model(
+    info: PairInfo, is_tuned: bool, hook_points: list[str], device: torch.device, dtype: torch.dtype
+) -> nn.Module:
+    import transformers
+
+    name = info.base if info.adapter or not is_tuned else info.tuned
+    n_needed = max(map(hooks.layer_of, hook_points)) + 1
+    try:
+        if not all(map(hooks.is_residual, hook_points)):
+            return _load_bridge(info, is_tuned, name, device, dtype)
+        if is_tuned and info.adapter:
+            # An adapter names the layers of the whole model, so the layers above are cut off afterwards.
+            model = _with_adapter(transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype), info.adapter)
+            layers = hooks.decoder_layers(model)
+            del layers[n_needed:]
+        else:
+            model = transformers.AutoModel.from_pretrained(name, dtype=dtype, num_hidden_layers=n_needed)
+    except (OSError, ValueError, RuntimeError) as error:
+        lines = str(error).splitlines() or [type(error).__name__]
+        raise InputError(f"the weights of {name!r} do not load: {lines[0]} Check the folder's files.") from error
+    module: nn.Module = model.eval().requires_grad_(False).to(device)
+    return module
+
+
+def _with_adapter(model: Any, adapter: str) -> Any:
+    """The base decoder with the adapter's modules inside it, unmerged."""
+    import peft
+
+    return peft.PeftModel.from_pretrained(model, adapter).get_base_model().model
+
+
+def _load_bridge(info: PairInfo, is_tuned: bool, name: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    import peft
+    import transformers
+    from transformer_lens.model_bridge import TransformerBridge
+
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    if is_tuned and info.adapter:
+        # The bridge renames modules, so an adapter has to be merged before it.
+        loaded = peft.PeftModel.from_pretrained(loaded, info.adapter).merge_and_unload()
+    bridge = TransformerBridge.boot_transformers(
+        name,
+        hf_model=loaded.eval().requires_grad_(False).to(device),
+        tokenizer=info.tokenizer,
+        device=str(device),
+        dtype=dtype,
+    )
+    module: nn.Module = bridge
+    return module

@@ -1,0 +1,32 @@
+"""Progress for people: lines on stderr, a bar on a terminal. Results never go through here."""
+
+import sys
+from typing import Any
+
+from tqdm import tqdm
+
+
+def say(line: str) -> None:
+    """One line of progress, above the bar where there is one."""
+    tqdm.write(line, file=sys.stderr)
+
+
+class Progress:
+    """A bar with rate and time left on a terminal, nothing elsewhere."""
+
+    def __init__(self, label: str, *, total: int, start: int = 0, unit: str = "it") -> None:
+        self._bar: tqdm[Any] = tqdm(
+            total=total,
+            initial=start,
+            unit=unit,
+            unit_scale=True,
+            desc=label,
+            leave=False,
+            disable=not sys.stderr.isatty(),
+        )
+
+    def update(self, n: int) -> None:
+        self._bar.update(n)
+
+    def close(self) -> None:
+        self._bar.close()

@@ -1,0 +1,42 @@
+"""What a result was made with: versions, machine, commit."""
+
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("torch", "transformers", "transformer-lens", "sae-lens", "safetensors", "datasets", "numpy")
+
+
+def environment(device: str | None = None) -> dict[str, Any]:
+    """Versions of Python, this toolkit and the packages that decide numbers; threads and device."""
+    import torch
+
+    found: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform()}
+    for name in ("model-diffing", *PACKAGES):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    found["threads"] = torch.get_num_threads()
+    found["device"] = torch.cuda.get_device_name(device) if device and device.startswith("cuda") else "cpu"
+    found["git_commit"] = git_commit()
+    return found
+
+
+def git_commit() -> str | None:
+    """Commit of the checkout that this file lies in, with `+changes` where it was edited; None outside one."""
+    folder = Path(__file__).parent.parent
+    if not (folder / ".git").exists():
+        return None
+    try:
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "-uno"], cwd=folder, capture_output=True, text=True, check=True
+        ).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + ("+changes" if changed.strip() else "")

@@ -1,0 +1,339 @@
+"""Step 3 of the data flow: a stream of activations -> a run folder with a crosscoder.
+
+`train` is one loop from top to bottom; everything that decides its course is in the config, the stream and the state
+that `checkpoint` saves. It imports no producer of activations: any `BatchStream` will do.
+"""
+
+import contextlib
+import json
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from crosscoders import checkpoint, store
+from crosscoders.config import TrainConfig, to_dict
+from crosscoders.errors import CorruptData, InputError
+from crosscoders.losses import auxiliary_loss, reconstruction_loss, sparsity_loss
+from crosscoders.metrics import Evaluation, ReconstructionSums, evaluate
+from crosscoders.model import Crosscoder
+from crosscoders.pair import choose_device
+from crosscoders.progress import Progress, say
+from crosscoders.provenance import environment
+from crosscoders.stream import BatchStream
+
+Holdout = Callable[[], Iterable[Float[Tensor, "batch n_models d_model"]]]
+"""Makes a fresh pass over the held-out tokens each time it is called."""
+
+
+class StopRequested(Exception):
+    """SIGTERM or SIGINT came; the step was finished and its state saved."""
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.exit_status = 128 + number
+
+
+class StepResult(NamedTuple):
+    """What one forward pass gives."""
+
+    terms: dict[str, Float[Tensor, ""]]
+    """The terms of the loss, already weighted."""
+    latents: Float[Tensor, "batch dict_size"]
+    x_hat: Float[Tensor, "batch n_models d_model"]
+    """Training space."""
+    smallest_active: Float[Tensor, ""]
+    """Smallest active f_j c_j of the batch."""
+
+
+def train(
+    config: TrainConfig,
+    stream: BatchStream,
+    out: str | Path,
+    *,
+    holdout: Holdout | None = None,
+    inputs: dict[str, Any] | None = None,
+    log: Callable[[dict[str, Any]], None] | None = None,
+) -> Crosscoder:
+    """Train a crosscoder, or go on with an interrupted run in `out`, and return it.
+
+    One seed gives one result: on a CPU, bit for bit, interrupted or not. `log` gets every line of train.jsonl too.
+
+    Raises:
+        InputError: the stream does not fit the config; `out` holds another run.
+        CorruptData: the loss is not finite; the step, the term and the state to resume from are named.
+        StopRequested: SIGTERM or SIGINT, after the state was saved.
+    """
+    out = Path(out)
+    config = fill_width(config, stream)
+    device = choose_device(config.device)
+    with store.exclusive(out), stop_requests() as stop:
+        checkpoint.start_run(out, to_dict(config), inputs or {}, environment(str(device)))
+
+        # ---- model, optimiser, state
+        generator = torch.Generator().manual_seed(config.seed)
+        model = Crosscoder(config.crosscoder)
+        model.init_weights_(norm=config.decoder_init_norm, generator=generator)
+        if config.input_norm == "sqrt_d":
+            model.input_scale.copy_(stream.d_model**0.5 / torch.tensor(stream.mean_norm))
+        model.to(device)
+        optimizer = torch.optim.Adam(
+            model.parameters(), lr=config.lr, betas=(config.adam_beta1, config.adam_beta2), fused=True
+        )
+        tokens_since_fired = torch.zeros(config.crosscoder.dict_size, dtype=torch.int64, device=device)
+        step = 0
+        restored = checkpoint.load_state(out, model, optimizer)
+        if restored:
+            step, tokens_since_fired = restored[0], restored[1].to(device)
+            say(f"going on at step {step:,} of {config.n_steps:,}")
+        elif config.b_dec_init == "geometric_median":
+            first = next(iter(stream.batches(0))).to(device)
+            with torch.no_grad():
+                model.b_dec.copy_(geometric_median(model.normalise(first)))
+        checkpoint.cut_log(out / "train.jsonl", step)
+        progress = Progress("train", total=config.n_tokens, start=step * config.batch_size, unit="tok")
+        logged = time.perf_counter(), step
+
+        # ---- the loop
+        batches = stream.batches(step) if step < config.n_steps else iter(())
+        for x in batches:
+            x = model.normalise(x.to(device))
+            dead = tokens_since_fired >= config.dead_after_tokens
+            k = k_at(config, step)
+            result = forward(model, config, x, dead=dead, k=k, step=step)
+            loss = torch.stack(list(result.terms.values())).sum()
+            _require_finite(loss, result.terms, step, out)
+
+            # ---- one optimiser step
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            if config.clip_norm is not None:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+            for group in optimizer.param_groups:
+                group["lr"] = lr_at(config, step)
+            optimizer.step()
+            step += 1
+
+            # ---- counters: dead latents, inference threshold
+            fired = (result.latents > 0).any(dim=0)
+            tokens_since_fired = torch.where(fired, 0, tokens_since_fired + len(x))
+            if config.crosscoder.activation == "batchtopk" and step >= config.threshold_start_step:
+                _track_threshold_(model.threshold, result.smallest_active, config.threshold_beta)
+            progress.update(len(x))
+
+            # ---- once in a while: log, evaluate, save
+            if step % config.log_every == 0 or step == config.n_steps:
+                seconds, since = time.perf_counter() - logged[0], logged[1]
+                rate = (step - since) * config.batch_size / seconds
+                _write_line(out, step_line(config, model, result, x, dead, k, step, rate), log)
+                logged = time.perf_counter(), step
+            if holdout and config.eval_every and step % config.eval_every == 0 and step < config.n_steps:
+                _write_line(out, _eval_line(step, evaluate(model, holdout())), log)
+            if step % config.checkpoint_every == 0 or stop or step == config.n_steps:
+                checkpoint.save_state(out, step, model, optimizer, tokens_since_fired)
+            if stop and step < config.n_steps:
+                raise StopRequested(stop[0], f"stopped on request at step {step:,}; run the same command to go on.")
+            if step == config.n_steps:
+                break
+        progress.close()
+
+        # ---- the finished crosscoder
+        model.to("cpu")
+        model.save(out, provenance=inputs)
+        if holdout:
+            found = evaluate(model, holdout())
+            _write_line(out, _eval_line(step, found), log)
+            store.write_json(out / "eval.json", {"name": "eval", "rows": evaluation_rows(found)})
+        return model
+
+
+def fill_width(config: TrainConfig, stream: BatchStream) -> TrainConfig:
+    """The config with d_model taken from the stream, after checking that both agree."""
+    for name, found in (("d_model", stream.d_model), ("n_models", stream.n_models)):
+        wanted = getattr(config.crosscoder, name)
+        if wanted is not None and wanted != found:
+            raise InputError(
+                f"the activations have {name} = {found} but the crosscoder config has {wanted}. "
+                f"Set crosscoder.{name} = {found}."
+            )
+    if stream.batch_size != config.batch_size:
+        raise InputError(
+            f"the stream gives batches of {stream.batch_size} but batch_size is {config.batch_size}. Make them equal."
+        )
+    return replace(config, crosscoder=replace(config.crosscoder, d_model=stream.d_model))
+
+
+def forward(
+    model: Crosscoder,
+    config: TrainConfig,
+    x: Float[Tensor, "batch n_models d_model"],
+    *,
+    dead: Bool[Tensor, " dict_size"],
+    k: int | None,
+    step: int,
+) -> StepResult:
+    """One pass in training space: latents, reconstruction, weighted loss terms."""
+    code_norm = model.code_norm
+    positive = torch.relu(model.pre_acts(x))
+    gate = config.crosscoder.activation
+    latents = model.gate(positive, gate, k)
+    x_hat = model.decode_normalised(latents)
+    terms = {"reconstruction": reconstruction_loss(x - x_hat, config.reconstruction)}
+    if gate == "relu" and config.l1_coefficient:
+        weight = config.l1_coefficient * min(1.0, (step + 1) / max(1, config.l1_warmup_steps))
+        terms["sparsity"] = weight * sparsity_loss(latents, code_norm)
+    if gate == "batchtopk" and config.aux_coefficient:
+        k_aux = config.k_aux or stream_width(x) // 2
+        terms["auxiliary"] = config.aux_coefficient * auxiliary_loss(
+            x - x_hat, positive, code_norm, model.W_dec, dead, k_aux
+        )
+    scaled = (latents * code_norm).detach()
+    smallest = torch.where(scaled > 0, scaled, torch.inf).min()
+    return StepResult(terms, latents.detach(), x_hat.detach(), smallest)
+
+
+def stream_width(x: Float[Tensor, "batch n_models d_model"]) -> int:
+    """d_model; k_aux = d_model // 2 takes the width of one model, not of all (Gao et al. 2024)."""
+    return int(x.shape[2])
+
+
+def lr_at(config: TrainConfig, step: int) -> float:
+    """Linear warm-up, constant, linear fall to 0 over the last lr_decay_fraction of the steps."""
+    rate = config.lr * min(1.0, (step + 1) / max(1, config.lr_warmup_steps))
+    n_decay = int(config.lr_decay_fraction * config.n_steps)
+    return rate * min(1.0, (config.n_steps - step) / n_decay) if n_decay else rate
+
+
+def k_at(config: TrainConfig, step: int) -> int | None:
+    """k of a step: linear from k_start to k over k_anneal_steps."""
+    k = config.crosscoder.k
+    if k is None or config.k_start is None or step >= config.k_anneal_steps:
+        return k
+    return round(config.k_start + (k - config.k_start) * step / config.k_anneal_steps)
+
+
+def _track_threshold_(threshold: Tensor, smallest: Float[Tensor, ""], beta: float) -> None:
+    """Running mean of the smallest active f_j c_j; starts at the first value seen."""
+    if torch.isfinite(smallest):
+        threshold.copy_(smallest if threshold < 0 else beta * threshold + (1 - beta) * smallest)
+
+
+def geometric_median(
+    x: Float[Tensor, "batch n_models d_model"], n_iterations: int = 100
+) -> Float[Tensor, "n_models d_model"]:
+    """Weiszfeld's iteration, per model; distances are kept above 1e-6, so a point may equal the guess."""
+    guess = x.mean(dim=0)
+    for _ in range(n_iterations):
+        weight = 1 / (x - guess).norm(dim=2, keepdim=True).clamp_min(1e-6)
+        guess = (weight * x).sum(dim=0) / weight.sum(dim=0)
+    return guess
+
+
+def _require_finite(loss: Tensor, terms: dict[str, Tensor], step: int, out: Path) -> None:
+    if torch.isfinite(loss):
+        return
+    bad = next((name for name, value in terms.items() if not torch.isfinite(value)), "sum")
+    states = sorted(path.name for path in out.glob("step-*"))
+    resume = f"The last state is {out / states[-1]}" if states else "No state was saved yet"
+    raise CorruptData(
+        f"loss term {bad!r} is {float(terms.get(bad, loss))} at step {step}. {resume}; lower lr, or check the cache."
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- reporting
+
+
+def step_line(
+    config: TrainConfig,
+    model: Crosscoder,
+    result: StepResult,
+    x: Float[Tensor, "batch n_models d_model"],
+    dead: Bool[Tensor, " dict_size"],
+    k: int | None,
+    step: int,
+    rate: float,
+) -> dict[str, Any]:
+    """Metrics of the batch of this step; fve by the same definition as everywhere, over the batch."""
+    sums = ReconstructionSums(x.shape[1], x.shape[2], config.crosscoder.dict_size)
+    sums.add(x, result.x_hat, (result.latents > 0).sum(dim=0))
+    found = sums.result()
+    return {
+        "step": step,
+        "tokens": step * config.batch_size,
+        "loss": float(sum(result.terms.values())),
+        **{name: float(value) for name, value in result.terms.items()},
+        **_fve_columns(found),
+        "l0": found.l0,
+        "dead": float(dead.double().mean()),
+        "lr": lr_at(config, step - 1),
+        **({"k": k, "threshold": float(model.threshold)} if k is not None else {}),
+        "tokens_per_second": round(rate),
+    }
+
+
+def _fve_columns(found: Evaluation) -> dict[str, float]:
+    names = ("base", "tuned") if len(found.fve) == 2 else tuple(str(m) for m in range(len(found.fve)))
+    return {f"fve_{name}": value for name, value in zip(names, found.fve, strict=True)}
+
+
+def _eval_line(step: int, found: Evaluation) -> dict[str, Any]:
+    return {
+        "event": "eval",
+        "step": step,
+        **_fve_columns(found),
+        "l0": found.l0,
+        "dead": found.dead_fraction,
+        "n_tokens": found.n_tokens,
+    }
+
+
+def evaluation_rows(found: Evaluation) -> list[dict[str, Any]]:
+    """The rows that --json prints."""
+    values = {f"eval.{name.replace('_', '.')}": (value, "fraction") for name, value in _fve_columns(found).items()}
+    values |= {"eval.l0": (found.l0, "latents/token"), "eval.dead": (found.dead_fraction, "fraction")}
+    return [
+        {"name": name, "value": value, "unit": unit, "n": found.n_tokens, "low": None, "high": None}
+        for name, (value, unit) in values.items()
+    ]
+
+
+def _write_line(out: Path, line: dict[str, Any], log: Callable[[dict[str, Any]], None] | None) -> None:
+    with (out / "train.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    if log:
+        log(line)
+    parts = [f"step {line['step']:06d}", "held-out" if line.get("event") else f"loss {line['loss']:.4f}"]
+    parts.append(
+        "fve " + " ".join(f"{name.removeprefix('fve_')} {line[name]:.3f}" for name in line if name.startswith("fve_"))
+    )
+    parts.append(f"l0 {line['l0']:.1f}  dead {line['dead']:.1%}")
+    if "lr" in line:
+        parts.append(f"lr {line['lr']:.1e}  tok/s {line['tokens_per_second']:,}")
+    else:
+        parts.append(f"n {line['n_tokens']:,} tokens")
+    say("  ".join(parts))
+
+
+@contextlib.contextmanager
+def stop_requests() -> Iterator[list[int]]:
+    """Collects SIGTERM and SIGINT instead of being interrupted by them; restores the handlers that it found."""
+    received: list[int] = []
+    try:
+        previous = {
+            number: signal.signal(number, lambda n, _frame: received.append(n))
+            for number in (signal.SIGTERM, signal.SIGINT)
+        }
+    except ValueError:  # not the main thread: signals are somebody else's business
+        yield received
+        return
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,69 @@
+"""`diffing scale | report | demo`. Settings and messages only; the work is in the modules that the commands name."""
+
+from dataclasses import dataclass
+
+from crosscoders.command import Command
+from crosscoders.command import main as run_main
+
+
+@dataclass(frozen=True)
+class ScaleSettings:
+    """Latent Scaling, verdicts and examples for every latent of a run."""
+
+    run: str
+    """Run folder of `crosscoders train`."""
+    cache: str | None = None
+    """Folder of `crosscoders cache`; default: the one that the run was trained on."""
+    n_tokens: int | None = None
+    """Tokens to read; default: all."""
+    n_examples: int = 64
+    """Latents, from the most tuned-specific on, for which examples are kept."""
+
+
+@dataclass(frozen=True)
+class ReportSettings:
+    """One self-contained HTML page and one JSON file about a run."""
+
+    run: str
+    """Run folder, after `diffing scale`."""
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """The whole path on the embedded pair of models: cache, train, scale, report."""
+
+    out: str = "runs/demo"
+    """Folder for the caches, the run and the report."""
+    n_tokens: int = 250_000
+    """Tokens to train the crosscoder on."""
+    seed: int = 0
+    """Seed of data order and weights."""
+
+
+COMMANDS = [
+    Command(
+        "scale",
+        "Latent Scaling, verdicts and examples for every latent of a run.",
+        ScaleSettings,
+        "diffing.commands:scale",
+        "run",
+    ),
+    Command(
+        "report",
+        "One self-contained HTML page and one JSON file about a run.",
+        ReportSettings,
+        "diffing.commands:report",
+        "run",
+    ),
+    Command(
+        "demo",
+        "The whole path on the embedded pair of models, in minutes on a CPU.",
+        DemoSettings,
+        "diffing.commands:demo",
+    ),
+]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of the console command `diffing`."""
+    return run_main("diffing", "What a fine-tune changed inside a language model.", COMMANDS, argv)

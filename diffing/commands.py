@@ -1,0 +1,54 @@
+"""What the commands of `diffing` do, each as one function of its settings that returns a JSON object."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from crosscoders import store
+from crosscoders.cache import ActivationCache
+from crosscoders.commands import closing, result, row
+from crosscoders.config import to_dict
+from crosscoders.errors import InputError
+from crosscoders.progress import say
+from diffing.cli import DemoSettings, ReportSettings, ScaleSettings
+from diffing.report import write_report
+from diffing.table import scale_run
+from diffing.verdict import VERDICTS
+
+
+def scale(settings: ScaleSettings) -> dict[str, Any]:
+    """`diffing scale`"""
+    started = time.perf_counter()
+    run = Path(settings.run)
+    cache = ActivationCache(settings.cache if settings.cache is not None else _trained_on(run))
+    say(f"scale {run} on {min(settings.n_tokens or len(cache), len(cache)):,} tokens of {cache.path}")
+    table = scale_run(run, cache, n_tokens=settings.n_tokens, n_examples=settings.n_examples)
+    counts = {verdict: int((table["verdict"] == verdict).sum()) for verdict in VERDICTS}
+    say("  ".join(f"{verdict} {n}" for verdict, n in counts.items() if n) + f"  of {len(table):,} latents")
+    closing(started, f"latent table in {run / 'latents.json'}")
+    say(f"next: diffing report {run}")
+    rows = [row(f"scale.verdict.{verdict}.count", n, "latents", len(table)) for verdict, n in counts.items()]
+    return result("scale", to_dict(settings), rows)
+
+
+def _trained_on(run: Path) -> str:
+    if not (run / "run.json").is_file():
+        raise InputError(
+            f"{str(run)!r} is not a run folder (no run.json), so its cache is unknown. Name it: --cache CACHE"
+        )
+    return str(store.read_json(run / "run.json")["inputs"]["cache"]["path"])
+
+
+def report(settings: ReportSettings) -> dict[str, Any]:
+    """`diffing report`"""
+    files = write_report(Path(settings.run))
+    say(f"report: {files.html} ({store.size_text(files.html.stat().st_size)}), {files.json}")
+    found: dict[str, Any] = store.read_json(files.json)
+    return found
+
+
+def demo(settings: DemoSettings) -> dict[str, Any]:
+    """`diffing demo`"""
+    from diffing.demo.run import run_demo
+
+    return run_demo(settings)

@@ -1,0 +1,35 @@
+"""The embedded pair: a tiny base model, its chat fine-tune, two null models, and the text they were made of.
+
+`model_folder` and `document_file` give the places of the packaged files. Importing this loads nothing.
+"""
+
+from pathlib import Path
+
+ASSETS = Path(__file__).parent / "assets"
+MODELS = ("base", "tuned", "placebo", "format_only")
+"""`placebo` and `format_only` are the same fine-tune as `tuned` on raw text only, and on documentation dialogues only."""
+DOCUMENTS = ("raw_train", "raw_heldout", "dialogues_train", "dialogues_heldout")
+
+
+def model_folder(name: str) -> Path:
+    """Hugging Face folder of one embedded model.
+
+    Raises:
+        ValueError: there is no model of that name.
+    """
+    return ASSETS / _known(name, MODELS, "model")
+
+
+def document_file(name: str) -> Path:
+    """JSON lines, gzipped, of one part of the embedded corpus.
+
+    Raises:
+        ValueError: there is no part of that name.
+    """
+    return ASSETS / "corpus" / f"{_known(name, DOCUMENTS, 'document file')}.jsonl.gz"
+
+
+def _known(name: str, choices: tuple[str, ...], kind: str) -> str:
+    if name not in choices:
+        raise ValueError(f"there is no embedded {kind} {name!r}. Use one of {', '.join(choices)}.")
+    return name

@@ -1,0 +1,131 @@
+"""Step 4 of the data flow: run folder + cache -> one row of evidence per latent.
+
+`scale_run` is what `diffing scale` does: one pass over the cache gives Latent Scaling and context shares, a second
+one the examples of the latents that rank first. Files: RUN/latents.json, RUN/examples.json, RUN/latents.parquet.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas
+
+from crosscoders import store
+from crosscoders.cache import ActivationCache
+from crosscoders.errors import InputError
+from crosscoders.formats import load_crosscoder
+from crosscoders.model import Crosscoder
+from crosscoders.progress import Progress, say
+from diffing.contexts import TEMPLATE, ContextSums, examples
+from diffing.decoder_norms import decoder_cosine, norm_class
+from diffing.latent_scaling import LatentScales, ScalingSums
+from diffing.verdict import Thresholds, ranks, specificity, verdicts
+
+FORMAT_VERSION = 1
+
+
+def scale_run(
+    run: Path, cache: ActivationCache, *, n_tokens: int | None = None, n_examples: int = 64
+) -> pandas.DataFrame:
+    """Make the latent table of a finished run and write it beside the weights.
+
+    Raises:
+        InputError: the crosscoder does not fit the cache, or there are no two models.
+    """
+    crosscoder = load_crosscoder(run)
+    require_fit(crosscoder, cache)
+    scales, contexts = scale_cache(crosscoder, cache, n_tokens=n_tokens)
+    table = latent_table(crosscoder, scales, contexts)
+    write_table(run, table, scales, cache)
+    table.to_parquet(run / "latents.parquet")
+    chosen = [int(latent) for latent in table.nsmallest(n_examples, "rank").query("n_active > 0").index]
+    say(f"examples of the {len(chosen)} latents that rank first")
+    found = examples(crosscoder, cache, chosen, cache_tokenizer(cache))
+    store.write_json(run / "examples.json", {"format_version": FORMAT_VERSION, "latents": found})
+    return table
+
+
+def require_fit(crosscoder: Crosscoder, cache: ActivationCache) -> None:
+    """Raise InputError when the crosscoder reads another width or number of models than the cache holds."""
+    for name, has, needs in (
+        ("d_model", cache.d_model, crosscoder.config.d_model),
+        ("n_models", cache.n_models, crosscoder.config.n_models),
+    ):
+        if has != needs:
+            raise InputError(
+                f"cache {str(cache.path)!r} has {name} = {has} but the crosscoder reads {needs}. "
+                "Use the cache it was trained on."
+            )
+
+
+def scale_cache(
+    crosscoder: Crosscoder, cache: ActivationCache, *, n_tokens: int | None = None, batch_size: int = 4096
+) -> tuple[LatentScales, ContextSums]:
+    """Latent Scaling and context shares over the first `n_tokens` of a cache (default: all), in one pass."""
+    n_tokens = min(n_tokens or len(cache), len(cache))
+    batch_size = max(1, min(batch_size, math.ceil(n_tokens / 32)))  # at least 32 batches, the blocks of the jackknife
+    scaling = ScalingSums(crosscoder)
+    contexts = ContextSums(crosscoder.config.dict_size, cache.manifest["groups"])
+    progress = Progress("scale", total=n_tokens, unit="tok")
+    for tokens in cache.batches(batch_size, 0, n_tokens):
+        contexts.add(scaling.add(tokens.activations), tokens)
+        progress.update(len(tokens.token_ids))
+    progress.close()
+    return scaling.result(), contexts
+
+
+def latent_table(crosscoder: Crosscoder, scales: LatentScales, contexts: ContextSums | None = None) -> pandas.DataFrame:
+    """One row per latent: norms, cosine, ratios with standard errors, counts, shares, verdict, rank."""
+    norms = crosscoder.decoder_norms.detach().cpu()
+    relative = crosscoder.relative_decoder_norm.detach().cpu().double()
+    table = scales.to_pandas()
+    leading = pandas.DataFrame(
+        {
+            "norm_class": norm_class(relative.tolist()),
+            "relative_decoder_norm": relative.numpy(),
+            "decoder_norm_base": norms[:, 0].double().numpy(),
+            "decoder_norm_tuned": norms[:, 1].double().numpy(),
+            "decoder_cosine": decoder_cosine(crosscoder).detach().cpu().double().numpy(),
+        },
+        index=table.index,
+    )
+    table = pandas.concat([leading, table], axis=1)
+    table["specificity"] = specificity(table)
+    table["rank"] = ranks(table)
+    table.insert(0, "verdict", verdicts(table))
+    if contexts is not None:
+        shares = contexts.shares().numpy()
+        strongest = shares.argmax(axis=1)
+        table["template_share"] = shares[:, contexts.names.index(TEMPLATE)]
+        table["main_context"] = [contexts.names[i] for i in strongest]
+        table["main_context_share"] = shares[np.arange(len(shares)), strongest]
+        for i, name in enumerate(contexts.names[:-1]):
+            table[f"share_{name}"] = shares[:, i]
+    return table
+
+
+def write_table(run: Path, table: pandas.DataFrame, scales: LatentScales, cache: ActivationCache) -> None:
+    """RUN/latents.json: the table by columns, undefined numbers as null."""
+    columns = {"latent": table.index.tolist()}
+    for name in table.columns:
+        columns[name] = [None if isinstance(v, float) and not math.isfinite(v) else v for v in table[name].tolist()]
+    described: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        "n_tokens": scales.n_tokens,
+        "n_blocks": scales.n_blocks,
+        "cache": {"path": str(cache.path), "hash": cache.manifest_hash},
+        "thresholds": Thresholds()._asdict(),
+        "columns": columns,
+    }
+    store.write_json(run / "latents.json", described)
+
+
+def cache_tokenizer(cache: ActivationCache) -> Any:
+    """The tokenizer with which a cache was made."""
+    from crosscoders.pair import inspect_pair
+
+    config = cache.manifest["config"]
+    return inspect_pair(
+        config["base"], config["tuned"], [config["hook_point"]], tokenizer=config["tokenizer"]
+    ).tokenizer

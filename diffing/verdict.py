@@ -1,0 +1,87 @@
+r"""One word per latent, and a rank by how specific to the tuned model it looks.
+
+The ratios of Latent Scaling are used only behind the decoder-norm gate: a rotated latent (both norms alive, unrelated
+directions) has ratios near 0 as well, without being new. Bounds are the published ones (Minder et al. 2025); they are
+not calibrated on a null of your pair, so a count is not yet a finding.
+
+    dead               active on fewer than `min_active` tokens
+    tuned-specific     relative norm >= 0.9, nu_error < 0.2 and nu_reconstruction < 0.5
+    shrunk             relative norm >= 0.9 or <= 0.1, nu_error >= 0.2: Complete Shrinkage
+    decoupled          the same gate, nu_reconstruction >= 0.5: Latent Decoupling
+    base-specific      the mirror image of tuned-specific
+    rotated            in between, decoder cosine < 0.5
+    shared             in between, otherwise
+    undetermined       behind the gate, a bound lies within two standard errors of its ratio
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas
+
+VERDICTS = ("tuned-specific", "base-specific", "shared", "rotated", "shrunk", "decoupled", "dead", "undetermined")
+
+
+class Thresholds(NamedTuple):
+    """Bounds of the verdicts."""
+
+    nu_error: float = 0.2
+    nu_reconstruction: float = 0.5
+    tuned_only: float = 0.9
+    base_only: float = 0.1
+    rotated_cosine: float = 0.5
+    min_active: int = 30
+
+
+def verdicts(table: pandas.DataFrame, thresholds: Thresholds | None = None) -> list[str]:
+    """The verdict of each row of a latent table."""
+    bounds = thresholds or Thresholds()
+    return [_verdict(row, bounds) for row in table.to_dict("records")]
+
+
+def _verdict(row: dict[Any, Any], bounds: Thresholds) -> str:
+    if row["n_active"] < bounds.min_active:
+        return "dead"
+    if bounds.base_only < row["relative_decoder_norm"] < bounds.tuned_only:
+        return "rotated" if row["decoder_cosine"] < bounds.rotated_cosine else "shared"
+    tuned_side = row["relative_decoder_norm"] >= bounds.tuned_only
+    suffix = "" if tuned_side else "_mirror"
+    error = _compare(row[f"nu_error{suffix}"], row[f"nu_error{suffix}_stderr"], bounds.nu_error)
+    reconstruction = _compare(
+        row[f"nu_reconstruction{suffix}"], row[f"nu_reconstruction{suffix}_stderr"], bounds.nu_reconstruction
+    )
+    if error == "above":
+        return "shrunk"
+    if reconstruction == "above":
+        return "decoupled"
+    if error == reconstruction == "below":
+        return "tuned-specific" if tuned_side else "base-specific"
+    return "undetermined"
+
+
+def _compare(value: float, stderr: float, bound: float) -> str:
+    if abs(value - bound) <= 2 * stderr:
+        return "unclear"
+    return "above" if value > bound else "below"
+
+
+def specificity(table: pandas.DataFrame) -> np.ndarray:
+    r"""(1 - clip(max(nu_error, nu_reconstruction), 0, 1)) (1 - decoder_cosine) / 2, in [0, 1].
+
+    High where the base model neither reconstructs nor misses the tuned decoder's direction, and encodes the latent
+    along another one. On the embedded pair this order puts planted concepts first; relative norm alone is the worst
+    one (docs/log.md).
+    """
+    largest = np.maximum(table["nu_error"], table["nu_reconstruction"]).clip(0, 1)
+    return np.asarray((1 - largest) * (1 - table["decoder_cosine"]) / 2)
+
+
+def ranks(table: pandas.DataFrame, thresholds: Thresholds | None = None) -> np.ndarray:
+    """1 = most specific to the tuned model: by `specificity`, among latents that are alive and at least as strong in
+    the tuned model as in the base (relative norm >= 0.5); all others come after them."""
+    bounds = thresholds or Thresholds()
+    eligible = (table["n_active"] >= bounds.min_active) & (table["relative_decoder_norm"] >= 0.5)
+    order = np.lexsort((-specificity(table), ~eligible))
+    found = np.empty(len(table), dtype=np.int64)
+    found[order] = np.arange(1, len(table) + 1)
+    return found

@@ -1,0 +1,104 @@
+"""Shared fixtures: a tiny Gemma-2 pair with its own tokenizer, made once per session; shapes are checked at call time."""
+
+import json
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from jaxtyping import install_import_hook  # noqa: E402
+
+_hook = install_import_hook(["crosscoders", "diffing"], "typecheck.checked")
+_hook.__enter__()
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from crosscoders import CacheConfig, cache_activations  # noqa: E402
+
+torch.set_num_threads(1)
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
+    "{{ m['content'] | trim }}<end_of_turn>\n{% endfor %}"
+)
+TEXTS = [f"Return the {a} of a {b}. The {b} must not be empty." for a in ("name", "size", "sum", "list", "path") for b in
+         ("file", "string", "number", "table", "line", "word", "node", "key")]  # fmt: skip
+
+
+def make_tokenizer(folder: Path, *, template: bool = True, words: list[str] | None = None) -> None:
+    """A byte-level BPE tokenizer with Gemma's special tokens, saved to a folder."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    raw.train_from_iterator(words or TEXTS, trainer)
+    raw.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
+    if template:
+        fast.chat_template = CHAT_TEMPLATE
+    fast.save_pretrained(folder)
+
+
+def make_model(folder: Path, *, seed: int, d_model: int = 16, n_layers: int = 3) -> None:
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    config = Gemma2Config(
+        vocab_size=320, hidden_size=d_model, intermediate_size=24, num_hidden_layers=n_layers, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, query_pre_attn_scalar=8, sliding_window=16, max_position_embeddings=256,
+        pad_token_id=0, eos_token_id=1, bos_token_id=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    model = Gemma2ForCausalLM(config)
+    if seed:  # the tuned model: the base, moved a little
+        torch.manual_seed(0)
+        model = Gemma2ForCausalLM(config)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.add_(0.01 * torch.randn(weight.shape, generator=generator))
+    model.save_pretrained(folder)
+
+
+class Pair:
+    """Folders of a base and a tuned model and of their data."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.base, self.tuned = str(folder / "base"), str(folder / "tuned")
+        self.data = str(folder / "data.jsonl")
+
+    def config(self, out: Path, **changes: object) -> CacheConfig:
+        settings: dict[str, object] = {
+            "base": self.base, "tuned": self.tuned, "hook_point": "blocks.1.hook_resid_post", "data": self.data,
+            "out": str(out), "n_tokens": 600, "shard_tokens": 128, "batch_rows": 4, "dtype": "float32",
+        }  # fmt: skip
+        return CacheConfig(**{**settings, **changes})  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    made = Pair(tmp_path_factory.mktemp("pair"))
+    for name, seed in (("base", 0), ("tuned", 1)):
+        make_tokenizer(made.folder / name, template=name == "tuned")
+        make_model(made.folder / name, seed=seed)
+    rows: list[dict[str, object]] = [{"text": text, "group": "raw"} for text in TEXTS]
+    for text in TEXTS[:20]:
+        messages = [{"role": "user", "content": "What does it do?"}, {"role": "assistant", "content": text}]
+        rows.append({"messages": messages, "group": "describe"})
+    Path(made.data).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return made
+
+
+@pytest.fixture(scope="session")
+def cache_folder(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished float32 cache of 600 tokens in 5 shards; do not write to it."""
+    out = tmp_path_factory.mktemp("cache") / "cache"
+    cache_activations(pair.config(out))
+    return out

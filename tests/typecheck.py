@@ -1,0 +1,5 @@
+"""The run-time type checker of the test run: beartype, with int accepted where float is asked for, as type checkers do."""
+
+from beartype import BeartypeConf, beartype
+
+checked = beartype(conf=BeartypeConf(is_pep484_tower=True))
