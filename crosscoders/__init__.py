@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from crosscoders.model import Crosscoder
     from crosscoders.pair import ModelPair, load_pair
     from crosscoders.stream import cached_stream, live_stream, tensor_stream
-    from crosscoders.train import train
+    from crosscoders.training import train
 
 _HOMES = {
     "ActivationCache": "cache",
@@ -35,7 +35,7 @@ _HOMES = {
     "load_crosscoder": "formats",
     "load_pair": "pair",
     "tensor_stream": "stream",
-    "train": "train",
+    "train": "training",
 }
 
 __all__ = [
@@ -62,10 +62,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
-        value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-        # `train` is a function and the module that holds it: keep the function under the public name.
-        globals()[name] = value
-        return value
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -19,8 +19,8 @@ from crosscoders.formats import load_crosscoder
 from crosscoders.progress import say
 from crosscoders.provenance import environment
 from crosscoders.stream import cached_stream
-from crosscoders.train import evaluation_rows
-from crosscoders.train import train as train_crosscoder
+from crosscoders.training import evaluation_rows
+from crosscoders.training import train as train_crosscoder
 
 
 def cache(settings: CacheConfig) -> dict[str, Any]:

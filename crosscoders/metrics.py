@@ -67,7 +67,7 @@ class ReconstructionSums:
 
 
 @torch.no_grad()
-def evaluate(crosscoder: Crosscoder, batches: Iterable[Float[Tensor, "batch n_models d_model"]]) -> Evaluation:
+def evaluate(crosscoder: Crosscoder, batches: Iterable[Float[Tensor, "_ n_models d_model"]]) -> Evaluation:
     """FVE, L0 and dead fraction with the inference gate, over all tokens of `batches`."""
     config = crosscoder.config
     sums = ReconstructionSums(config.n_models, int(crosscoder.W_enc.shape[1]), config.dict_size)

@@ -145,7 +145,7 @@ def read_tensors(path: Path, expected: Written | None = None) -> dict[str, "Tens
         )
     if expected is not None and checksum(data) != expected.checksum:
         raise CorruptData(f"{path} does not match its checksum: at least one bit has changed. Make this folder again.")
-    if int.from_bytes(data[:8], "little") > min(MAX_HEADER_BYTES, len(data)):
+    if len(data) < 8 or int.from_bytes(data[:8], "little") > min(MAX_HEADER_BYTES, len(data)):
         raise CorruptData(
             f"{path} is not a safetensors file: its header length is impossible. Download or make it again."
         )

@@ -9,7 +9,7 @@ left over at the end of a buffer waits for the next epoch's permutation. So the 
 import random
 from collections.abc import Callable, Iterator
 from itertools import pairwise
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -19,6 +19,7 @@ from crosscoders.cache import ActivationCache, ActivationSource, concatenate
 from crosscoders.errors import InputError
 
 
+@runtime_checkable
 class BatchStream(Protocol):
     """What the trainer needs of its data."""
 

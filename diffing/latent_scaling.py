@@ -209,7 +209,7 @@ def _put(
 
 
 def scale_latents(
-    crosscoder: Crosscoder, batches: Iterable[Float[Tensor, "batch n_models d_model"]], *, n_blocks: int = 32
+    crosscoder: Crosscoder, batches: Iterable[Float[Tensor, "_ n_models d_model"]], *, n_blocks: int = 32
 ) -> LatentScales:
     """Latent Scaling of all latents, all targets and both models in one pass over `batches`.
 

@@ -126,9 +126,7 @@ def test_a_cache_killed_and_resumed_has_the_bytes_of_an_uninterrupted_one(
 def test_a_live_source_gives_the_bytes_of_the_cache(pair: Pair, cache_folder: Path) -> None:
     loaded = load_pair(pair.base, pair.tuned, "blocks.1.hook_resid_post")
     rows = tokenize_documents(pair.config(cache_folder), loaded.info.tokenizer, None)
-    source = ActivationSource(
-        loaded, rows, hook_point="blocks.1.hook_resid_post", batch_rows=4, dtype=torch.float32
-    )
+    source = ActivationSource(loaded, rows, hook_point="blocks.1.hook_resid_post", batch_rows=4, dtype=torch.float32)
     cache = ActivationCache(cache_folder)
     for start, stop in ((0, 600), (130, 131), (200, 390)):
         live, stored = concatenate(list(source.read(start, stop))), cache.read(start, stop)

@@ -28,7 +28,7 @@ from crosscoders.progress import Progress, say
 from crosscoders.provenance import environment
 from crosscoders.stream import BatchStream
 
-Holdout = Callable[[], Iterable[Float[Tensor, "batch n_models d_model"]]]
+Holdout = Callable[[], Iterable[Float[Tensor, "_ n_models d_model"]]]
 """Makes a fresh pass over the held-out tokens each time it is called."""
 
 
@@ -242,7 +242,7 @@ def _require_finite(loss: Tensor, terms: dict[str, Tensor], step: int, out: Path
     states = sorted(path.name for path in out.glob("step-*"))
     resume = f"The last state is {out / states[-1]}" if states else "No state was saved yet"
     raise CorruptData(
-        f"loss term {bad!r} is {float(terms.get(bad, loss))} at step {step}. {resume}; lower lr, or check the cache."
+        f"loss term {bad!r} is {terms.get(bad, loss).item()} at step {step}. {resume}; lower lr, or check the cache."
     )
 
 
@@ -266,8 +266,8 @@ def step_line(
     return {
         "step": step,
         "tokens": step * config.batch_size,
-        "loss": float(sum(result.terms.values())),
-        **{name: float(value) for name, value in result.terms.items()},
+        "loss": sum(float(value.detach()) for value in result.terms.values()),
+        **{name: float(value.detach()) for name, value in result.terms.items()},
         **_fve_columns(found),
         "l0": found.l0,
         "dead": float(dead.double().mean()),

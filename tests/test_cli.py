@@ -1,0 +1,204 @@
+"""The command line: the whole path on a tiny pair, one line for every wrong input, nothing heavy for --help."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import Pair
+
+from crosscoders import cli as crosscoders_cli
+from diffing import cli as diffing_cli
+
+HEAVY = ("torch", "transformers", "transformer_lens", "sae_lens", "peft", "datasets", "pandas", "plotly")
+TRAIN = ["--crosscoder.dict-size", "24", "--crosscoder.k", "4", "--n-tokens", "3200", "--batch-size", "64", "--lr", "1e-2",
+         "--lr-warmup-steps", "5", "--log-every", "10", "--checkpoint-every", "20", "--threshold-start-step", "5",
+         "--input-norm", "sqrt_d"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(cache_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run; do not write to it."""
+    run = tmp_path_factory.mktemp("cli") / "run"
+    assert (
+        crosscoders_cli.main(
+            ["train", "--cache", str(cache_folder), "--out", str(run), "--holdout-tokens", "88", *TRAIN]
+        )
+        == 0
+    )
+    return run
+
+
+def error_line(capsys: pytest.CaptureFixture[str]) -> str:
+    """The last line of stderr; there must be no traceback."""
+    text = capsys.readouterr().err
+    assert "Traceback" not in text
+    last = text.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    return last
+
+
+def test_the_whole_path_from_models_to_report(pair: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cache, run = str(tmp_path / "cache"), str(tmp_path / "run")
+    assert crosscoders_cli.main([
+        "cache", "--base", pair.base, "--tuned", pair.tuned, "--hook-point", "blocks.1.hook_resid_post",
+        "--data", pair.data, "--n-tokens", "600", "--batch-rows=4", "--out", cache,
+    ]) == 0  # fmt: skip
+    assert crosscoders_cli.main(["train", "--cache", cache, "--out", run, "--eval-cache", cache, *TRAIN]) == 0
+    assert diffing_cli.main(["scale", run]) == 0
+    capsys.readouterr()
+    assert crosscoders_cli.main(["eval", run, "--cache", cache, "--json"]) == 0
+    evaluated = json.loads(capsys.readouterr().out)
+    assert set(evaluated) == {"name", "config", "environment", "rows"}
+    assert {r["name"] for r in evaluated["rows"]} == {"eval.fve.base", "eval.fve.tuned", "eval.l0", "eval.dead"}
+    assert all(r["n"] == 600 for r in evaluated["rows"])
+    assert diffing_cli.main(["report", run]) == 0
+    page = Path(run, "report.html").read_text()
+    assert "<html" in page and len(page) < 8_000_000
+    table = json.loads(Path(run, "latents.json").read_text())
+    assert len(table["columns"]["verdict"]) == 24 and table["n_tokens"] == 600
+    assert sorted(table["columns"]["rank"]) == list(range(1, 25))
+    shares = [table["columns"][name] for name in ("share_raw", "share_describe", "template_share")]
+    for latent, n in enumerate(table["columns"]["n_active"]):
+        assert abs(sum(column[latent] for column in shares) - (n > 0)) < 1e-9
+    examples = json.loads(Path(run, "examples.json").read_text())["latents"]
+    for rows in examples.values():
+        assert [r["value"] for r in rows] == sorted((r["value"] for r in rows), reverse=True)
+        assert len({r["document"] for r in rows}) == len(rows)
+        for r in rows:
+            assert r["values"][r["peak"]] == r["value"] == max(r["value"], *r["values"][r["peak"] : r["peak"] + 1])
+
+
+def test_a_run_again_with_the_same_settings_changes_nothing(trained: Path, cache_folder: Path) -> None:
+    before = (trained / "model.safetensors").read_bytes()
+    assert (
+        crosscoders_cli.main(
+            ["train", "--cache", str(cache_folder), "--out", str(trained), "--holdout-tokens", "88", *TRAIN]
+        )
+        == 0
+    )
+    assert (trained / "model.safetensors").read_bytes() == before
+
+
+def test_settings_come_from_the_file_then_from_flags(
+    cache_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("preset: demo\ncrosscoder:\n  k: 7\nlr: 3e-4\ncache: x\nout: y\n")
+    with pytest.raises(SystemExit) as stop:
+        crosscoders_cli.main(["train", "--config", str(file), "--lr", "0.5", "--print-config"])
+    assert stop.value.code == 0
+    found = yaml.safe_load(capsys.readouterr().out)
+    assert (found["lr"], found["crosscoder"]["k"], found["crosscoder"]["dict_size"]) == (0.5, 7, 512)
+    assert (found["batch_size"], found["cache"]) == (1024, "x")
+    with pytest.raises(SystemExit):
+        crosscoders_cli.main(["train", "--config", str(file), "--print-config"])
+    assert yaml.safe_load(capsys.readouterr().out)["lr"] == 3e-4
+
+
+@pytest.mark.parametrize(
+    "yaml_text, argv, line",
+    [
+        ("", ["--crosscoder.dictsize", "3"], r"unknown key 'dictsize' in [crosscoder]; did you mean 'dict_size'?"),
+        ("", ["--learning-rat", "3"], "unknown key 'learning_rat'. Known keys: adam_beta1"),
+        ("", ["--batchsize", "3"], "unknown key 'batchsize'; did you mean 'batch_size'?"),
+        ("crosscoder:\n  dictsize: 3\n", [], "unknown key 'dictsize' in [crosscoder]; did you mean 'dict_size'?"),
+        ("batch_sise: 3\n", [], "unknown key 'batch_sise'; did you mean 'batch_size'?"),
+        ("", ["--lr", "fast"], "setting 'lr' is wrong: Expected a float. Got value: fast"),
+        ("crosscoder:\n  k: many\n", [], "setting 'crosscoder.k' is wrong"),
+        ("", ["--crosscoder.activation", "topk"], "setting 'crosscoder.activation' is wrong"),
+        ("", ["--crosscoder.k", "0"], "crosscoder.k is 0; it must lie between 1 and dict_size = 16384"),
+        ("", ["--crosscoder.k", "99999"], "crosscoder.k is 99999; it must lie between 1 and dict_size"),
+        ("", ["--k-start", "500"], "k_start = 500 differs from crosscoder.k = 100 but k_anneal_steps is 0"),
+        ("", ["--preset", "papr-l1"], "unknown preset 'papr-l1'; did you mean 'paper-l1'?"),
+        ("a: [\n", [], "is not YAML"),
+        ("- a\n", [], "holds no settings"),
+    ],
+)
+def test_a_wrong_setting_is_one_line_with_status_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], yaml_text: str, argv: list[str], line: str
+) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(yaml_text)
+    config = ["--config", str(file)] if yaml_text else []
+    assert crosscoders_cli.main(["train", "--cache", "x", "--out", "y", *config, *argv]) == 2
+    assert line in error_line(capsys)
+
+
+def test_missing_settings_commands_and_files_are_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for argv, line in [
+        (["train", "--cache", "x"], "out must be given"),
+        (["trian"], "unknown command 'trian'; did you mean 'train'?"),
+        (["train", "--config", "/no.yaml", "--cache", "x", "--out", "y"], "config file '/no.yaml' does not exist"),
+        (["train", "--cache", str(tmp_path), "--out", str(tmp_path / "y")], "is not an activation cache"),
+        (["eval", str(tmp_path), "--cache", str(tmp_path)], "holds no crosscoder"),
+    ]:
+        assert crosscoders_cli.main(argv) == 2
+        assert line in error_line(capsys)
+    assert diffing_cli.main(["scale", str(tmp_path)]) == 2
+    assert "is not a run folder (no run.json), so its cache is unknown" in error_line(capsys)
+    assert diffing_cli.main(["report", str(tmp_path)]) == 2
+    assert "has no latents.json. Run: diffing scale" in error_line(capsys)
+
+
+def test_exit_status_3_and_4_for_environment_and_corrupt_data(
+    trained: Path, cache_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from crosscoders import store
+
+    with store.exclusive(tmp_path / "run"):
+        assert (
+            crosscoders_cli.main(["train", "--cache", str(cache_folder), "--out", str(tmp_path / "run"), *TRAIN]) == 3
+        )
+    assert "is being written by process" in error_line(capsys)
+    shutil.copytree(cache_folder, tmp_path / "cache")
+    shard = tmp_path / "cache" / "shard-00000.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 8
+    shard.write_bytes(bytes(data))
+    assert crosscoders_cli.main(["eval", str(trained), "--cache", str(tmp_path / "cache")]) == 4
+    assert "shard-00000.safetensors does not match its checksum" in error_line(capsys)
+
+
+def test_a_cache_of_another_width_or_pair_is_refused(
+    trained: Path, pair: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from crosscoders import cache_activations
+
+    other = cache_activations(pair.config(tmp_path / "other", hook_point="blocks.0.hook_resid_post", n_tokens=200))
+    argv = ["train", "--cache", str(other.path), "--out", str(tmp_path / "r"), *TRAIN]
+    assert crosscoders_cli.main([*argv, "--crosscoder.d-model", "17"]) == 2
+    assert "the activations have d_model = 16 but the crosscoder config has 17" in error_line(capsys)
+    assert crosscoders_cli.main([*argv, "--holdout-tokens", "190"]) == 2
+    assert "holdout_tokens = 190 leaves 10 of 200 tokens" in error_line(capsys)
+
+
+def test_help_and_config_errors_load_nothing_heavy() -> None:
+    script = (
+        "import sys\nfrom crosscoders import cli as a\nfrom diffing import cli as b\n"
+        "for argv in ([], ['--help']): assert a.main(argv) == 0 and b.main(argv) == 0\n"
+        "for main, name in ((a.main, 'cache'), (a.main, 'train'), (a.main, 'eval'), (b.main, 'scale'), (b.main, 'demo')):\n"
+        "    try: main([name, '--help'])\n"
+        "    except SystemExit as stop: assert stop.code == 0\n"
+        "assert a.main(['train', '--cache', 'x', '--out', 'y', '--crosscoder.k', '0']) == 2\n"
+        f"print(sorted(set({HEAVY}) & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, env=dict(os.environ)
+    )
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_a_bug_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import diffing.commands
+
+    def broken(settings: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(diffing.commands, "report", broken)
+    with pytest.raises(ZeroDivisionError):
+        diffing_cli.main(["report", str(tmp_path)])
