@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from crosscoders.metrics import evaluate
     from crosscoders.model import Crosscoder
     from crosscoders.pair import ModelPair, load_pair
+    from crosscoders.source import open_source
     from crosscoders.stream import cached_stream, live_stream, tensor_stream
     from crosscoders.training import train
 
@@ -34,6 +35,7 @@ _HOMES = {
     "live_stream": "stream",
     "load_crosscoder": "formats",
     "load_pair": "pair",
+    "open_source": "source",
     "tensor_stream": "stream",
     "train": "training",
 }
@@ -55,6 +57,7 @@ __all__ = [
     "live_stream",
     "load_crosscoder",
     "load_pair",
+    "open_source",
     "tensor_stream",
     "train",
 ]

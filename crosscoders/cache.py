@@ -1,140 +1,33 @@
-"""Step 2 of the data flow: tokens -> paired activations, on disk or on the fly.
+"""Step 2 of the data flow, second half: paired activations on disk, written and read.
 
-`ActivationSource` runs both models over a plan of rows and yields scored tokens in a fixed order; `cache_activations`
-writes them as shards of [tokens, n_models, d_model] with the manifest last; `ActivationCache` reads them back. The same
-plan gives the same bytes whether or not the run was interrupted: a shard starts at a fixed token, and the forward
-passes that hold its tokens are run again in full.
+`cache_activations` writes what an `ActivationSource` yields as shards of [tokens, n_models, d_model], manifest last;
+`ActivationCache` reads them back. The same plan gives the same bytes whether or not the run was interrupted: a shard
+starts at a fixed token, and the forward passes that hold its tokens are run again in full.
 """
 
 import functools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import torch
-from jaxtyping import Float, Int, UInt8
-from torch import Tensor
 
 from crosscoders import store
 from crosscoders.config import CacheConfig, to_dict
 from crosscoders.errors import CorruptData, InputError
-from crosscoders.pair import ModelPair, PairInfo, inspect_pair, load_pair
 from crosscoders.progress import Progress, say
-from crosscoders.tokens import Rows, iterate_scored, pad_rows, read_template, tokenize_documents
-
-FORMAT_VERSION = 1
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-
-
-class Tokens(NamedTuple):
-    """Scored tokens with their activations, in cache order."""
-
-    activations: Float[Tensor, "tokens n_models d_model"]
-    """In the dtype of the cache."""
-    token_ids: Int[Tensor, " tokens"]
-    positions: Int[Tensor, " tokens"]
-    """Position in the row, counted from 0 with the beginning-of-sequence token."""
-    document_ids: Int[Tensor, " tokens"]
-    roles: UInt8[Tensor, " tokens"]
-    """Index into `tokens.ROLES`."""
-    groups: Int[Tensor, " tokens"]
-    """Index into the manifest's `groups`."""
-
-    def slice(self, start: int, stop: int) -> "Tokens":
-        return Tokens(*(t[start:stop] for t in self))
-
-
-def concatenate(parts: list[Tokens]) -> Tokens:
-    return Tokens(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
-
-
-class ActivationSource:
-    """Runs the pair over planned rows. Token number t is the same token in every run of the same plan."""
-
-    def __init__(self, pair: ModelPair, rows: Rows, *, hook_point: str, batch_rows: int, dtype: torch.dtype) -> None:
-        self.pair, self.rows, self.hook_point, self.dtype = pair, rows, hook_point, dtype
-        self.batches = rows.batches(batch_rows)
-        self.spans = list(iterate_scored(rows, self.batches))
-        pad = pair.info.tokenizer.pad_token_id
-        self.pad_id = 0 if pad is None else int(pad)
-
-    def read(self, start: int, stop: int) -> Iterator[Tokens]:
-        """Scored tokens start to stop, forward pass by forward pass."""
-        for numbers, (first, last) in zip(self.batches, self.spans, strict=True):
-            if last > start and first < stop:
-                yield self._run(numbers).slice(max(start - first, 0), min(stop, last) - first)
-
-    def _run(self, numbers: Int[np.ndarray, " rows"]) -> Tokens:
-        batch = pad_rows(self.rows, numbers, self.pad_id)
-        scored = torch.from_numpy(batch.scored)
-        x = self.pair.activations(batch, self.hook_point)[scored.to(self.pair.device)]
-        positions = torch.arange(scored.shape[1]).expand(scored.shape)[scored]
-        documents = torch.from_numpy(batch.rows)[:, None].expand(scored.shape)[scored]
-        self._require_finite(x, documents, positions)
-        row_starts = torch.from_numpy(self.rows.offsets)[documents]
-        return Tokens(
-            activations=x.to(self.dtype).cpu(),
-            token_ids=torch.from_numpy(batch.ids)[scored].int(),
-            positions=positions.int(),
-            document_ids=documents.int(),
-            roles=torch.from_numpy(self.rows.roles)[row_starts + positions],
-            groups=torch.from_numpy(self.rows.groups)[documents].int(),
-        )
-
-    def _require_finite(
-        self,
-        x: Float[Tensor, "tokens n_models d_model"],
-        documents: Int[Tensor, " tokens"],
-        positions: Int[Tensor, " tokens"],
-    ) -> None:
-        finite = torch.isfinite(x.to(self.dtype)).all(dim=-1).cpu()
-        if finite.all():
-            return
-        token, model = (~finite).nonzero()[0].tolist()
-        name = (self.pair.info.base, self.pair.info.tuned)[model]
-        raise CorruptData(
-            f"model {name!r} gives a non-finite activation at {self.hook_point!r}, "
-            f"document {int(documents[token])}, position {int(positions[token])}. "
-            "Whole shards are kept. Use --model-dtype float32, or take the document out."
-        )
-
+from crosscoders.source import (
+    DTYPES,
+    FORMAT_VERSION,
+    ActivationSource,
+    Plan,
+    Tokens,
+    concatenate,
+    make_plan,
+    open_source,
+)
 
 # ---------------------------------------------------------------------------------------------------------- writing
-
-
-class _Plan(NamedTuple):
-    info: PairInfo
-    rows: Rows
-    fingerprint: dict[str, Any]
-    """Everything that decides the bytes of the cache."""
-
-
-def _make_plan(config: CacheConfig) -> _Plan:
-    """Tokenise and check everything that can be wrong before a model loads."""
-    info = inspect_pair(config.base, config.tuned, [config.hook_point], tokenizer=config.tokenizer)
-    template = read_template(config.chat_template)
-    rows = tokenize_documents(config, info.tokenizer, template)
-    fingerprint = {
-        "format_version": FORMAT_VERSION,
-        **info.hashes(),
-        "template_hash": store.hash_json(template or info.tokenizer.chat_template),
-        "token_hash": store.hash_json(
-            [
-                store.checksum(array.tobytes())
-                for array in (rows.ids, rows.roles, rows.scored, rows.offsets, rows.groups)
-            ]
-        ),
-        "hook_point": config.hook_point,
-        "n_models": 2,
-        "d_model": info.d_model,
-        "dtype": config.dtype,
-        "model_dtype": config.model_dtype,
-        "n_tokens": config.n_tokens,
-        "shard_tokens": config.shard_tokens,
-        "batch_rows": config.batch_rows,
-    }
-    return _Plan(info, rows, fingerprint)
 
 
 def cache_activations(config: CacheConfig) -> "ActivationCache":
@@ -147,7 +40,7 @@ def cache_activations(config: CacheConfig) -> "ActivationCache":
     """
     out = Path(config.out)
     bytes_per_token = 2 * DTYPES[config.dtype].itemsize
-    plan = _make_plan(config)
+    plan = make_plan(config)
     n_bytes = config.n_tokens * (bytes_per_token * plan.info.d_model + 17)
     say(
         f"cache {config.base} and {config.tuned} at {config.hook_point}: {config.n_tokens:,} tokens, "
@@ -165,13 +58,7 @@ def cache_activations(config: CacheConfig) -> "ActivationCache":
         )
         if done:
             say(f"going on at token {done:,} of {config.n_tokens:,}")
-        pair = load_pair(
-            config.base, config.tuned, config.hook_point, device=config.device, dtype=config.model_dtype, info=plan.info
-        )
-        source = ActivationSource(
-            pair, plan.rows, hook_point=config.hook_point, batch_rows=config.batch_rows, dtype=DTYPES[config.dtype]
-        )
-        _write_shards(out, config, plan, source, shards)
+        _write_shards(out, config, plan, open_source(config, plan), shards)
     return ActivationCache(out)
 
 
@@ -192,7 +79,7 @@ def _finished_shards(out: Path, fingerprint: dict[str, Any]) -> list[dict[str, A
 
 
 def _write_shards(
-    out: Path, config: CacheConfig, plan: _Plan, source: ActivationSource, shards: list[dict[str, Any]]
+    out: Path, config: CacheConfig, plan: Plan, source: ActivationSource, shards: list[dict[str, Any]]
 ) -> None:
     start = sum(shard["n_tokens"] for shard in shards)
     progress = Progress("cache", total=config.n_tokens, start=start, unit="tok")
@@ -281,6 +168,7 @@ class ActivationCache:
             )
         for shard in self.manifest["shards"]:
             self._require_size(shard)
+        self._held: tuple[int, Tokens] | None = None
         self.starts = np.cumsum([0] + [shard["n_tokens"] for shard in self.manifest["shards"]])
 
     def _require_size(self, shard: dict[str, Any]) -> None:
@@ -311,14 +199,17 @@ class ActivationCache:
 
     @functools.cached_property
     def manifest_hash(self) -> str:
-        return store.hash_json(self.manifest)
+        """Identity of the contents, wherever the cache lies: everything in the manifest but the settings' paths."""
+        return store.hash_json({key: value for key, value in self.manifest.items() if key != "config"})
 
     def shard(self, number: int) -> Tokens:
-        """One whole shard."""
-        entry = self.manifest["shards"][number]
-        return Tokens(
-            **store.read_tensors(self.path / entry["name"], store.Written(entry["n_bytes"], entry["checksum"]))
-        )
+        """One whole shard, checked; the last one read is kept in memory."""
+        if self._held is None or self._held[0] != number:
+            entry = self.manifest["shards"][number]
+            expected = store.Written(entry["n_bytes"], entry["checksum"])
+            self._held = None  # free the old shard before the next one is read
+            self._held = number, Tokens(**store.read_tensors(self.path / entry["name"], expected))
+        return self._held[1]
 
     def read(self, start: int, stop: int) -> Tokens:
         """Tokens start to stop, from whole shards."""
@@ -339,7 +230,3 @@ class ActivationCache:
                 tokens = self.read(max(start, origin), min(stop, end))
                 for i in range(0, len(tokens.token_ids), batch_size):
                     yield tokens.slice(i, i + batch_size)
-
-    def document_tokens(self) -> Int[Tensor, " tokens"]:
-        """Document id of every token."""
-        return torch.cat([self.shard(i).document_ids for i in range(len(self.manifest["shards"]))])

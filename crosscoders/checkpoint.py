@@ -44,8 +44,11 @@ def start_run(folder: Path, config: dict[str, Any], inputs: dict[str, Any], envi
         store.write_json(path, described)
         return
     found = store.read_json(path)
-    for part, now in (("config", config), ("inputs", inputs)):
-        was, now = json.loads(json.dumps(found[part])), json.loads(json.dumps(now))
+    for part in ("config", "inputs"):
+        was, now = (json.loads(json.dumps(run[part])) for run in (found, described))
+        if part == "inputs":
+            for side in (was, now):
+                side.get("cache", {}).pop("path", None)  # a cache that was moved is the same cache
         changed = _first_difference(was, now)
         if changed:
             key, old, new = changed

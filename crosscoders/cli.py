@@ -33,6 +33,8 @@ class EvalSettings:
     """Tokens to read; default: all."""
     out: str | None = None
     """JSON file for the results."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
 
 
 COMMANDS = [

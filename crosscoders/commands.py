@@ -16,10 +16,11 @@ from crosscoders.cli import EvalSettings, TrainSettings
 from crosscoders.config import CacheConfig, TrainConfig, to_dict
 from crosscoders.errors import EnvironmentFault, InputError
 from crosscoders.formats import load_crosscoder
+from crosscoders.pair import choose_device
 from crosscoders.progress import say
 from crosscoders.provenance import environment
+from crosscoders.reporting import Log, evaluation_rows, row
 from crosscoders.stream import cached_stream
-from crosscoders.training import evaluation_rows
 from crosscoders.training import train as train_crosscoder
 
 
@@ -51,7 +52,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     say(
         f"train {config.crosscoder.dict_size:,} latents ({config.crosscoder.activation}) on "
         f"{opened.manifest['hook_point']} of {opened.manifest['base']['name']} and {opened.manifest['tuned']['name']}: "
-        f"{config.n_tokens:,} tokens, {config.n_tokens / (stream.steps_per_epoch * config.batch_size):.1f} epochs, to {out}"
+        f"{config.n_tokens:,} tokens, {config.n_steps / stream.steps_per_epoch:.1f} epochs, to {out}"
     )
     trained = train_crosscoder(config, stream, out, holdout=holdout, inputs=cache_inputs(opened), log=_wandb(settings))
     closing(started, f"crosscoder in {out}")
@@ -88,7 +89,7 @@ def _require_same_source(opened: ActivationCache, other: ActivationCache) -> Non
             )
 
 
-def _wandb(settings: TrainSettings) -> Callable[[dict[str, Any]], None] | None:
+def _wandb(settings: TrainSettings) -> Log | None:
     if settings.wandb is None:
         return None
     try:
@@ -101,7 +102,8 @@ def _wandb(settings: TrainSettings) -> Callable[[dict[str, Any]], None] | None:
 
 def evaluate(settings: EvalSettings) -> dict[str, Any]:
     """`crosscoders eval`"""
-    crosscoder, opened = load_crosscoder(settings.run), ActivationCache(settings.cache)
+    opened = ActivationCache(settings.cache)
+    crosscoder = load_crosscoder(settings.run, device=str(choose_device(settings.device)))
     n_tokens = min(settings.n_tokens or len(opened), len(opened))
     found = metrics.evaluate(crosscoder, (tokens.activations for tokens in opened.batches(4096, 0, n_tokens)))
     described = result("eval", to_dict(settings), evaluation_rows(found))
@@ -124,13 +126,6 @@ def cache_inputs(opened: ActivationCache) -> dict[str, Any]:
             **{key: manifest[key] for key in kept},
         }
     }
-
-
-def row(
-    name: str, value: float, unit: str, n: int, low: float | None = None, high: float | None = None
-) -> dict[str, Any]:
-    """One row of a JSON result."""
-    return {"name": name, "value": value, "unit": unit, "n": n, "low": low, "high": high}
 
 
 def result(name: str, config: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -205,6 +205,11 @@ class TrainConfig:
                     "l1_coefficient has no effect with activation 'batchtopk'. Set it to 0, or use 'relu'."
                 )
             self._check_annealing()
+            if self.threshold_start_step >= self.n_steps:
+                raise InputError(
+                    f"threshold_start_step = {self.threshold_start_step} but the run has {self.n_steps} steps, so no "
+                    "inference threshold would be tracked. Lower it, or raise n_tokens."
+                )
         elif self.k_start is not None or self.k_anneal_steps:
             raise InputError("k_start and k_anneal_steps have no effect with activation 'relu'. Remove them.")
 
@@ -272,16 +277,17 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # Minutes on two CPU cores, for a width of 128 (docs/log.md has the runs that decided it).
     "demo": {
-        "crosscoder.dict_size": 512,
+        "crosscoder.dict_size": 768,
         "crosscoder.activation": "batchtopk",
-        "crosscoder.k": 16,
+        "crosscoder.k": 24,
         "n_tokens": 1_638_400,
         "batch_size": 1024,
-        "lr": 4e-3,
+        "lr": 2e-3,
         "lr_warmup_steps": 50,
         "lr_decay_fraction": 0.2,
         "input_norm": "sqrt_d",
         "reconstruction": "squared",
+        "decoder_init_norm": 0.3,
         "dead_after_tokens": 100_000,
         "threshold_start_step": 200,
         "threshold_beta": 0.99,

@@ -15,8 +15,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from crosscoders.cache import ActivationCache, ActivationSource, concatenate
+from crosscoders.cache import ActivationCache
 from crosscoders.errors import InputError
+from crosscoders.source import ActivationSource, concatenate
 
 
 @runtime_checkable
@@ -116,24 +117,32 @@ def live_stream(
     source: ActivationSource,
     *,
     n_tokens: int,
-    mean_norm: list[float],
     batch_size: int,
     buffer_tokens: int = 524_288,
     seed: int = 0,
+    mean_norm: list[float] | None = None,
 ) -> BufferedStream:
     """The batches of `cached_stream` over the same plan, computed when they are needed; nothing is written.
 
-    `mean_norm` is the cache's statistic, or an estimate; it decides the input scale only.
+    mean_norm: the cache's statistic, which decides the input scale only; default: that of the first 16,384 tokens.
     """
+
+    def read(start: int, stop: int) -> Float[Tensor, "tokens n_models d_model"]:
+        return concatenate(list(source.read(start, stop))).activations
+
     return BufferedStream(
-        lambda start, stop: concatenate(list(source.read(start, stop))).activations,
+        read,
         n_tokens=n_tokens,
         batch_size=batch_size,
         buffer_tokens=buffer_tokens,
         seed=seed,
-        mean_norm=mean_norm,
+        mean_norm=mean_norm or _mean_norm(read(0, min(16_384, n_tokens))),
         d_model=source.pair.info.d_model,
     )
+
+
+def _mean_norm(x: Float[Tensor, "tokens n_models d_model"]) -> list[float]:
+    return list(x.double().norm(dim=-1).mean(dim=0).tolist())
 
 
 def tensor_stream(
@@ -146,6 +155,6 @@ def tensor_stream(
         batch_size=batch_size,
         buffer_tokens=buffer_tokens,
         seed=seed,
-        mean_norm=x.double().norm(dim=-1).mean(dim=0).tolist(),
+        mean_norm=_mean_norm(x),
         d_model=x.shape[-1],
     )

@@ -5,7 +5,6 @@ that `checkpoint` saves. It imports no producer of activations: any `BatchStream
 """
 
 import contextlib
-import json
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -21,11 +20,12 @@ from crosscoders import checkpoint, store
 from crosscoders.config import TrainConfig, to_dict
 from crosscoders.errors import CorruptData, InputError
 from crosscoders.losses import auxiliary_loss, reconstruction_loss, sparsity_loss
-from crosscoders.metrics import Evaluation, ReconstructionSums, evaluate
+from crosscoders.metrics import ReconstructionSums, evaluate
 from crosscoders.model import Crosscoder
 from crosscoders.pair import choose_device
 from crosscoders.progress import Progress, say
 from crosscoders.provenance import environment
+from crosscoders.reporting import Log, eval_line, evaluation_rows, metric_columns, write_line
 from crosscoders.stream import BatchStream
 
 Holdout = Callable[[], Iterable[Float[Tensor, "_ n_models d_model"]]]
@@ -59,7 +59,7 @@ def train(
     *,
     holdout: Holdout | None = None,
     inputs: dict[str, Any] | None = None,
-    log: Callable[[dict[str, Any]], None] | None = None,
+    log: Log | None = None,
 ) -> Crosscoder:
     """Train a crosscoder, or go on with an interrupted run in `out`, and return it.
 
@@ -131,10 +131,12 @@ def train(
             if step % config.log_every == 0 or step == config.n_steps:
                 seconds, since = time.perf_counter() - logged[0], logged[1]
                 rate = (step - since) * config.batch_size / seconds
-                _write_line(out, step_line(config, model, result, x, dead, k, step, rate), log)
+                write_line(
+                    out, step_line(config, model, result, x, dead, step) | {"tokens_per_second": round(rate)}, log
+                )
                 logged = time.perf_counter(), step
             if holdout and config.eval_every and step % config.eval_every == 0 and step < config.n_steps:
-                _write_line(out, _eval_line(step, evaluate(model, holdout())), log)
+                write_line(out, eval_line(step, evaluate(model, holdout())), log)
             if step % config.checkpoint_every == 0 or stop or step == config.n_steps:
                 checkpoint.save_state(out, step, model, optimizer, tokens_since_fired)
             if stop and step < config.n_steps:
@@ -148,7 +150,7 @@ def train(
         model.save(out, provenance=inputs)
         if holdout:
             found = evaluate(model, holdout())
-            _write_line(out, _eval_line(step, found), log)
+            write_line(out, eval_line(step, found), log)
             store.write_json(out / "eval.json", {"name": "eval", "rows": evaluation_rows(found)})
         return model
 
@@ -246,78 +248,29 @@ def _require_finite(loss: Tensor, terms: dict[str, Tensor], step: int, out: Path
     )
 
 
-# ---------------------------------------------------------------------------------------------------------- reporting
-
-
 def step_line(
     config: TrainConfig,
     model: Crosscoder,
     result: StepResult,
     x: Float[Tensor, "batch n_models d_model"],
     dead: Bool[Tensor, " dict_size"],
-    k: int | None,
     step: int,
-    rate: float,
 ) -> dict[str, Any]:
     """Metrics of the batch of this step; fve by the same definition as everywhere, over the batch."""
     sums = ReconstructionSums(x.shape[1], x.shape[2], config.crosscoder.dict_size)
     sums.add(x, result.x_hat, (result.latents > 0).sum(dim=0))
-    found = sums.result()
+    terms = {name: value.item() for name, value in result.terms.items()}
+    topk = {"k": k_at(config, step - 1), "threshold": model.threshold.item()}
     return {
         "step": step,
         "tokens": step * config.batch_size,
-        "loss": sum(float(value.detach()) for value in result.terms.values()),
-        **{name: float(value.detach()) for name, value in result.terms.items()},
-        **_fve_columns(found),
-        "l0": found.l0,
-        "dead": float(dead.double().mean()),
+        "loss": sum(terms.values()),
+        **terms,
+        **metric_columns(sums.result()),
+        "dead": dead.double().mean().item(),
         "lr": lr_at(config, step - 1),
-        **({"k": k, "threshold": float(model.threshold)} if k is not None else {}),
-        "tokens_per_second": round(rate),
+        **(topk if config.crosscoder.activation == "batchtopk" else {}),
     }
-
-
-def _fve_columns(found: Evaluation) -> dict[str, float]:
-    names = ("base", "tuned") if len(found.fve) == 2 else tuple(str(m) for m in range(len(found.fve)))
-    return {f"fve_{name}": value for name, value in zip(names, found.fve, strict=True)}
-
-
-def _eval_line(step: int, found: Evaluation) -> dict[str, Any]:
-    return {
-        "event": "eval",
-        "step": step,
-        **_fve_columns(found),
-        "l0": found.l0,
-        "dead": found.dead_fraction,
-        "n_tokens": found.n_tokens,
-    }
-
-
-def evaluation_rows(found: Evaluation) -> list[dict[str, Any]]:
-    """The rows that --json prints."""
-    values = {f"eval.{name.replace('_', '.')}": (value, "fraction") for name, value in _fve_columns(found).items()}
-    values |= {"eval.l0": (found.l0, "latents/token"), "eval.dead": (found.dead_fraction, "fraction")}
-    return [
-        {"name": name, "value": value, "unit": unit, "n": found.n_tokens, "low": None, "high": None}
-        for name, (value, unit) in values.items()
-    ]
-
-
-def _write_line(out: Path, line: dict[str, Any], log: Callable[[dict[str, Any]], None] | None) -> None:
-    with (out / "train.jsonl").open("a") as file:
-        file.write(json.dumps(line) + "\n")
-    if log:
-        log(line)
-    parts = [f"step {line['step']:06d}", "held-out" if line.get("event") else f"loss {line['loss']:.4f}"]
-    parts.append(
-        "fve " + " ".join(f"{name.removeprefix('fve_')} {line[name]:.3f}" for name in line if name.startswith("fve_"))
-    )
-    parts.append(f"l0 {line['l0']:.1f}  dead {line['dead']:.1%}")
-    if "lr" in line:
-        parts.append(f"lr {line['lr']:.1e}  tok/s {line['tokens_per_second']:,}")
-    else:
-        parts.append(f"n {line['n_tokens']:,} tokens")
-    say("  ".join(parts))
 
 
 @contextlib.contextmanager

@@ -18,6 +18,8 @@ class ScaleSettings:
     """Tokens to read; default: all."""
     n_examples: int = 64
     """Latents, from the most tuned-specific on, for which examples are kept."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
 
 
 @dataclass(frozen=True)

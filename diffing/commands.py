@@ -6,10 +6,11 @@ from typing import Any
 
 from crosscoders import store
 from crosscoders.cache import ActivationCache
-from crosscoders.commands import closing, result, row
+from crosscoders.commands import closing, result
 from crosscoders.config import to_dict
 from crosscoders.errors import InputError
 from crosscoders.progress import say
+from crosscoders.reporting import row
 from diffing.cli import DemoSettings, ReportSettings, ScaleSettings
 from diffing.report import write_report
 from diffing.table import scale_run
@@ -22,7 +23,7 @@ def scale(settings: ScaleSettings) -> dict[str, Any]:
     run = Path(settings.run)
     cache = ActivationCache(settings.cache if settings.cache is not None else _trained_on(run))
     say(f"scale {run} on {min(settings.n_tokens or len(cache), len(cache)):,} tokens of {cache.path}")
-    table = scale_run(run, cache, n_tokens=settings.n_tokens, n_examples=settings.n_examples)
+    table = scale_run(run, cache, n_tokens=settings.n_tokens, n_examples=settings.n_examples, device=settings.device)
     counts = {verdict: int((table["verdict"] == verdict).sum()) for verdict in VERDICTS}
     say("  ".join(f"{verdict} {n}" for verdict, n in counts.items() if n) + f"  of {len(table):,} latents")
     closing(started, f"latent table in {run / 'latents.json'}")

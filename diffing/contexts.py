@@ -4,7 +4,6 @@ A token's context is `template` where it belongs to the chat template, otherwise
 latent j in context c is sum_{n in c} f_nj / sum_n f_nj: activation mass, not counts.
 """
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,11 +11,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from crosscoders import sparse
-from crosscoders.cache import ActivationCache, Tokens
+from crosscoders.cache import ActivationCache
 from crosscoders.model import Crosscoder
+from crosscoders.source import Tokens
 from crosscoders.tokens import ROLES
 
 TEMPLATE = "template"
+WINDOW = (16, 8)
+"""Tokens of an example before its peak, and from the peak on."""
 
 
 class ContextSums:
@@ -39,43 +41,42 @@ class ContextSums:
         return self.mass / self.mass.sum(dim=1, keepdim=True).clamp_min(1e-300)
 
 
-@torch.no_grad()
 def examples(
-    crosscoder: Crosscoder,
-    cache: ActivationCache,
-    latents: list[int],
-    tokenizer: Any,
-    *,
-    n_examples: int = 8,
-    window: int = 16,
+    crosscoder: Crosscoder, cache: ActivationCache, latents: list[int], tokenizer: Any, *, n_examples: int = 8
 ) -> dict[str, list[dict[str, Any]]]:
     """The documents in which each latent is strongest, one example per document, with the tokens around the peak.
 
     Each example: document, group, position (of the peak in its document), value, tokens, values (one per token), peak
     (index into tokens). Tokens that are not cached, such as the beginning of sequence, are not shown.
     """
-    columns = torch.tensor(latents)
+    chosen = _Chosen(crosscoder, latents)
     best = _Best(len(latents), 8 * n_examples)
     start = 0
     for tokens in cache.batches(4096):
-        best.add(_encode(crosscoder, tokens, columns), start)
+        best.add(chosen.encode(tokens.activations), tokens.document_ids, start)
         start += len(tokens.token_ids)
-    document_ids = cache.document_tokens()
-    groups: list[str] = cache.manifest["groups"]
-    found: dict[str, list[dict[str, Any]]] = {}
-    for i, latent in enumerate(latents):
-        rows: list[dict[str, Any]] = []
-        for token in best.tokens_of(i):
-            document = int(document_ids[token])
-            if len(rows) < n_examples and all(row["document"] != document for row in rows):
-                rows.append(_example(crosscoder, cache, document_ids, latent, token, tokenizer, groups, window))
-        found[str(latent)] = rows
-    return found
+    places = [(token, i) for i in range(len(latents)) for token in best.peaks(i, n_examples)]
+    found: dict[str, list[dict[str, Any]]] = {str(latent): [] for latent in latents}
+    for token, i in sorted(places):  # in cache order, so that each shard is read once
+        found[str(latents[i])].append(_example(chosen, cache, i, token, tokenizer))
+    return {latent: sorted(rows, key=lambda row: -row["value"]) for latent, rows in found.items()}
 
 
-def _encode(crosscoder: Crosscoder, tokens: Tokens, columns: Int[Tensor, " chosen"]) -> Float[Tensor, "batch chosen"]:
-    x = tokens.activations.to(crosscoder.b_enc.device).float()
-    return crosscoder.encode(x)[:, columns.to(x.device)].cpu()
+class _Chosen:
+    """Encoder of a few latents only."""
+
+    def __init__(self, crosscoder: Crosscoder, latents: list[int]) -> None:
+        columns = torch.tensor(latents, dtype=torch.int64, device=crosscoder.b_enc.device)
+        self.crosscoder = crosscoder
+        self.weight = crosscoder.W_enc.detach().flatten(0, 1)[:, columns]
+        self.bias = crosscoder.b_enc.detach()[columns]
+        self.gate_at = crosscoder.gate_at().detach()[columns]
+
+    def encode(self, x: Float[Tensor, "batch n_models d_model"]) -> Float[Tensor, "batch chosen"]:
+        """Latents with the inference gate, as `Crosscoder.encode` gives them."""
+        normalised = self.crosscoder.normalise(x.to(self.bias.device).float())
+        pre = torch.addmm(self.bias, normalised.flatten(1), self.weight)
+        return (pre * (pre > self.gate_at)).cpu()
 
 
 class _Best:
@@ -83,41 +84,37 @@ class _Best:
 
     def __init__(self, n_latents: int, n_kept: int) -> None:
         self.values = torch.zeros(n_latents, n_kept)
-        self.tokens = torch.full((n_latents, n_kept), -1)
+        self.places = torch.full((2, n_latents, n_kept), -1)  # token and document
 
-    def add(self, latents: Float[Tensor, "batch chosen"], start: int) -> None:
-        numbers = torch.arange(start, start + len(latents)).expand(latents.shape[1], -1)
-        values, tokens = torch.cat([self.values, latents.T], dim=1), torch.cat([self.tokens, numbers], dim=1)
-        self.values, chosen = values.topk(self.values.shape[1], dim=1)
-        self.tokens = tokens.gather(1, chosen)
+    def add(self, latents: Float[Tensor, "batch chosen"], documents: Int[Tensor, " batch"], start: int) -> None:
+        tokens = torch.arange(start, start + len(latents))
+        places = torch.stack([tokens, documents.long()])[:, None].expand(-1, latents.shape[1], -1)
+        values, places = torch.cat([self.values, latents.T], dim=1), torch.cat([self.places, places], dim=2)
+        self.values, kept = values.topk(self.values.shape[1], dim=1)
+        self.places = places.gather(2, kept.expand(2, -1, -1))
 
-    def tokens_of(self, i: int) -> Iterable[int]:
-        return [int(t) for t, value in zip(self.tokens[i], self.values[i], strict=True) if value > 0]
+    def peaks(self, i: int, n: int) -> list[int]:
+        """Tokens of the n strongest documents of the i-th latent."""
+        by_document: dict[int, int] = {}
+        for value, token, document in zip(self.values[i], *self.places[:, i], strict=True):
+            if value > 0:
+                by_document.setdefault(int(document), int(token))
+        return list(by_document.values())[:n]
 
 
-def _example(
-    crosscoder: Crosscoder,
-    cache: ActivationCache,
-    document_ids: Int[Tensor, " tokens"],
-    latent: int,
-    token: int,
-    tokenizer: Any,
-    groups: list[str],
-    window: int,
-) -> dict[str, Any]:
-    start, stop = token, token + 1
-    while start > max(0, token - window) and document_ids[start - 1] == document_ids[token]:
-        start -= 1
-    while stop < min(len(document_ids), token + window // 2) and document_ids[stop] == document_ids[token]:
-        stop += 1
-    tokens = cache.read(start, stop)
-    values = _encode(crosscoder, tokens, torch.tensor([latent]))[:, 0]
+def _example(chosen: _Chosen, cache: ActivationCache, i: int, token: int, tokenizer: Any) -> dict[str, Any]:
+    first = max(0, token - WINDOW[0])
+    tokens = cache.read(first, min(len(cache), token + WINDOW[1]))
+    inside = (tokens.document_ids == tokens.document_ids[token - first]).nonzero().squeeze(1)
+    tokens = tokens.slice(int(inside[0]), int(inside[-1]) + 1)
+    peak = token - first - int(inside[0])
+    values = chosen.encode(tokens.activations)[:, i]
     return {
-        "document": int(document_ids[token]),
-        "group": groups[int(tokens.groups[0])],
-        "position": int(tokens.positions[token - start]),
-        "value": round(float(values[token - start]), 4),
-        "peak": token - start,
+        "document": int(tokens.document_ids[peak]),
+        "group": cache.manifest["groups"][int(tokens.groups[peak])],
+        "position": int(tokens.positions[peak]),
+        "value": round(float(values[peak]), 4),
+        "peak": peak,
         "tokens": [tokenizer.decode([int(t)]) for t in tokens.token_ids],
         "values": [round(float(v), 4) for v in values],
     }

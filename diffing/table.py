@@ -4,6 +4,7 @@
 one the examples of the latents that rank first. Files: RUN/latents.json, RUN/examples.json, RUN/latents.parquet.
 """
 
+import io
 import math
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from crosscoders.cache import ActivationCache
 from crosscoders.errors import InputError
 from crosscoders.formats import load_crosscoder
 from crosscoders.model import Crosscoder
+from crosscoders.pair import choose_device, inspect_pair
 from crosscoders.progress import Progress, say
 from diffing.contexts import TEMPLATE, ContextSums, examples
 from diffing.decoder_norms import decoder_cosine, norm_class
@@ -26,19 +28,21 @@ FORMAT_VERSION = 1
 
 
 def scale_run(
-    run: Path, cache: ActivationCache, *, n_tokens: int | None = None, n_examples: int = 64
+    run: Path, cache: ActivationCache, *, n_tokens: int | None = None, n_examples: int = 64, device: str = "auto"
 ) -> pandas.DataFrame:
     """Make the latent table of a finished run and write it beside the weights.
 
     Raises:
         InputError: the crosscoder does not fit the cache, or there are no two models.
     """
-    crosscoder = load_crosscoder(run)
+    crosscoder = load_crosscoder(run, device=str(choose_device(device)))
     require_fit(crosscoder, cache)
     scales, contexts = scale_cache(crosscoder, cache, n_tokens=n_tokens)
     table = latent_table(crosscoder, scales, contexts)
     write_table(run, table, scales, cache)
-    table.to_parquet(run / "latents.parquet")
+    parquet = io.BytesIO()
+    table.to_parquet(parquet)
+    store.write_bytes(run / "latents.parquet", parquet.getvalue())
     chosen = [int(latent) for latent in table.nsmallest(n_examples, "rank").query("n_active > 0").index]
     say(f"examples of the {len(chosen)} latents that rank first")
     found = examples(crosscoder, cache, chosen, cache_tokenizer(cache))
@@ -123,8 +127,6 @@ def write_table(run: Path, table: pandas.DataFrame, scales: LatentScales, cache:
 
 def cache_tokenizer(cache: ActivationCache) -> Any:
     """The tokenizer with which a cache was made."""
-    from crosscoders.pair import inspect_pair
-
     config = cache.manifest["config"]
     return inspect_pair(
         config["base"], config["tuned"], [config["hook_point"]], tokenizer=config["tokenizer"]

@@ -1,4 +1,4 @@
-"""Shared fixtures: a tiny Gemma-2 pair with its own tokenizer, made once per session; shapes are checked at call time."""
+"""Shared fixtures: a tiny Gemma-2 pair with its own tokenizer, made once; shapes are checked at call time."""
 
 import json
 import os
@@ -7,7 +7,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from jaxtyping import install_import_hook  # noqa: E402
+from jaxtyping import install_import_hook
 
 _hook = install_import_hook(["crosscoders", "diffing"], "typecheck.checked")
 _hook.__enter__()
@@ -23,8 +23,9 @@ CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
     "{{ m['content'] | trim }}<end_of_turn>\n{% endfor %}"
 )
-TEXTS = [f"Return the {a} of a {b}. The {b} must not be empty." for a in ("name", "size", "sum", "list", "path") for b in
-         ("file", "string", "number", "table", "line", "word", "node", "key")]  # fmt: skip
+THINGS = ("file", "string", "number", "table", "line", "word", "node", "key")
+PARTS = ("name", "size", "sum", "list", "path")
+TEXTS = [f"Return the {part} of a {thing}. The {thing} must not be empty." for part in PARTS for thing in THINGS]
 
 
 def make_tokenizer(folder: Path, *, template: bool = True, words: list[str] | None = None) -> None:
@@ -37,7 +38,9 @@ def make_tokenizer(folder: Path, *, template: bool = True, words: list[str] | No
     raw.decoder = decoders.ByteLevel()
     special = ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
     raw.train_from_iterator(words or TEXTS, trainer)
     raw.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
     fast = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")

@@ -14,8 +14,8 @@ import torch
 from conftest import Pair
 
 from crosscoders import ActivationCache, CorruptData, EnvironmentFault, InputError, cache_activations, load_pair, store
-from crosscoders.cache import ActivationSource, concatenate
 from crosscoders.hooks import run_to
+from crosscoders.source import ActivationSource, concatenate
 from crosscoders.tokens import ROLES, tokenize_documents
 
 
@@ -83,7 +83,7 @@ def test_a_run_that_stops_at_any_write_goes_on_to_the_same_bytes(
     monkeypatch.setattr(store, "write_bytes", failing)
     with pytest.raises(EnvironmentFault, match="planted"):
         cache_activations(pair.config(out))
-    with pytest.raises(InputError, match="has no manifest.json"):
+    with pytest.raises(InputError, match=r"has no manifest\.json"):
         ActivationCache(out)
     monkeypatch.setattr(store, "write_bytes", real)
     cache_activations(pair.config(out))
@@ -165,14 +165,14 @@ def test_one_flipped_bit_is_refused_when_read(cache_folder: Path, tmp_path: Path
     data = bytearray(shard.read_bytes())
     data[int(where * len(data)) if isinstance(where, float) else where] ^= 1
     shard.write_bytes(bytes(data))
-    with pytest.raises(CorruptData, match="shard-00002.safetensors does not match its checksum"):
+    with pytest.raises(CorruptData, match=r"shard-00002.safetensors does not match its checksum"):
         ActivationCache(copy).read(0, 600)
 
 
 def test_a_missing_shard_and_a_broken_manifest_are_refused(cache_folder: Path, tmp_path: Path) -> None:
     copy = damaged(cache_folder, tmp_path)
     (copy / "shard-00000.safetensors").unlink()
-    with pytest.raises(CorruptData, match="shard-00000.safetensors is missing"):
+    with pytest.raises(CorruptData, match=r"shard-00000.safetensors is missing"):
         ActivationCache(copy)
     (copy / "manifest.json").write_text("{")
     with pytest.raises(CorruptData, match="is not valid JSON"):
@@ -201,7 +201,7 @@ def test_a_second_writer_is_refused(pair: Pair, tmp_path: Path) -> None:
 def test_too_little_disk_is_refused_before_a_model_loads(
     pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("crosscoders.cache.load_pair", lambda *a, **k: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("crosscoders.source.load_pair", lambda *a, **k: pytest.fail("a model was loaded"))
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(EnvironmentFault, match=r"needs 87.* kB but its disk has 1.0 kB free. Lower --n-tokens"):
@@ -213,7 +213,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_torn_file(tmp_path: Path, monkeyp
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(EnvironmentFault, match="no space left for .*it needs 3 B and"):
+    with pytest.raises(EnvironmentFault, match=r"no space left for .*it needs 3 B and"):
         store.write_bytes(tmp_path / "file", b"abc")
     assert list(tmp_path.iterdir()) == []
 

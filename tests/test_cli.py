@@ -15,9 +15,10 @@ from crosscoders import cli as crosscoders_cli
 from diffing import cli as diffing_cli
 
 HEAVY = ("torch", "transformers", "transformer_lens", "sae_lens", "peft", "datasets", "pandas", "plotly")
-TRAIN = ["--crosscoder.dict-size", "24", "--crosscoder.k", "4", "--n-tokens", "3200", "--batch-size", "64", "--lr", "1e-2",
-         "--lr-warmup-steps", "5", "--log-every", "10", "--checkpoint-every", "20", "--threshold-start-step", "5",
-         "--input-norm", "sqrt_d"]  # fmt: skip
+TRAIN = (
+    "--crosscoder.dict-size 24 --crosscoder.k 4 --n-tokens 3200 --batch-size 64 --lr 1e-2 --lr-warmup-steps 5 "
+    "--log-every 10 --checkpoint-every 20 --threshold-start-step 5 --input-norm sqrt_d"
+).split()
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +94,7 @@ def test_settings_come_from_the_file_then_from_flags(
         crosscoders_cli.main(["train", "--config", str(file), "--lr", "0.5", "--print-config"])
     assert stop.value.code == 0
     found = yaml.safe_load(capsys.readouterr().out)
-    assert (found["lr"], found["crosscoder"]["k"], found["crosscoder"]["dict_size"]) == (0.5, 7, 512)
+    assert (found["lr"], found["crosscoder"]["k"], found["crosscoder"]["dict_size"]) == (0.5, 7, 768)
     assert (found["batch_size"], found["cache"]) == (1024, "x")
     with pytest.raises(SystemExit):
         crosscoders_cli.main(["train", "--config", str(file), "--print-config"])
@@ -129,13 +130,16 @@ def test_a_wrong_setting_is_one_line_with_status_2(
     assert line in error_line(capsys)
 
 
-def test_missing_settings_commands_and_files_are_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_missing_settings_commands_and_files_are_one_line(
+    cache_folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    cached = str(cache_folder)
     for argv, line in [
         (["train", "--cache", "x"], "out must be given"),
         (["trian"], "unknown command 'trian'; did you mean 'train'?"),
         (["train", "--config", "/no.yaml", "--cache", "x", "--out", "y"], "config file '/no.yaml' does not exist"),
         (["train", "--cache", str(tmp_path), "--out", str(tmp_path / "y")], "is not an activation cache"),
-        (["eval", str(tmp_path), "--cache", str(tmp_path)], "holds no crosscoder"),
+        (["eval", str(tmp_path), "--cache", cached], "holds no crosscoder"),
     ]:
         assert crosscoders_cli.main(argv) == 2
         assert line in error_line(capsys)
@@ -181,7 +185,7 @@ def test_help_and_config_errors_load_nothing_heavy() -> None:
     script = (
         "import sys\nfrom crosscoders import cli as a\nfrom diffing import cli as b\n"
         "for argv in ([], ['--help']): assert a.main(argv) == 0 and b.main(argv) == 0\n"
-        "for main, name in ((a.main, 'cache'), (a.main, 'train'), (a.main, 'eval'), (b.main, 'scale'), (b.main, 'demo')):\n"
+        "for main, name in ((a.main, 'cache'), (a.main, 'train'), (b.main, 'scale'), (b.main, 'demo')):\n"
         "    try: main([name, '--help'])\n"
         "    except SystemExit as stop: assert stop.code == 0\n"
         "assert a.main(['train', '--cache', 'x', '--out', 'y', '--crosscoder.k', '0']) == 2\n"

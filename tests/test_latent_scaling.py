@@ -23,7 +23,7 @@ def test_betas_equal_explicit_targets(activation: str, side: int) -> None:
     cc, x = make(activation), sample(60)
     f = cc.encode(x).double()
     fires = (f > 0).any(dim=0)
-    assert 2 <= int(fires.sum())
+    assert int(fires.sum()) >= 2
     found, expected = scale_latents(cc, x.split(7)), reference.betas(cc, x, f, side=side)
     for name, column in expected.items():
         mine = found[name if side == 1 else f"{name}_mirror"]

@@ -225,7 +225,7 @@ def test_a_pt_file_that_needs_unpickling_is_refused_and_not_run(
 def test_a_git_lfs_pointer_in_place_of_weights_says_so(tmp_path: Path) -> None:
     shutil.copytree(PARITY / "dictionary_learning_relu", tmp_path / "cc")
     (tmp_path / "cc" / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
-    with pytest.raises(InputError, match="is a git-lfs pointer, not the file itself. Run: git lfs pull"):
+    with pytest.raises(InputError, match=r"is a git-lfs pointer, not the file itself\. Run: git lfs pull"):
         load_crosscoder(tmp_path / "cc")
 
 

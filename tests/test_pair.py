@@ -242,7 +242,7 @@ def test_a_missing_column_is_named_with_those_that_are_there(pair: Pair, tmp_pat
     (tmp_path / "d.jsonl").write_text('{"txt": "a", "id": 1}\n')
     refuse(
         pair.config(tmp_path / "c", data=str(tmp_path / "d.jsonl")),
-        r"row 0 of .* has no column 'text' and no 'messages'; its columns are id, txt; did you mean 'txt'\? Set text_column",
+        r"row 0 of .* has no column 'text' and no 'messages'; its columns are id, txt; did you mean 'txt'\? Set text",
     )
 
 

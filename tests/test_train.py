@@ -13,13 +13,26 @@ import torch
 from conftest import Pair
 
 from crosscoders import (
-    ActivationCache, CorruptData, Crosscoder, CrosscoderConfig, EnvironmentFault, InputError, TrainConfig, cached_stream,
-    evaluate, live_stream, load_crosscoder, load_pair, store, tensor_stream, train,
+    ActivationCache,
+    CorruptData,
+    Crosscoder,
+    CrosscoderConfig,
+    EnvironmentFault,
+    InputError,
+    TrainConfig,
+    cached_stream,
+    evaluate,
+    live_stream,
+    load_crosscoder,
+    load_pair,
+    store,
+    tensor_stream,
+    train,
 )  # fmt: skip
-from crosscoders.cache import ActivationSource
 from crosscoders.config import PRESETS
 from crosscoders.losses import auxiliary_loss, reconstruction_loss, sparsity_loss
 from crosscoders.metrics import ReconstructionSums
+from crosscoders.source import ActivationSource
 from crosscoders.tokens import tokenize_documents
 from crosscoders.training import forward, geometric_median, k_at, lr_at
 
@@ -371,6 +384,7 @@ def test_a_non_finite_loss_stops_before_the_step_and_names_term_step_and_state(t
         ({"k_anneal_steps": 9}, "k_anneal_steps = 9 needs k_start"),
         ({"k_start": 40, "k_anneal_steps": 5}, "k_start is 40; it must lie between 1 and dict_size"),
         ({"l1_coefficient": 0.1}, "l1_coefficient has no effect with activation 'batchtopk'"),
+        ({"threshold_start_step": 40}, "threshold_start_step = 40 but the run has 40 steps, so no inference threshold"),
         ({"lr": 0.0}, "lr is 0.0; give a number above 0"),
         ({"n_tokens": 31}, "n_tokens = 31 is less than one batch of 32"),
         ({"lr_decay_fraction": 1.5}, "give a share of the steps between 0 and 1"),

@@ -1,4 +1,4 @@
-"""The run-time type checker of the test run: beartype, with int accepted where float is asked for, as type checkers do."""
+"""The run-time type checker of the test run: beartype, with int accepted where float is asked for."""
 
 from beartype import BeartypeConf, beartype
 

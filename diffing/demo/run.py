@@ -12,11 +12,12 @@ from typing import Any
 import pandas
 
 from crosscoders import commands, store
-from crosscoders.cache import ActivationCache
+from crosscoders.cache import ActivationCache, cache_activations
 from crosscoders.cli import TrainSettings
 from crosscoders.command import parse
 from crosscoders.config import CacheConfig, DataSource, to_dict
 from crosscoders.progress import say
+from crosscoders.reporting import row
 from diffing.cli import DemoSettings
 from diffing.demo import document_file, model_folder
 from diffing.report import write_report
@@ -33,8 +34,8 @@ def run_demo(settings: DemoSettings) -> dict[str, Any]:
     started = time.perf_counter()
     out = Path(settings.out)
     say("diffing demo: what did the fine-tune change in the embedded pair? (two Gemma-2 models of 1 M parameters)")
-    train_cache = commands.cache_activations(cache_config(out / "cache", "train", settings.n_tokens, settings.seed))
-    heldout = commands.cache_activations(cache_config(out / "cache-heldout", "heldout", HELDOUT_TOKENS, settings.seed))
+    train_cache = cache_activations(cache_config(out / "cache", "train", settings.n_tokens, settings.seed))
+    heldout = cache_activations(cache_config(out / "cache-heldout", "heldout", HELDOUT_TOKENS, settings.seed))
     run = out / "run"
     found = commands.train(train_settings(run, train_cache, heldout, settings.seed))
     if not (run / "latents.json").is_file():
@@ -76,14 +77,10 @@ def demo_rows(table: pandas.DataFrame) -> list[dict[str, Any]]:
     """Counts behind the summary."""
     first = table.nsmallest(32, "rank")
     rows = [
-        commands.row(
-            "demo.norm_class.tuned-only.count", int((table["norm_class"] == "tuned-only").sum()), "latents", len(table)
-        )
+        row("demo.norm_class.tuned-only.count", int((table["norm_class"] == "tuned-only").sum()), "latents", len(table))
     ]
     for context in PLANTED:
-        rows.append(
-            commands.row(f"demo.top_32.{context}", int((first["main_context"] == context).sum()), "latents", len(first))
-        )
+        rows.append(row(f"demo.top_32.{context}", int((first["main_context"] == context).sum()), "latents", len(first)))
     return rows
 
 
@@ -93,11 +90,12 @@ def summary(table: pandas.DataFrame, examples: dict[str, list[dict[str, Any]]]) 
     lines.append(
         "  latent  nu_error  nu_rec.  cosine  norm   share of its activation   where it fires most (>>token<<)"
     )
-    for latent, row in table.nsmallest(10, "rank").iterrows():
-        where = f"{row['main_context_share']:.0%} {row['main_context']}"
+    for latent, values in table.nsmallest(10, "rank").iterrows():
+        where = f"{values['main_context_share']:.0%} {values['main_context']}"
+        ratios = f"{values['nu_error']:>8.2f}  {values['nu_reconstruction']:>7.2f}"
+        geometry = f"{values['decoder_cosine']:>6.2f}  {values['relative_decoder_norm']:.2f}"
         lines.append(
-            f"  {latent:>6}  {row['nu_error']:>8.2f}  {row['nu_reconstruction']:>7.2f}  {row['decoder_cosine']:>6.2f}  "
-            f"{row['relative_decoder_norm']:.2f}   {where:<24}  {context_text(examples.get(str(latent), []))}"
+            f"  {latent:>6}  {ratios}  {geometry}   {where:<24}  {context_text(examples.get(str(latent), []))}"
         )
     n_only = int((table["norm_class"] == "tuned-only").sum())
     if n_only == 0:
@@ -127,7 +125,7 @@ def context_text(found: list[dict[str, Any]]) -> str:
 
 def closing_words(html: Path, rows: list[dict[str, Any]], seconds: float) -> str:
     """Quality with its count, time, memory, where the report is, and the same path on the user's own pair."""
-    value = {row["name"]: row for row in rows}
+    value = {entry["name"]: entry for entry in rows}
     n = value["eval.l0"]["n"]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
     return f"""
@@ -137,8 +135,8 @@ L0 {value["eval.l0"]["value"]:.1f} latents/token
 took {seconds:.0f} s, peak memory {peak:.2f} GiB
 report: {html.resolve()}
 
-Next, on your own pair (Gemma-2-2B needs a GPU, its licence accepted on the hub, and 1 GB of disk for 100,000 tokens):
+Next, on your own pair (Gemma-2-2B needs a GPU, its licence accepted on the hub, and 9.2 GB of disk a million tokens):
   crosscoders cache --base google/gemma-2-2b --tuned google/gemma-2-2b-it --hook-point blocks.13.hook_resid_post \\
-    --data '["chats.jsonl", "text.jsonl"]' --n-tokens 100000000 --out runs/gemma/cache
-  crosscoders train --preset paper-batchtopk --cache runs/gemma/cache --holdout-tokens 1000000 --out runs/gemma/run
+    --data '["chats.jsonl", "text.jsonl"]' --n-tokens 10000000 --out runs/gemma/cache
+  crosscoders train --preset paper-batchtopk --cache runs/gemma/cache --holdout-tokens 500000 --out runs/gemma/run
   diffing scale runs/gemma/run && diffing report runs/gemma/run"""

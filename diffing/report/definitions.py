@@ -1,0 +1,95 @@
+"""What each column and each verdict of the report means, in a sentence. `definitions` fills in the run's thresholds."""
+
+from diffing.report.data import Latents
+from diffing.report.text import number
+
+COLUMNS = {
+    "rank": (
+        "Place in the order of specificity among alive latents that are at least as strong in the tuned model as in "
+        "the base model (relative_decoder_norm from 0.5); all others follow. 1 is the most specific to the tuned model."
+    ),
+    "latent": "Number of the latent in the dictionary.",
+    "verdict": "What the evidence says; the words are explained below.",
+    "specificity": (
+        "(1 - max(nu_error, nu_reconstruction)) (1 - decoder_cosine) / 2, the maximum clipped to 0 to 1: high where "
+        "the base model lacks the tuned decoder's direction and encodes the latent along another one."
+    ),
+    "nu_error": (
+        "beta_base / beta_tuned, where beta_m = sum f (e_m . d) / (|d|^2 sum f^2) over tokens, f is the activation, d "
+        "the tuned decoder, and e_m the error of model m with the latent's own part added back. Near 0: what the "
+        "dictionary misses of the base model holds none of d. ± is one standard error, a jackknife over {n_blocks} "
+        "blocks of tokens, here and in every other column."
+    ),
+    "nu_reconstruction": (
+        "The same ratio with the reconstruction of model m, bias and the latent's own part included, in place of e_m. "
+        "Near 0: what the dictionary rebuilds of the base model holds none of d."
+    ),
+    "relative_decoder_norm": (
+        "0.5 (1 + (tuned - base) / max(tuned, base)) of the two decoder norms: 0 base only, 0.5 equal, 1 tuned only."
+    ),
+    "decoder_cosine": "Cosine of the latent's base decoder and its tuned decoder; 0 where one of them is 0.",
+    "n_active": "Tokens on which the latent is active, of {n_tokens}.",
+    "frequency": "n_active / {n_tokens}.",
+    "template_share": "Share of the latent's summed activation that falls on tokens of the chat template.",
+    "main_context": (
+        "Where most of the latent's summed activation falls: tokens of the chat template, or a group of documents "
+        "outside it; the share stands in brackets."
+    ),
+    "max_activation": "Largest activation over the {n_tokens} tokens.",
+    "decoder_norm_base": "Norm of the decoder into the base model.",
+    "decoder_norm_tuned": "Norm of the decoder into the tuned model.",
+    "norm_class": (
+        "By relative_decoder_norm alone: base-only up to {base_only}, shared from 0.4 to 0.6, tuned-only from "
+        "{tuned_only}, other in between."
+    ),
+    "nu_error_mirror": "nu_error with the two models exchanged: beta_tuned / beta_base on the base decoder.",
+    "nu_reconstruction_mirror": "nu_reconstruction with the two models exchanged.",
+}
+"""The columns of the table in their order."""
+
+FAMILIES = {
+    "beta_": "The betas behind the ratios, by model and target; mirror: on the base decoder.",
+    "nu_activation": "The same ratio on the activation itself, with or without the decoder bias.",
+    "share_": "Share of the latent's summed activation in this group of documents, outside the chat template.",
+}
+"""Further columns that begin alike."""
+
+VERDICTS = {
+    "tuned-specific": (
+        "Tuned-only by norm, nu_error below {nu_error} and nu_reconstruction below {nu_reconstruction}: the base model "
+        "has nothing of it."
+    ),
+    "base-specific": "Base-only by norm, and both mirror ratios below the same bounds.",
+    "rotated": (
+        "Neither tuned-only nor base-only by norm, and decoder_cosine below {rotated_cosine}: both decoder norms are "
+        "alive, and each model writes the latent in a direction of its own."
+    ),
+    "shrunk": (
+        "Tuned-only or base-only by norm, yet the other model's error holds it (ratio from {nu_error}): the sparsity "
+        "penalty took its decoder towards 0 (Complete Shrinkage)."
+    ),
+    "decoupled": (
+        "Tuned-only or base-only by norm, yet the other model's reconstruction holds it (ratio from "
+        "{nu_reconstruction}): other latents carry it there (Latent Decoupling)."
+    ),
+    "shared": "Neither tuned-only nor base-only by norm, and not rotated.",
+    "undetermined": (
+        "Tuned-only or base-only by norm, and a ratio lies within two standard errors of its bound: more tokens would "
+        "decide."
+    ),
+    "dead": "Active on fewer than {min_active} of the {n_tokens} tokens. Left out of every figure and of alive counts.",
+}
+
+
+def definitions(latents: Latents) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """(column, meaning) and (verdict, meaning) with the numbers of this run."""
+    values = {name: f"{value:g}" for name, value in latents.thresholds.items()}
+    values |= {"n_tokens": number(latents.n_tokens), "n_blocks": number(latents.n_blocks)}
+    columns = [(name, text.format(**values)) for name, text in COLUMNS.items()]
+    others = latents.extra
+    for start, text in FAMILIES.items():
+        if any(name.startswith(start) for name in others):
+            columns.append((f"{start}…", text))
+            others = [name for name in others if not name.startswith(start)]
+    columns += [(name, "A further column of latents.json, as it stands there.") for name in others]
+    return columns, [(name, text.format(**values)) for name, text in VERDICTS.items()]

@@ -1,0 +1,242 @@
+"""A run in memory -> the bytes of report.html and the object of report.json: the second half of step 5.
+
+Every string from a file is attacker text: the template escapes all of it, `visible` shows its invisible characters, and
+the page's policy forbids every load. Equal runs give equal bytes: ids are fixed and nothing holds a time.
+
+Reading order: `render_json`, `render_html`, `figure_json`, `table_rows`, `best_latents`, `shown_examples`.
+"""
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from diffing.report import figures, summary
+from diffing.report.curves import training_figures
+from diffing.report.data import MADE_BY, VERDICTS, Example, Run, command_for
+from diffing.report.definitions import COLUMNS, definitions
+from diffing.report.text import NONE, Part, clip, fixed, flat, highlight, html_length, number, numbers, visible
+
+HERE = Path(__file__).parent
+FIXED = ("nu_", "beta_", "share_", "template_share", "specificity", "decoder_cosine", "relative_decoder_norm")
+"""Beginnings of columns that are read with three decimals."""
+TABLE_ROWS = 2_000
+TABLE_CHARACTERS = 2_000_000
+BEST_LATENTS = 10
+EXAMPLES_OF_A_LATENT = 10
+EXAMPLE_CHARACTERS = 900_000
+# The two budgets are of HTML and keep the page below 8 MB beside plotly.js, which has 4.8 MB.
+
+
+class Row(NamedTuple):
+    """A latent in the table."""
+
+    place: int
+    """Where it stands in the columns of the file."""
+    latent: int
+    verdict: str
+    cells: list[str]
+
+
+class Context(NamedTuple):
+    """An example as it is shown."""
+
+    source: str
+    """Group, document, position and activation in words."""
+    parts: list[Part]
+
+
+class Card(NamedTuple):
+    """A latent with its examples."""
+
+    latent: int
+    verdict: str
+    rank: str
+    facts: str
+    where: str
+    """The main context in words; empty where there is none."""
+    contexts: list[Context]
+    n_contexts: int
+    """Examples in the file, of which the contexts are the first."""
+
+
+def render_json(run: Run, rows: list[Row]) -> dict[str, Any]:
+    """The report as plain data: counts and measures with their n, and the latents of the table."""
+    columns = run.latents.columns
+    return {
+        "name": "report",
+        "config": run.look("config"),
+        "environment": run.look("environment"),
+        "inputs": run.look("inputs"),
+        "rows": summary.result_rows(run),
+        "n_latents": len(run.latents),
+        "n_tokens": run.latents.n_tokens,
+        "n_blocks": run.latents.n_blocks,
+        "thresholds": run.latents.thresholds,
+        "latents": [{name: values[i] for name, values in columns.items()} for i in [row.place for row in rows]],
+    }
+
+
+def render_html(run: Run, rows: list[Row]) -> bytes:
+    """The page: one file, with plotly.js, style and data inside."""
+    curves, curves_caption = training_figures(run.training, run.heldout)
+    norms = [figures.norm_figure(run.latents), figures.cosine_figure(run.latents)]
+    nu = figures.nu_figure(run.latents)
+    columns, verdicts = definitions(run.latents)
+    cards, cards_sentence = shown_examples(run)
+    linked = {card.latent for card in cards}
+    base, tuned = summary.pair_names(run)
+    page = page_template().render(
+        style=Markup((HERE / "style.css").read_text(encoding="utf-8")),
+        script=Markup((HERE / "page.js").read_text(encoding="utf-8")),
+        plotly=Markup(get_plotlyjs()),
+        specs=figure_json([*curves, *norms, nu]),
+        base=base,
+        tuned=tuned,
+        summary=summary,
+        run=run,
+        missing={
+            name: command_for(name, run.path.resolve().name) for name in MADE_BY if not (run.path / name).is_file()
+        },
+        best=best_latents(run),
+        curves=curves,
+        curves_caption=curves_caption,
+        norms=norms,
+        nu=nu,
+        table_columns=table_columns(run),
+        rows=rows,
+        linked=linked,
+        cards=cards,
+        cards_sentence=cards_sentence,
+        column_definitions=columns,
+        verdict_definitions=verdicts,
+        flat=flat,
+        number=number,
+        verdicts=VERDICTS,
+    )
+    return page.encode()
+
+
+@cache
+def page_template() -> Template:
+    """The template, compiled once: every expression is escaped, an unknown name is an error."""
+    environment = Environment(
+        loader=FileSystemLoader(HERE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=lambda value: visible(value) if type(value) is str and not value.isprintable() else value,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("template.html.j2")
+
+
+def figure_json(shown: list[figures.Figure]) -> Markup:
+    """Figures by id, in the form that may stand inside a script element."""
+    text = json.dumps({figure.name: figure.spec for figure in shown}, allow_nan=False, separators=(",", ":"))
+    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
+
+
+# -------------------------------------------------------------------------------------------------------------- table
+
+
+def table_columns(run: Run) -> list[tuple[str, str]]:
+    """(name, `number` or `text`) of each column of the table; both kinds decide how it is sorted."""
+    words = {"verdict", "norm_class", "main_context"}
+    shown = [(name, "text" if name in words else "number") for name in COLUMNS]
+    for name in run.latents.extra:
+        is_text = any(isinstance(value, str) for value in run.latents.columns[name])
+        shown.append((name, "text" if is_text else "number"))
+    return shown
+
+
+def table_rows(run: Run) -> list[Row]:
+    """The best-ranked latents, as many as page and report.json hold."""
+    columns, places = run.latents.columns, run.latents.order[:TABLE_ROWS]
+    texts = [cells(run, name, places) for name, _ in table_columns(run)]
+    rows: list[Row] = []
+    size = 0
+    for place, *row in zip(places, *texts, strict=True):
+        size += 160 + 10 * len(row) + html_length("".join(row))
+        if size > TABLE_CHARACTERS:
+            break
+        rows.append(Row(place, columns["latent"][place], columns["verdict"][place], row))
+    return rows
+
+
+def cells(run: Run, name: str, places: list[int]) -> list[str]:
+    """Values of a column as text; their error or share stands in the same cell."""
+    column, within = run.latents.columns[name], run.latents.inside(name)
+    values = [column[i] for i in places]
+    inside = [None] * len(places) if within is None else [run.latents.columns[within][i] for i in places]
+    if name in ("latent", "rank"):
+        return [NONE if value is None else str(value) for value in values]
+    if name == "main_context":
+        shares = ["" if share is None else f" ({share:.0%})" for share in inside]
+        return [f"{clip(value)}{share}" if value else NONE for value, share in zip(values, shares, strict=True)]
+    if set(map(type, values)) <= {int, float, type(None)}:
+        texts = fixed(values) if name.startswith(FIXED) else numbers(values)
+        errors = ["" if e is None else " ± <0.001" if 0 < e < 0.0005 else f" ± {e:.3f}" for e in inside]
+        return [NONE if v is None else f"{t}{e}" for v, t, e in zip(values, texts, errors, strict=True)]
+    return [NONE if v is None else clip(v if isinstance(v, str) else json.dumps(v)) for v in values]
+
+
+# ----------------------------------------------------------------------------------------------------------- examples
+
+
+def best_latents(run: Run) -> list[Card]:
+    """The first alive latents by rank, with one context each."""
+    ranked = [i for i in run.latents.order if run.latents.alive[i] and run.latents.columns["rank"][i] is not None]
+    return [card(run, i, 1) for i in ranked[:BEST_LATENTS]]
+
+
+def shown_examples(run: Run) -> tuple[list[Card], str]:
+    """Examples of the best-ranked latents that have any, as many as the page can hold, and a sentence with counts."""
+    having = [i for i in run.latents.order if run.examples.get(run.latents.columns["latent"][i])]
+    cards: list[Card] = []
+    size = 0
+    for i in having:
+        found = card(run, i, EXAMPLES_OF_A_LATENT)
+        size += 500
+        for context in found.contexts:
+            marks = sum(1 for part in context.parts if part.level)
+            size += 150 + 65 * marks + html_length("".join(part.text for part in context.parts))
+        if size > EXAMPLE_CHARACTERS:
+            break
+        cards.append(found)
+    sentence = (
+        f"Examples of {number(len(cards))} latents of the {number(len(having))} that have any, best rank first, at "
+        f"most {EXAMPLES_OF_A_LATENT} each. Active tokens have a background in proportion to the activation, on one "
+        "scale for each latent; the outlined token is the peak."
+    )
+    return cards, sentence
+
+
+def card(run: Run, i: int, n_contexts: int) -> Card:
+    columns = run.latents.columns
+    latent, rank = columns["latent"][i], columns["rank"][i]
+    examples = run.examples.get(latent, [])
+    top = max((value for example in examples for value in example.values), default=0.0)
+    contexts = [Context(source(example), highlight(example, top)) for example in examples[:n_contexts]]
+    facts = [f"{name} {cells(run, name, [i])[0]}" for name in ("nu_error", "nu_reconstruction")]
+    facts += [
+        f"decoder cosine {cells(run, 'decoder_cosine', [i])[0]}",
+        f"relative norm {cells(run, 'relative_decoder_norm', [i])[0]}",
+    ]
+    facts.append(f"active on {number(columns['n_active'][i])} of {number(run.latents.n_tokens)} tokens")
+    where = f"mostly {cells(run, 'main_context', [i])[0]}" if columns["main_context"][i] else ""
+    rank_text = NONE if rank is None else str(rank)
+    return Card(latent, columns["verdict"][i], rank_text, " · ".join(facts), where, contexts, len(examples))
+
+
+def source(example: Example) -> str:
+    words = [clip(example.group, 40)] if example.group is not None else []
+    places = {"document": example.document, "token": example.position}
+    words += [f"{name} {value}" for name, value in places.items() if value is not None]
+    if example.value is not None:
+        words.append(f"activation {number(float(example.value))}")
+    return " · ".join(words)

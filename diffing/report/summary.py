@@ -1,0 +1,125 @@
+"""The numbers of a run that page and JSON share: headline measures, counts, and the sentence that states them.
+
+Reading order: `measures`, `count_rows`, `result_rows`, then the words: `headline`, `class_sentence`.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from diffing.report.data import NORM_CLASSES, VERDICTS, Run
+from diffing.report.text import amount, counted, number
+
+MEASURES = {"fve.base": "fraction", "fve.tuned": "fraction", "l0": "latents/token", "dead": "fraction"}
+
+
+class Measure(NamedTuple):
+    """A mean over tokens."""
+
+    value: float | None
+    n: int | None
+    """Tokens averaged over."""
+    low: float | None
+    high: float | None
+    source: str
+    """Where it was read, in words."""
+
+
+def measures(run: Run) -> dict[str, Measure]:
+    """FVE, L0 and dead fraction: of eval.json, else the last held-out evaluation, else the last training batch."""
+    rows = {row["name"]: row for row in run.evaluation}
+    found: dict[str, Measure] = {}
+    for name in MEASURES:
+        key, row = name.replace(".", "_"), rows.get(f"eval.{name}")
+        if row and row.get("value") is not None:
+            found[name] = Measure(row["value"], row.get("n"), row.get("low"), row.get("high"), "held-out tokens")
+        elif run.heldout and run.heldout[-1].get(key) is not None:
+            last = run.heldout[-1]
+            found[name] = Measure(last[key], last.get("n_tokens"), None, None, "held-out tokens")
+        elif run.training and run.training[-1].get(key) is not None:
+            n = run.look("config", "batch_size")
+            found[name] = Measure(run.training[-1][key], n, None, None, "tokens of the last training batch")
+    return found
+
+
+def verdict_counts(run: Run) -> dict[str, int]:
+    return {word: int(run.latents.is_word("verdict", word).sum()) for word in VERDICTS}
+
+
+def class_counts(run: Run) -> dict[str, int]:
+    """Alive latents in each norm class."""
+    return {word: int((run.latents.is_word("norm_class", word) & run.latents.alive).sum()) for word in NORM_CLASSES}
+
+
+def result_rows(run: Run) -> list[dict[str, Any]]:
+    """The rows of report.json. n counts the alive latents, all latents for `dead` and `alive`, or tokens."""
+    alive, everything = int(run.latents.alive.sum()), len(run.latents)
+    counts = {"alive": alive}
+    counts |= {f"verdict.{word}": count for word, count in verdict_counts(run).items()}
+    counts |= {f"norm_class.{word}": count for word, count in class_counts(run).items()}
+    rows: list[dict[str, Any]] = [
+        {"name": f"report.{name}.count", "value": count, "unit": "latents",
+         "n": everything if name in ("alive", "verdict.dead") else alive, "low": None, "high": None}
+        for name, count in counts.items()
+    ]  # fmt: skip
+    for name, measure in measures(run).items():
+        value, n, low, high, _ = measure
+        rows.append(
+            {"name": f"report.{name}", "value": value, "unit": MEASURES[name], "n": n, "low": low, "high": high}
+        )
+    return rows
+
+
+def pair_names(run: Run) -> tuple[str, str]:
+    """Names of base and tuned model; of a local folder only the last part, the whole stands in the inputs."""
+    found = [run.look("inputs", "cache", model, "name") for model in ("base", "tuned")]
+    base, tuned = (Path(str(name)).name if name and Path(str(name)).is_absolute() else name for name in found)
+    return str(base or "base"), str(tuned or "tuned")
+
+
+def dict_size(run: Run) -> int:
+    size = run.look("config", "crosscoder", "dict_size")
+    return size if isinstance(size, int) else len(run.latents)
+
+
+def headline(run: Run) -> str:
+    """What was compared, with which dictionary, and how well it fits, in one sentence."""
+    base, tuned = pair_names(run)
+    hook_point = run.look("inputs", "cache", "hook_point")
+    trained = run.training[-1].get("tokens") if run.training else None
+    where = f" at {hook_point}" if hook_point else ""
+    length = f" trained on {amount(trained)} tokens" if trained else ""
+    known = run.look("inputs", "cache", "base", "name") is not None
+    pair = f"{base} (base) against {tuned} (tuned)" if known else "The base model against the tuned model"
+    words = f"{pair}{where}: a crosscoder of {number(dict_size(run))} latents{length}"
+    found = measures(run)
+    fits = []
+    if "l0" in found:
+        fits.append(f"has {found['l0'].value:.1f} active latents per token (L0)")
+    if "fve.base" in found and "fve.tuned" in found:
+        fve = found["fve.base"].value, found["fve.tuned"].value
+        fits.append(f"explains {fve[0]:.3f} of the base model's and {fve[1]:.3f} of the tuned model's variance (FVE)")
+    if not fits:
+        return f"{words}."
+    measure = found.get("fve.base", next(iter(found.values())))
+    n = f" (n = {number(measure.n)})" if measure.n is not None else ""
+    return f"{words}; on {measure.source}{n} it {' and '.join(fits)}."
+
+
+def count_sentence(run: Run) -> str:
+    n, alive, n_tokens = len(run.latents), int(run.latents.alive.sum()), run.latents.n_tokens
+    return f"Verdicts on {counted(n, 'latent')}, {number(alive)} of them alive, from {number(n_tokens)} tokens:"
+
+
+def class_sentence(run: Run) -> str:
+    """What the published class, tuned-only by decoder norm, holds in this run."""
+    count, rotated = class_counts(run)["tuned-only"], verdict_counts(run)["rotated"]
+    alive, limit = counted(int(run.latents.alive.sum()), "alive latent"), run.latents.thresholds["tuned_only"]
+    published = f"The published class of tuned-only latents (relative decoder norm above {limit:g})"
+    if count:
+        return f"{published} holds {number(count)} of {alive}."
+    if not rotated:
+        return f"{published} is empty (0 of {alive}), and no latent is rotated either."
+    return (
+        f"{published} is empty (0 of {alive}). Concepts that the tuned model writes in its own way appear as "
+        f"{counted(rotated, 'rotated latent')} instead: both decoder norms are alive, and the decoder cosine is near 0."
+    )

@@ -1,0 +1,130 @@
+"""How values become text on the page: visible characters, numbers, highlighted tokens. Nothing here makes markup.
+
+Reading order: `visible` (every string passes it), `numbers`, `fixed`, `counted`, `amount`, `clip`, `flat`,
+`highlight`, `html_length`.
+"""
+
+import json
+from collections.abc import Sequence
+from html import escape
+from typing import Any, NamedTuple
+
+from diffing.report.data import Example
+
+NONE = "–"
+WINDOW = 24  # tokens shown on each side of a peak
+TOKEN_CHARACTERS = 60  # of one token; the longest ordinary tokens are runs of spaces
+
+
+class Part(NamedTuple):
+    """A stretch of tokens that is shown in one way."""
+
+    text: str
+    level: str
+    """Opacity of the background, 0.00 to 0.75; empty where the latent is not active."""
+    value: str
+    is_peak: bool
+
+
+class _Names(dict[int, str]):
+    """What stands for a character that does not show, by its code; filled on demand."""
+
+    def __missing__(self, code: int) -> str:
+        character = chr(code)
+        if character.isprintable() or character in "\u00a0\u3000":
+            shown = character
+        else:
+            shown = {"\n": "↵", "\t": "⇥"}.get(character, f"[U+{code:04X}]")
+        self[code] = shown
+        return shown
+
+
+_NAMES = _Names()
+
+
+def visible(text: str) -> str:
+    """Text in which each character shows: line ends as an arrow, control, bidi and other invisible characters by name.
+
+    A bidi control would reorder the text around it, and a lone surrogate cannot be written as UTF-8.
+    """
+    return text if text.isprintable() else text.translate(_NAMES)
+
+
+def numbers(values: Sequence[Any]) -> list[str]:
+    """Numbers to read: three decimals, or three digits where it is small; a dash for None."""
+    texts = []
+    for value in values:
+        if value is None:
+            texts.append(NONE)
+        elif isinstance(value, int) or abs(value) >= 1000:
+            texts.append(f"{value:,.0f}")
+        elif value == 0 or abs(value) >= 0.01:
+            texts.append(f"{value:.1f}" if abs(value) >= 100 else f"{value:.3f}")
+        else:
+            texts.append(f"{value:.3g}")
+    return texts
+
+
+def number(value: Any) -> str:
+    """One number to read."""
+    return numbers([value])[0]
+
+
+def fixed(values: Sequence[Any]) -> list[str]:
+    """Ratios, cosines and shares to read: three decimals, so that a column lines up; a dash for None."""
+    texts = [NONE if v is None else f"{v:.3f}" if abs(v) < 1000 else f"{v:,.0f}" for v in values]
+    return ["0.000" if text == "-0.000" else text for text in texts]
+
+
+def counted(n: int, noun: str) -> str:
+    """A count with its noun: 1 latent, 1,203 latents."""
+    return f"{number(n)} {noun}" if n == 1 else f"{number(n)} {noun}s"
+
+
+def amount(count: float) -> str:
+    """A count to read, short from a million on: 1.64M."""
+    for unit, size in (("G", 1e9), ("M", 1e6)):
+        if count >= size:
+            return f"{count / size:.3g}{unit}"
+    return f"{count:,.0f}"
+
+
+def clip(text: str, characters: int = 80) -> str:
+    return text if len(text) <= characters else text[: characters - 1] + "…"
+
+
+def flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
+    """Nested plain data as pairs of a dotted name and a short text."""
+    items: Any = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    if items is None or not value:
+        return [(prefix, clip(value if isinstance(value, str) else json.dumps(value), 300))]
+    if isinstance(value, list) and not any(isinstance(item, dict | list) for item in value):
+        return [(prefix, clip(", ".join(item if isinstance(item, str) else json.dumps(item) for item in value), 300))]
+    return [pair for key, item in items for pair in flat(item, f"{prefix}.{key}" if prefix else str(key))]
+
+
+def highlight(example: Example, top: float) -> list[Part]:
+    """The tokens around a peak; a background in proportion to the activation, full at `top`."""
+    start, stop = max(0, example.peak - WINDOW), min(len(example.tokens), example.peak + WINDOW + 1)
+    shown = numbers(example.values)
+    parts = [Part("…", "", "", False)] if start else []
+    plain = ""
+    for i in range(start, stop):
+        text, value = example.tokens[i], example.values[i]
+        if len(text) > TOKEN_CHARACTERS:
+            text = clip(text, TOKEN_CHARACTERS)
+        if value <= 0 and i != example.peak:
+            plain += text
+            continue
+        if plain:
+            parts.append(Part(plain, "", "", False))
+            plain = ""
+        level = max(0.05, 0.75 * min(1.0, value / top)) if top > 0 else 0.05
+        parts.append(Part(text, f"{level:.2f}", shown[i], i == example.peak))
+    plain += "…" if stop < len(example.tokens) else ""
+    return [*parts, Part(plain, "", "", False)] if plain else parts
+
+
+def html_length(text: str) -> int:
+    """Characters of a text once it is escaped."""
+    return len(escape(visible(text)))
