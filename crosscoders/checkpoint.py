@@ -97,6 +97,8 @@ def load_state(folder: Path, model: Crosscoder, optimizer: torch.optim.Optimizer
     for path in reversed(_state_folders(folder)):
         try:
             manifest = store.read_json(path / "manifest.json")
+            if manifest["format_version"] != FORMAT_VERSION:
+                raise InputError(f"{path} has format_version {manifest['format_version']}, not {FORMAT_VERSION}.")
             tensors = store.read_tensors(path / "state.safetensors", store.Written(**manifest["state"]))
         except (CorruptData, InputError) as error:
             say(f"warning: {error} Going on from the state before it.")

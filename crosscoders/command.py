@@ -24,7 +24,8 @@ class Command(NamedTuple):
     settings: type
     """Frozen dataclass of its settings."""
     run: str
-    """`module:function`; the function takes the settings and returns a JSON object, whose text `--json` prints."""
+    """`module:function`; the function takes the settings and returns a JSON object, which `--json` prints. An entry
+    `text` is for people and printed otherwise."""
     positional: str | None = None
     """Setting that may be given without its flag."""
     presets: dict[str, dict[str, Any]] | None = None
@@ -54,8 +55,11 @@ def main(program: str, description: str, commands: list[Command], argv: list[str
         parsed = parse(program, command, argv[1:])
         module, function = command.run.split(":")
         result = getattr(importlib.import_module(module), function)(parsed.settings)
+        text = result.pop("text", None)
         if parsed.json:
             print(json.dumps(result, indent=1, allow_nan=False))
+        elif text:
+            print(text)
         return 0
     except (InputError, EnvironmentFault, CorruptData) as error:
         status = error.exit_status
@@ -197,6 +201,9 @@ def _one_line(error: Exception, parser: Any) -> str:
     )
     if unknown:
         return _unknown(unknown[1].rstrip("+"), _keys(parser))
+    if "unrecognized arguments: " in text:
+        stray = text.split("unrecognized arguments: ")[1]
+        return f"{stray!r} is not a setting; a folder without a flag stands right behind the command."
     missing = re.search(r"the following arguments are required: (.*)", text)
     if missing:
         return f"{missing[1]} must be given. {parser.prog} --help lists the settings."

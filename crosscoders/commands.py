@@ -1,7 +1,5 @@
 """What the commands of `crosscoders` do, each as one function of its settings that returns a JSON object."""
 
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import fields
@@ -18,7 +16,7 @@ from crosscoders.errors import EnvironmentFault, InputError
 from crosscoders.formats import load_crosscoder
 from crosscoders.pair import choose_device
 from crosscoders.progress import say
-from crosscoders.provenance import environment
+from crosscoders.provenance import environment, peak_memory_gib
 from crosscoders.reporting import Log, evaluation_rows, row
 from crosscoders.stream import cached_stream
 from crosscoders.training import train as train_crosscoder
@@ -135,5 +133,4 @@ def result(name: str, config: dict[str, Any], rows: list[dict[str, Any]]) -> dic
 
 def closing(started: float, text: str) -> None:
     """The last lines of a command: what was made, wall time, peak memory."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024**2 if sys.platform != "darwin" else 1024**3)
-    say(f"done in {time.perf_counter() - started:.0f} s, peak memory {peak:.2f} GiB: {text}")
+    say(f"done in {time.perf_counter() - started:.0f} s, peak memory {peak_memory_gib():.2f} GiB: {text}")

@@ -121,7 +121,8 @@ class CrosscoderConfig:
                 )
         elif self.k is not None:
             raise InputError(
-                f"crosscoder.k = {self.k} has no effect with activation 'relu'. Remove k, or use 'batchtopk'."
+                f"crosscoder.k = {self.k} has no effect with activation 'relu'. "
+                "Set crosscoder.k to null, or use 'batchtopk'."
             )
 
 
@@ -199,10 +200,13 @@ class TrainConfig:
             )
         if self.n_tokens < self.batch_size:
             raise InputError(f"n_tokens = {self.n_tokens} is less than one batch of {self.batch_size}. Raise n_tokens.")
+        if self.k_aux is not None and self.k_aux < 1:
+            raise InputError(f"k_aux is {self.k_aux}; give a number above 0, or aux_coefficient = 0 for no such term.")
         if self.crosscoder.activation == "batchtopk":
-            if self.l1_coefficient:
+            if self.l1_coefficient or self.l1_warmup_steps:
                 raise InputError(
-                    "l1_coefficient has no effect with activation 'batchtopk'. Set it to 0, or use 'relu'."
+                    "l1_coefficient and l1_warmup_steps have no effect with activation 'batchtopk'. "
+                    "Set them to 0, or use 'relu'."
                 )
             self._check_annealing()
             if self.threshold_start_step >= self.n_steps:

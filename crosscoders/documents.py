@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 from crosscoders.config import DataSource
 from crosscoders.errors import InputError, nearest
 
+RESERVED_GROUP = "template"
+"""Context of the tokens of a chat template, whatever document they stand in."""
 LOCAL_SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
 
 
@@ -83,6 +85,10 @@ def read_source(source: DataSource) -> Iterator[Document]:
 def _documents(rows: Iterable[dict[str, Any]], source: DataSource, default_group: str) -> Iterator[Document]:
     for i, row in enumerate(rows):
         group = source.group or str(row.get("group") or default_group)
+        if group == RESERVED_GROUP:
+            raise InputError(
+                f"group {group!r} of {source.path!r} is the name of chat-template tokens. Name it otherwise."
+            )
         if row.get(source.messages_column) is not None:
             yield Document(_checked_messages(row[source.messages_column], source, i), group)
         elif source.text_column in row:

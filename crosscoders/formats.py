@@ -146,6 +146,7 @@ def _read_dictionary_learning(config: dict[str, Any], weights: Path) -> Crosscod
     norm_id = int(tensors.get("code_normalization_id", torch.tensor(1)))
     if norm_id not in CODE_NORMALIZATION_IDS:
         raise InputError(f"{weights} has code normalisation id {norm_id} (mixed or decoupled), which is not supported.")
+    config = config.get("trainer", config)  # training checkpoints keep the settings one level down
     batchtopk = "k" in tensors or "BatchTopK" in str(config.get("dict_class", ""))
     shape = CrosscoderConfig(
         dict_size=dict_size,

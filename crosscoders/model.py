@@ -124,10 +124,11 @@ class Crosscoder(nn.Module):
         return positive
 
     def gate_at(self) -> Float[Tensor, " dict_size"]:
-        """The inference gate as one number per latent: latent j is active where pre_j > gate_at_j."""
-        if self.config.activation == "batchtopk":
-            return self.threshold.clamp(min=0) / self.code_norm
-        return torch.zeros_like(self.b_enc)
+        """The inference gate as one number per latent, at least 0: latent j is active where pre_j > gate_at_j."""
+        if self.config.activation == "relu" or self.threshold < 0:
+            return torch.zeros_like(self.b_enc)
+        c = self.code_norm
+        return torch.where(c > 0, self.threshold / c, torch.inf)
 
     def _require_shape(self, x: Tensor) -> None:
         n_models, d_model, _ = self.W_enc.shape
@@ -189,7 +190,7 @@ class Crosscoder(nn.Module):
     def relative_decoder_norm(self) -> Float[Tensor, " dict_size"]:
         r"""0.5 (1 + (||d_tuned|| - ||d_base||) / max(||d_tuned||, ||d_base||)): 0 base-only, 0.5 shared, 1 tuned-only.
 
-        0.5 where both norms are 0. Source: Minder et al. 2025, section 2 (their CSV column is the mirror image).
+        0.5 where both norms are 0. Source: Minder et al. 2025, arXiv 2504.02922 (their CSV column is the mirror image).
         """
         if self.config.n_models != 2:
             raise InputError(f"relative_decoder_norm compares two models; this crosscoder has {self.config.n_models}.")

@@ -2,7 +2,9 @@
 
 import importlib.metadata
 import platform
+import resource
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -40,3 +42,8 @@ def git_commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return commit + ("+changes" if changed.strip() else "")
+
+
+def peak_memory_gib() -> float:
+    """Largest resident memory of this process so far, GiB (the kernel counts kB on Linux, bytes on macOS)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024**3 if sys.platform == "darwin" else 1024**2)

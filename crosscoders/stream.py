@@ -1,9 +1,10 @@
 """Batches for training: (batch, n_models, d_model) float32, from a cache, live from the models, or from a tensor.
 
 One rule gives the order for all three: the tokens are cut into buffers of `buffer_tokens` in cache order; inside a
-buffer they are permuted by a generator seeded with (seed, epoch, buffer); a batch never crosses a buffer, and what is
-left over at the end of a buffer waits for the next epoch's permutation. So the batch of step s is a pure function of
-(seed, s), a run can start at any step, and a live stream trains the same weights as a cache.
+buffer they are permuted by a generator seeded with (seed, epoch, buffer). A batch never crosses a buffer, so up to
+batch_size - 1 tokens of each buffer, others in each epoch, are not read (all of a last buffer shorter than one batch).
+So the batch of step s is a pure function of (seed, s), a run can start at any step, and a live stream trains the same
+weights as a cache.
 """
 
 import random

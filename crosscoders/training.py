@@ -19,6 +19,7 @@ from torch import Tensor
 from crosscoders import checkpoint, store
 from crosscoders.config import TrainConfig, to_dict
 from crosscoders.errors import CorruptData, InputError
+from crosscoders.formats import load_crosscoder
 from crosscoders.losses import auxiliary_loss, reconstruction_loss, sparsity_loss
 from crosscoders.metrics import ReconstructionSums, evaluate
 from crosscoders.model import Crosscoder
@@ -75,6 +76,9 @@ def train(
     device = choose_device(config.device)
     with store.exclusive(out), stop_requests() as stop:
         checkpoint.start_run(out, to_dict(config), inputs or {}, environment(str(device)))
+        if (out / "config.json").is_file():
+            say(f"{out} is complete already.")
+            return load_crosscoder(out)
 
         # ---- model, optimiser, state
         generator = torch.Generator().manual_seed(config.seed)
@@ -145,13 +149,12 @@ def train(
                 break
         progress.close()
 
-        # ---- the finished crosscoder
-        model.to("cpu")
-        model.save(out, provenance=inputs)
+        # ---- the finished crosscoder; config.json is written last and says that the run is complete
         if holdout:
             found = evaluate(model, holdout())
             write_line(out, eval_line(step, found), log)
             store.write_json(out / "eval.json", {"name": "eval", "rows": evaluation_rows(found)})
+        model.to("cpu").requires_grad_(False).save(out, provenance=inputs)
         return model
 
 

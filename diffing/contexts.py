@@ -12,11 +12,12 @@ from torch import Tensor
 
 from crosscoders import sparse
 from crosscoders.cache import ActivationCache
+from crosscoders.documents import RESERVED_GROUP
 from crosscoders.model import Crosscoder
 from crosscoders.source import Tokens
 from crosscoders.tokens import ROLES
 
-TEMPLATE = "template"
+TEMPLATE = RESERVED_GROUP
 WINDOW = (16, 8)
 """Tokens of an example before its peak, and from the peak on."""
 
@@ -42,9 +43,16 @@ class ContextSums:
 
 
 def examples(
-    crosscoder: Crosscoder, cache: ActivationCache, latents: list[int], tokenizer: Any, *, n_examples: int = 8
+    crosscoder: Crosscoder,
+    cache: ActivationCache,
+    latents: list[int],
+    tokenizer: Any,
+    *,
+    n_examples: int = 8,
+    n_tokens: int | None = None,
 ) -> dict[str, list[dict[str, Any]]]:
-    """The documents in which each latent is strongest, one example per document, with the tokens around the peak.
+    """The documents in which each latent is strongest, one example per document, with the tokens around the peak;
+    from the first `n_tokens` of the cache (default: all).
 
     Each example: document, group, position (of the peak in its document), value, tokens, values (one per token), peak
     (index into tokens). Tokens that are not cached, such as the beginning of sequence, are not shown.
@@ -52,7 +60,7 @@ def examples(
     chosen = _Chosen(crosscoder, latents)
     best = _Best(len(latents), 8 * n_examples)
     start = 0
-    for tokens in cache.batches(4096):
+    for tokens in cache.batches(4096, 0, n_tokens):
         best.add(chosen.encode(tokens.activations), tokens.document_ids, start)
         start += len(tokens.token_ids)
     places = [(token, i) for i in range(len(latents)) for token in best.peaks(i, n_examples)]

@@ -14,7 +14,7 @@ from torch import Tensor
 from crosscoders.model import Crosscoder
 
 BASE_ONLY, SHARED, TUNED_ONLY = 0.1, (0.4, 0.6), 0.9
-"""Bounds of the published classes: Minder et al. 2025, section 2."""
+"""Bounds of the published classes: Minder et al. 2025, arXiv 2504.02922."""
 
 
 def norm_class(relative_decoder_norm: Sequence[float]) -> list[str]:

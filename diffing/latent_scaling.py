@@ -18,7 +18,7 @@ data are needed for.
     nu(T) mirror = beta^tuned(T) / beta^base(T) with the base decoder: near 0 for what only the base model has
 
 Everything is in training space, like decoder norms; in the units of x, nu is larger by input_scale[tuned] /
-input_scale[base]. Source: Minder et al. 2025 (arXiv 2504.02922), section 3. Differs: all latents, both directions,
+input_scale[base]. Source: Minder et al. 2025 (arXiv 2504.02922). Differs: all latents, both directions,
 standard errors, no NaN.
 """
 

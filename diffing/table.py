@@ -39,14 +39,14 @@ def scale_run(
     require_fit(crosscoder, cache)
     scales, contexts = scale_cache(crosscoder, cache, n_tokens=n_tokens)
     table = latent_table(crosscoder, scales, contexts)
-    write_table(run, table, scales, cache)
     parquet = io.BytesIO()
     table.to_parquet(parquet)
     store.write_bytes(run / "latents.parquet", parquet.getvalue())
     chosen = [int(latent) for latent in table.nsmallest(n_examples, "rank").query("n_active > 0").index]
     say(f"examples of the {len(chosen)} latents that rank first")
-    found = examples(crosscoder, cache, chosen, cache_tokenizer(cache))
+    found = examples(crosscoder, cache, chosen, cache_tokenizer(cache), n_tokens=n_tokens)
     store.write_json(run / "examples.json", {"format_version": FORMAT_VERSION, "latents": found})
+    write_table(run, table, scales, cache)  # last: its presence says that all three files are there
     return table
 
 
@@ -102,7 +102,8 @@ def latent_table(crosscoder: Crosscoder, scales: LatentScales, contexts: Context
         shares = contexts.shares().numpy()
         strongest = shares.argmax(axis=1)
         table["template_share"] = shares[:, contexts.names.index(TEMPLATE)]
-        table["main_context"] = [contexts.names[i] for i in strongest]
+        fires = table["n_active"] > 0
+        table["main_context"] = [contexts.names[i] if f else None for i, f in zip(strongest, fires, strict=True)]
         table["main_context_share"] = shares[np.arange(len(shares)), strongest]
         for i, name in enumerate(contexts.names[:-1]):
             table[f"share_{name}"] = shares[:, i]

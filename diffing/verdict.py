@@ -5,13 +5,16 @@ directions) has ratios near 0 as well, without being new. Bounds are the publish
 not calibrated on a null of your pair, so a count is not yet a finding.
 
     dead               active on fewer than `min_active` tokens
-    tuned-specific     relative norm >= 0.9, nu_error < 0.2 and nu_reconstruction < 0.5
-    shrunk             relative norm >= 0.9 or <= 0.1, nu_error >= 0.2: Complete Shrinkage
-    decoupled          the same gate, nu_reconstruction >= 0.5: Latent Decoupling
-    base-specific      the mirror image of tuned-specific
-    rotated            in between, decoder cosine < 0.5
-    shared             in between, otherwise
-    undetermined       behind the gate, a bound lies within two standard errors of its ratio
+    rotated            relative norm between 0.1 and 0.9, decoder cosine < 0.5
+    shared             relative norm between 0.1 and 0.9, otherwise
+    shrunk             relative norm >= 0.9 or <= 0.1, |nu_error| above 0.2: Complete Shrinkage
+    decoupled          the same gate, else |nu_reconstruction| above 0.5: Latent Decoupling
+    tuned-specific     relative norm >= 0.9, both below their bounds
+    base-specific      relative norm <= 0.1, both mirror ratios below their bounds
+    undetermined       behind the gate, anything else
+
+Above and below mean by more than two standard errors. Absolute values are compared, as published: a ratio far below 0
+comes from a tuned beta near 0 or from the decoder bias in the reconstruction, and is no sign of anything new.
 """
 
 from typing import Any, NamedTuple
@@ -60,19 +63,19 @@ def _verdict(row: dict[Any, Any], bounds: Thresholds) -> str:
 
 
 def _compare(value: float, stderr: float, bound: float) -> str:
-    if abs(value - bound) <= 2 * stderr:
+    if abs(abs(value) - bound) <= 2 * stderr:
         return "unclear"
-    return "above" if value > bound else "below"
+    return "above" if abs(value) > bound else "below"
 
 
 def specificity(table: pandas.DataFrame) -> np.ndarray:
-    r"""(1 - clip(max(nu_error, nu_reconstruction), 0, 1)) (1 - decoder_cosine) / 2, in [0, 1].
+    r"""(1 - min(1, max(|nu_error|, |nu_reconstruction|))) (1 - decoder_cosine) / 2, in [0, 1].
 
     High where the base model neither reconstructs nor misses the tuned decoder's direction, and encodes the latent
     along another one. On the embedded pair this order puts planted concepts first; relative norm alone is the worst
     one (docs/log.md).
     """
-    largest = np.maximum(table["nu_error"], table["nu_reconstruction"]).clip(0, 1)
+    largest = np.maximum(table["nu_error"].abs(), table["nu_reconstruction"].abs()).clip(0, 1)
     return np.asarray((1 - largest) * (1 - table["decoder_cosine"]) / 2)
 
 

@@ -219,3 +219,17 @@ def test_one_model_or_no_tokens_is_refused(tmp_path: Path) -> None:
         scale_latents(make(n_models=1), [])
     with pytest.raises(InputError, match="no tokens to scale latents on"):
         scale_latents(make(), [])
+
+
+def test_a_ratio_far_below_zero_is_no_evidence() -> None:
+    assert verdicts(row(nu_reconstruction=-4.7, nu_reconstruction_stderr=0.1)) == ["decoupled"]
+    assert specificity(row(nu_reconstruction=-4.7))[0] == 0.0
+
+
+def test_latents_with_zero_decoders_are_gated_alike_in_encode_and_scaling() -> None:
+    for threshold in (-1.0, 0.0, 1.5):
+        cc, x = make(), sample(60)
+        cc.W_dec[3] = 0
+        cc.threshold.fill_(threshold)
+        counted = (cc.encode(x) > 0).sum(dim=0)
+        assert torch.equal(scale_latents(cc, x.split(9))["n_active"], counted), threshold

@@ -314,7 +314,7 @@ def test_a_damaged_state_is_passed_over_for_the_one_before(tmp_path: Path, capsy
     before = weights(folder)
     state = folder / "step-00000040" / "state.safetensors"
     state.write_bytes(state.read_bytes()[:-7])
-    (folder / "model.safetensors").unlink()
+    (folder / "config.json").unlink()
     run(folder)
     assert weights(folder) == before
     assert "Going on from the state before it" in capsys.readouterr().err
@@ -383,8 +383,9 @@ def test_a_non_finite_loss_stops_before_the_step_and_names_term_step_and_state(t
         ({"k_start": 9}, "k_start = 9 differs from crosscoder.k = 3 but k_anneal_steps is 0"),
         ({"k_anneal_steps": 9}, "k_anneal_steps = 9 needs k_start"),
         ({"k_start": 40, "k_anneal_steps": 5}, "k_start is 40; it must lie between 1 and dict_size"),
-        ({"l1_coefficient": 0.1}, "l1_coefficient has no effect with activation 'batchtopk'"),
+        ({"l1_coefficient": 0.1}, "l1_coefficient and l1_warmup_steps have no effect with activation 'batchtopk'"),
         ({"threshold_start_step": 40}, "threshold_start_step = 40 but the run has 40 steps, so no inference threshold"),
+        ({"k_aux": 0}, "k_aux is 0; give a number above 0"),
         ({"lr": 0.0}, "lr is 0.0; give a number above 0"),
         ({"n_tokens": 31}, "n_tokens = 31 is less than one batch of 32"),
         ({"lr_decay_fraction": 1.5}, "give a share of the steps between 0 and 1"),

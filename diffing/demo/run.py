@@ -1,10 +1,9 @@
 """`diffing demo`: the whole path on the embedded pair, with the same functions that the commands use.
 
 documents -> two caches (train, held-out) -> crosscoder (preset `demo`) -> latent table -> report. Every step is skipped
-where its result is already there, so a second run only prints.
+where its result is already there, so a second run only makes the report again.
 """
 
-import resource
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from crosscoders.cli import TrainSettings
 from crosscoders.command import parse
 from crosscoders.config import CacheConfig, DataSource, to_dict
 from crosscoders.progress import say
+from crosscoders.provenance import peak_memory_gib
 from crosscoders.reporting import row
 from diffing.cli import DemoSettings
 from diffing.demo import document_file, model_folder
@@ -43,9 +43,9 @@ def run_demo(settings: DemoSettings) -> dict[str, Any]:
         scale_run(run, train_cache)
     table = pandas.read_parquet(run / "latents.parquet")
     files = write_report(run)
-    print(summary(table, store.read_json(run / "examples.json")["latents"]))
-    print(closing_words(files.html, found["rows"], time.perf_counter() - started))
-    return commands.result("demo", to_dict(settings), [*found["rows"], *demo_rows(table)])
+    text = summary(table, store.read_json(run / "examples.json")["latents"])
+    text += "\n" + closing_words(files.html, found["rows"], time.perf_counter() - started)
+    return commands.result("demo", to_dict(settings), [*found["rows"], *demo_rows(table)]) | {"text": text}
 
 
 def cache_config(out: Path, split: str, n_tokens: int, seed: int) -> CacheConfig:
@@ -101,14 +101,14 @@ def summary(table: pandas.DataFrame, examples: dict[str, list[dict[str, Any]]]) 
     if n_only == 0:
         lines += [
             "",
-            "No latent is tuned-only in the published sense (relative decoder norm above 0.9): both models keep a code",
-            "for every latent. The new concepts appear as rotated latents: alive in both models (norm near 0.5), in",
+            "No latent is tuned-only in the published sense (relative decoder norm of 0.9 or more): both models keep a",
+            "code for every latent. The new concepts appear as rotated latents: alive in both models (norm near 0.5), in",
             "unrelated directions (cosine near 0), and the base model lacks the tuned direction (both ratios near 0).",
         ]
     else:
         lines += [
             "",
-            f"{n_only} of {len(table)} latents are tuned-only in the published sense (relative decoder norm over 0.9).",
+            f"{n_only} of {len(table)} latents are tuned-only in the published sense (relative decoder norm >= 0.9).",
         ]
     return "\n".join(lines)
 
@@ -127,12 +127,11 @@ def closing_words(html: Path, rows: list[dict[str, Any]], seconds: float) -> str
     """Quality with its count, time, memory, where the report is, and the same path on the user's own pair."""
     value = {entry["name"]: entry for entry in rows}
     n = value["eval.l0"]["n"]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
     return f"""
 held-out FVE base {value["eval.fve.base"]["value"]:.3f}, tuned {value["eval.fve.tuned"]["value"]:.3f}, \
 L0 {value["eval.l0"]["value"]:.1f} latents/token
 ({n:,} tokens of documents that neither the models nor the crosscoder were trained on)
-took {seconds:.0f} s, peak memory {peak:.2f} GiB
+took {seconds:.0f} s, peak memory {peak_memory_gib():.2f} GiB
 report: {html.resolve()}
 
 Next, on your own pair (Gemma-2-2B needs a GPU, its licence accepted on the hub, and 9.2 GB of disk a million tokens):
