@@ -3,8 +3,7 @@ r"""Loss terms: tensors in training space in, one number out. Definitions in doc
 `reconstruction_loss`, `sparsity_loss` (ReLU crosscoders), `auxiliary_loss` (revives dead latents of BatchTopK).
 """
 
-import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 
@@ -27,25 +26,13 @@ def sparsity_loss(
 
 
 def auxiliary_loss(
-    err: Float[Tensor, "batch n_models d_model"],
-    positive: Float[Tensor, "batch dict_size"],
-    code_norm: Float[Tensor, " dict_size"],
-    W_dec: Float[Tensor, "dict_size n_models d_model"],
-    dead: Bool[Tensor, " dict_size"],
-    k_aux: int,
+    err: Float[Tensor, "batch n_models d_model"], err_hat: Float[Tensor, "batch n_models d_model"]
 ) -> Float[Tensor, ""]:
     r"""||err - err_hat||^2 / ||err - mean err||^2, sums over the batch, with err detached.
 
-    err_hat decodes, without bias, the k_aux dead latents of largest ReLU(pre_j) c_j of each token. 0 when no latent is
-    dead or the error does not vary. Source: Gao et al. 2024, section A.2, as in the published crosscoder trainer.
+    err_hat decodes, without bias, the k_aux dead latents of largest ReLU(pre_j) c_j of each token. 0 when the error
+    does not vary. Source: Gao et al. 2024, section A.2, as in the published crosscoder trainer.
     """
-    columns = dead.nonzero().squeeze(1)
-    if not len(columns):
-        return err.new_zeros(())
-    err = err.detach().flatten(1)
-    candidates = positive[:, columns]
-    chosen = (candidates * code_norm[columns]).detach().topk(min(k_aux, len(columns)), dim=1, sorted=False).indices
-    kept = torch.zeros_like(candidates).scatter(1, chosen, candidates.gather(1, chosen))
-    err_hat = kept @ W_dec[columns].flatten(1)
+    err = err.detach()
     total = (err - err.mean(dim=0)).pow(2).sum()
-    return (err - err_hat).pow(2).sum() / total if total > 0 else err.new_zeros(())
+    return (err - err_hat).pow(2).sum() / total if total > 0 else err_hat.sum() * 0

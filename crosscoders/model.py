@@ -64,7 +64,8 @@ class Crosscoder(nn.Module):
             raise InputError("a Crosscoder needs crosscoder.d_model, the width of the activations. Set it.")
         n_models, d_model, dict_size = config.n_models, config.d_model, config.dict_size
         self.config = config
-        self.W_enc = nn.Parameter(torch.zeros(n_models, d_model, dict_size))
+        # Stored latent by latent, like W_dec: the sparse gradient comes in that order and needs no transposed copy.
+        self.W_enc = nn.Parameter(torch.zeros(dict_size, n_models, d_model).permute(1, 2, 0))
         self.b_enc = nn.Parameter(torch.zeros(dict_size))
         self.W_dec = nn.Parameter(torch.zeros(dict_size, n_models, d_model))
         self.b_dec = nn.Parameter(torch.zeros(n_models, d_model))

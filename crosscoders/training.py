@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from crosscoders import checkpoint, store
+from crosscoders import checkpoint, sparse, store
 from crosscoders.config import TrainConfig, to_dict
 from crosscoders.errors import CorruptData, InputError
 from crosscoders.formats import load_crosscoder
@@ -46,11 +46,12 @@ class StepResult(NamedTuple):
 
     terms: dict[str, Float[Tensor, ""]]
     """The terms of the loss, already weighted."""
-    latents: Float[Tensor, "batch dict_size"]
+    n_active: Int[Tensor, " dict_size"]
+    """Tokens of the batch on which each latent is active."""
     x_hat: Float[Tensor, "batch n_models d_model"]
     """Training space."""
     smallest_active: Float[Tensor, ""]
-    """Smallest active f_j c_j of the batch."""
+    """Smallest active f_j c_j of the batch, BatchTopK only."""
 
 
 def train(
@@ -103,14 +104,14 @@ def train(
         checkpoint.cut_log(out / "train.jsonl", step)
         progress = Progress("train", total=config.n_tokens, start=step * config.batch_size, unit="tok")
         logged = time.perf_counter(), step
+        select = sparse.WarmSelection()  # saves time only, so it is no part of the state
 
         # ---- the loop
         batches = stream.batches(step) if step < config.n_steps else iter(())
         for x in batches:
             x = model.normalise(x.to(device))
             dead = tokens_since_fired >= config.dead_after_tokens
-            k = k_at(config, step)
-            result = forward(model, config, x, dead=dead, k=k, step=step)
+            result = forward(model, config, x, dead=dead, k=k_at(config, step), step=step, select=select)
             loss = torch.stack(list(result.terms.values())).sum()
             _require_finite(loss, result.terms, step, out)
 
@@ -118,15 +119,14 @@ def train(
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             if config.clip_norm is not None:
-                torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+                _clip_in_step_(optimizer, config.clip_norm)
             for group in optimizer.param_groups:
                 group["lr"] = lr_at(config, step)
             optimizer.step()
             step += 1
 
             # ---- counters: dead latents, inference threshold
-            fired = (result.latents > 0).any(dim=0)
-            tokens_since_fired = torch.where(fired, 0, tokens_since_fired + len(x))
+            tokens_since_fired = torch.where(result.n_active > 0, 0, tokens_since_fired + len(x))
             if config.crosscoder.activation == "batchtopk" and step >= config.threshold_start_step:
                 _track_threshold_(model.threshold, result.smallest_active, config.threshold_beta)
             progress.update(len(x))
@@ -158,6 +158,14 @@ def train(
         return model
 
 
+def _clip_in_step_(optimizer: torch.optim.Adam, clip_norm: float) -> None:
+    """Have the fused optimiser divide the gradients by max(1, norm / clip_norm), which saves a pass over them."""
+    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(grads)
+    optimizer.grad_scale = ((norm + 1e-6) / clip_norm).clamp_min(1.0)  # type: ignore[attr-defined]
+    optimizer.found_inf = torch.zeros((), device=norm.device)  # type: ignore[attr-defined]
+
+
 def fill_width(config: TrainConfig, stream: BatchStream) -> TrainConfig:
     """The config with d_model taken from the stream, after checking that both agree."""
     for name, found in (("d_model", stream.d_model), ("n_models", stream.n_models)):
@@ -182,30 +190,46 @@ def forward(
     dead: Bool[Tensor, " dict_size"],
     k: int | None,
     step: int,
+    select: sparse.WarmSelection,
 ) -> StepResult:
-    """One pass in training space: latents, reconstruction, weighted loss terms."""
-    code_norm = model.code_norm
-    positive = torch.relu(model.pre_acts(x))
-    gate = config.crosscoder.activation
-    latents = model.gate(positive, gate, k)
+    """One pass in training space: active latents, reconstruction, weighted loss terms.
+
+    BatchTopK touches active entries only, forward and backward; its c_j decide the selection and carry no gradient.
+    """
+    if config.crosscoder.activation == "relu":
+        return _forward_relu(model, config, x, step)
+    assert k is not None
+    with torch.no_grad():
+        pre_acts, code_norm = model.pre_acts(x), model.code_norm
+    flat, weight = x.flatten(1), model.W_dec.flatten(1)
+
+    def decoded(entries: sparse.Active) -> Tensor:
+        return sparse.decode(sparse.gather(model.W_enc, model.b_enc, flat, entries), weight).view_as(x)
+
+    entries = select(pre_acts, code_norm, k * len(x))
+    x_hat = decoded(entries) + model.b_dec
+    terms = {"reconstruction": reconstruction_loss(x - x_hat, config.reconstruction)}
+    if config.aux_coefficient and bool(dead.any()):
+        # d_model // 2 takes the width of one model, not of all (Gao et al. 2024, B.1)
+        k_aux = config.k_aux or x.shape[2] // 2
+        chosen = sparse.largest_per_token(pre_acts, code_norm, dead.nonzero().squeeze(1), k_aux)
+        terms["auxiliary"] = config.aux_coefficient * auxiliary_loss(x - x_hat, decoded(chosen))
+    scaled = entries.values * code_norm[entries.latents]
+    smallest = scaled.min() if len(scaled) else scaled.new_tensor(torch.inf)
+    fired = torch.bincount(entries.latents, minlength=len(dead))
+    return StepResult(terms, fired, x_hat.detach(), smallest)
+
+
+def _forward_relu(
+    model: Crosscoder, config: TrainConfig, x: Float[Tensor, "batch n_models d_model"], step: int
+) -> StepResult:
+    latents = torch.relu(model.pre_acts(x))
     x_hat = model.decode_normalised(latents)
     terms = {"reconstruction": reconstruction_loss(x - x_hat, config.reconstruction)}
-    if gate == "relu" and config.l1_coefficient:
+    if config.l1_coefficient:
         weight = config.l1_coefficient * min(1.0, (step + 1) / max(1, config.l1_warmup_steps))
-        terms["sparsity"] = weight * sparsity_loss(latents, code_norm)
-    if gate == "batchtopk" and config.aux_coefficient:
-        k_aux = config.k_aux or stream_width(x) // 2
-        terms["auxiliary"] = config.aux_coefficient * auxiliary_loss(
-            x - x_hat, positive, code_norm, model.W_dec, dead, k_aux
-        )
-    scaled = (latents * code_norm).detach()
-    smallest = torch.where(scaled > 0, scaled, torch.inf).min()
-    return StepResult(terms, latents.detach(), x_hat.detach(), smallest)
-
-
-def stream_width(x: Float[Tensor, "batch n_models d_model"]) -> int:
-    """d_model; k_aux = d_model // 2 takes the width of one model, not of all (Gao et al. 2024)."""
-    return int(x.shape[2])
+        terms["sparsity"] = weight * sparsity_loss(latents, model.code_norm)
+    return StepResult(terms, (latents > 0).sum(dim=0), x_hat.detach(), x.new_tensor(torch.inf))
 
 
 def lr_at(config: TrainConfig, step: int) -> float:
@@ -261,7 +285,7 @@ def step_line(
 ) -> dict[str, Any]:
     """Metrics of the batch of this step; fve by the same definition as everywhere, over the batch."""
     sums = ReconstructionSums(x.shape[1], x.shape[2], config.crosscoder.dict_size)
-    sums.add(x, result.x_hat, (result.latents > 0).sum(dim=0))
+    sums.add(x, result.x_hat, result.n_active)
     terms = {name: value.item() for name, value in result.terms.items()}
     topk = {"k": k_at(config, step - 1), "threshold": model.threshold.item()}
     return {

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from crosscoders import Crosscoder
+from crosscoders import Crosscoder, TrainConfig
+from crosscoders.losses import reconstruction_loss
 
 
 def latents(cc: Crosscoder, x: Tensor, *, threshold: float | None) -> Tensor:
@@ -42,3 +43,22 @@ def betas(cc: Crosscoder, x: Tensor, f: Tensor, *, side: int) -> dict[str, Tenso
                 column[j] = (t * direction).sum() / (direction * direction).sum()
             found[f"beta_{name}_{target}"] = column
     return found
+
+
+def dense_terms(model: Crosscoder, config: TrainConfig, x: Tensor, *, dead: Tensor, k: int) -> dict[str, Tensor]:
+    """Loss terms of BatchTopK by dense matrices and plain autograd."""
+    code_norm = model.code_norm.detach()
+    positive = torch.relu(model.pre_acts(x))
+    chosen = (positive * code_norm).detach().flatten().topk(k * len(x)).indices
+    mask = torch.zeros(positive.numel()).index_fill(0, chosen, 1.0).view_as(positive)
+    err = x - model.decode_normalised(positive * mask)
+    terms = {"reconstruction": reconstruction_loss(err, config.reconstruction)}
+    if dead.any():
+        scaled = torch.where(dead, positive * code_norm, -1.0).detach()
+        k_aux = min(config.k_aux or x.shape[2] // 2, int(dead.sum()))
+        kept = torch.zeros_like(positive).scatter(1, scaled.topk(k_aux, dim=1).indices, 1.0) * positive
+        err_hat = torch.einsum("nj,jmd->nmd", kept, model.W_dec)
+        fixed = err.detach()
+        loss = (fixed - err_hat).pow(2).sum() / (fixed - fixed.mean(dim=0)).pow(2).sum()
+        terms["auxiliary"] = config.aux_coefficient * loss
+    return terms

@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import Pair
@@ -33,6 +34,7 @@ from crosscoders.config import PRESETS
 from crosscoders.losses import auxiliary_loss, reconstruction_loss, sparsity_loss
 from crosscoders.metrics import ReconstructionSums
 from crosscoders.source import ActivationSource
+from crosscoders.sparse import WarmSelection
 from crosscoders.tokens import tokenize_documents
 from crosscoders.training import forward, geometric_median, k_at, lr_at
 
@@ -68,19 +70,11 @@ def test_loss_terms_on_paper() -> None:
     assert float(sparsity_loss(torch.tensor([[1.0, 0.0], [2.0, 3.0]]), torch.tensor([0.5, 2.0]))) == (0.5 + 1 + 6) / 2
 
 
-def test_the_auxiliary_term_equals_a_loop_over_tokens() -> None:
-    g = torch.Generator().manual_seed(0)
-    err, positive = torch.randn(5, 2, 3, generator=g), torch.rand(5, 7, generator=g)
-    code_norm, W_dec = torch.rand(7, generator=g), torch.randn(7, 2, 3, generator=g)
-    dead = torch.tensor([True, False, True, True, False, False, True])
-    expected = torch.zeros(())
-    for n in range(5):
-        ranked = sorted(dead.nonzero().flatten().tolist(), key=lambda j: -float(positive[n, j] * code_norm[j]))
-        err_hat = sum((positive[n, j] * W_dec[j] for j in ranked[:2]), torch.zeros(2, 3))
-        expected += (err[n] - err_hat).pow(2).sum()
-    expected /= (err - err.mean(dim=0)).pow(2).sum()
-    torch.testing.assert_close(auxiliary_loss(err, positive, code_norm, W_dec, dead, 2), expected)
-    assert float(auxiliary_loss(err, positive, code_norm, W_dec, torch.zeros(7, dtype=torch.bool), 2)) == 0
+def test_the_auxiliary_term_on_paper() -> None:
+    err = torch.tensor([[[1.0, 0.0]], [[3.0, 0.0]]])  # mean (2, 0), so the total is 1 + 1
+    err_hat = torch.tensor([[[1.0, 2.0]], [[0.0, 0.0]]])  # misses by 4 and 9
+    assert float(auxiliary_loss(err, err_hat)) == 13 / 2
+    assert float(auxiliary_loss(torch.ones(3, 1, 2), torch.ones(3, 1, 2))) == 0  # no variation to explain
 
 
 @pytest.mark.parametrize("term", ["reconstruction", "sparsity", "auxiliary"])
@@ -90,7 +84,15 @@ def test_every_term_reaches_the_gradient(term: str) -> None:
     settings = config(crosscoder=shape, l1_coefficient=0.5 if relu else 0.0, aux_coefficient=0.0 if relu else 0.5)
     model = Crosscoder(shape)
     model.init_weights_(norm=0.5, generator=torch.Generator().manual_seed(0))
-    result = forward(model, settings, activations(32), dead=torch.arange(12) > 5, k=None if relu else 2, step=0)
+    result = forward(
+        model,
+        settings,
+        activations(32),
+        dead=torch.arange(12) > 5,
+        k=None if relu else 2,
+        step=0,
+        select=WarmSelection(),
+    )
     assert set(result.terms) == {"reconstruction", "sparsity" if relu else "auxiliary"}
     result.terms[term].backward()
     assert model.W_dec.grad is not None and model.W_dec.grad.abs().sum() > 0
@@ -102,7 +104,7 @@ def test_the_auxiliary_term_trains_dead_latents_only() -> None:
     model = Crosscoder(shape)
     model.init_weights_(norm=0.5, generator=torch.Generator().manual_seed(0))
     dead = torch.arange(12) > 5
-    result = forward(model, config(crosscoder=shape), activations(32), dead=dead, k=2, step=0)
+    result = forward(model, config(crosscoder=shape), activations(32), dead=dead, k=2, step=0, select=WarmSelection())
     result.terms["auxiliary"].backward()
     assert model.W_dec.grad is not None
     assert (model.W_dec.grad[~dead] == 0).all() and (model.W_dec.grad[dead] != 0).any()
@@ -116,21 +118,23 @@ def test_the_gradient_equals_finite_differences() -> None:
     x = activations(8, 3).double()
 
     def loss() -> torch.Tensor:
-        terms = forward(model, settings, x, dead=torch.zeros(5, dtype=torch.bool), k=None, step=3).terms
+        terms = forward(
+            model, settings, x, dead=torch.zeros(5, dtype=torch.bool), k=None, step=3, select=WarmSelection()
+        ).terms
         return torch.stack(list(terms.values())).sum()
 
     loss().backward()
     for parameter in model.parameters():
-        flat, grad = parameter.data.view(-1), parameter.grad
-        assert grad is not None
-        for i in range(0, len(flat), 4):
-            before = float(flat[i])
-            flat[i] = before + 1e-6
+        assert parameter.grad is not None
+        for flat in range(0, parameter.numel(), 4):
+            place = tuple(int(i) for i in np.unravel_index(flat, parameter.shape))
+            before = parameter.data[place].item()
+            parameter.data[place] = before + 1e-6
             up = loss().item()
-            flat[i] = before - 1e-6
+            parameter.data[place] = before - 1e-6
             slope = (up - loss().item()) / 2e-6
-            flat[i] = before
-            assert abs(slope - float(grad.view(-1)[i])) < 1e-5
+            parameter.data[place] = before
+            assert abs(slope - parameter.grad[place].item()) < 1e-5
 
 
 # ---------------------------------------------------------------------------------------------------------- metrics

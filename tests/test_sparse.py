@@ -1,0 +1,134 @@
+"""The fast path equals the dense one: selection, products, gradients, trajectories."""
+
+from dataclasses import replace
+
+import pytest
+import reference
+import torch
+
+from crosscoders import Crosscoder, CrosscoderConfig, TrainConfig, sparse
+from crosscoders.training import forward
+
+
+def dense(entries: sparse.Active) -> torch.Tensor:
+    return torch.zeros(entries.n_tokens, entries.dict_size).index_put((entries.tokens, entries.latents), entries.values)
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_active_decode_transposed_and_sums_equal_dense_products() -> None:
+    pre, gate, W, y = random(9, 7), torch.rand(7), random(7, 5, seed=1), random(9, 4, seed=2)
+    f = torch.where(pre > gate, pre, 0.0)
+    entries = sparse.active(pre, gate)
+    assert torch.equal(dense(entries), f)
+    torch.testing.assert_close(sparse.decode(entries, W), f @ W)
+    torch.testing.assert_close(sparse.transposed(entries, y), f.T @ y)
+    found = sparse.per_latent(entries)
+    assert torch.equal(found.n, (f > 0).sum(dim=0))
+    torch.testing.assert_close(found.total, f.double().sum(dim=0))
+    torch.testing.assert_close(found.square_total, f.double().square().sum(dim=0))
+    assert torch.equal(found.largest, f.amax(dim=0))
+
+
+def test_nothing_active_gives_zeros() -> None:
+    entries = sparse.active(random(3, 4), torch.full((4,), torch.inf))
+    assert torch.equal(sparse.decode(entries, random(4, 5)), torch.zeros(3, 5))
+    assert torch.equal(sparse.transposed(entries, random(3, 2)), torch.zeros(4, 2))
+
+
+@pytest.mark.parametrize("jump", [1.0, 0.01, 100.0])
+def test_the_warm_selection_is_exact_even_when_the_data_jump(jump: float) -> None:
+    select, c = sparse.WarmSelection(), torch.rand(50) + 0.5
+    for step in range(6):
+        pre = random(40, 50, seed=step) * (jump if step == 3 else 1.0)
+        expected = (pre.relu() * c).flatten().topk(40 * 3).indices.sort().values
+        found = select(pre, c, 40 * 3)
+        assert torch.equal(found.tokens * 50 + found.latents, expected)
+        assert torch.equal(found.values, pre.flatten()[expected])
+    before = select.n_retries
+    assert jump == 1.0 or before > 0
+    select(random(40, 50, seed=5), c, 40 * 3)
+    assert select.n_retries == before  # the same data again: the warm threshold suffices
+
+
+def test_ties_at_the_cut_keep_exactly_n_and_too_few_positive_entries_are_all_kept() -> None:
+    pre = torch.tensor([[1.0, 1.0, 1.0], [1.0, 2.0, -1.0]])
+    found = sparse.WarmSelection()(pre, torch.ones(3), 3)
+    assert dense(found).tolist() == [[1.0, 1.0, 0.0], [0.0, 2.0, 0.0]]
+    assert len(sparse.WarmSelection()(pre, torch.ones(3), 6).values) == 5
+    assert len(sparse.WarmSelection()(-pre.abs(), torch.ones(3), 6).values) == 0
+    zero_norm = sparse.WarmSelection()(pre, torch.tensor([1.0, 0.0, 1.0]), 6)
+    assert 1 not in zero_norm.latents.tolist()
+
+
+def test_the_largest_of_some_columns_for_each_token() -> None:
+    pre, c, columns = random(6, 8), torch.rand(8), torch.tensor([1, 4, 5, 7])
+    found = dense(sparse.largest_per_token(pre, c, columns, 2))
+    for n in range(6):
+        ranked = sorted(columns.tolist(), key=lambda j: -float(pre[n, j].relu() * c[j]))[:2]
+        expected = torch.zeros(8)
+        expected[ranked] = pre[n, ranked].relu()
+        assert torch.equal(found[n], expected)
+
+
+def setting(code_norm: str, reconstruction: str, dtype: torch.dtype) -> tuple[Crosscoder, TrainConfig, torch.Tensor]:
+    shape = CrosscoderConfig(dict_size=20, d_model=6, k=3, code_norm=code_norm)  # type: ignore[arg-type]
+    config = TrainConfig(
+        crosscoder=shape, n_tokens=6400, batch_size=64, reconstruction=reconstruction, aux_coefficient=0.5, k_aux=2,
+        threshold_start_step=5,
+    )  # type: ignore[arg-type]  # fmt: skip
+    model = Crosscoder(shape)
+    model.init_weights_(norm=0.5, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        model.W_dec.add_(0.1 * random(20, 2, 6, seed=2))
+    return model.to(dtype), config, random(64, 2, 6, seed=3).to(dtype) + 0.2
+
+
+@pytest.mark.parametrize("n_dead", [0, 8])
+@pytest.mark.parametrize("reconstruction", ["norm", "squared"])
+@pytest.mark.parametrize("code_norm", ["sum", "concat", "none"])
+def test_gradients_equal_dense_autograd(code_norm: str, reconstruction: str, n_dead: int) -> None:
+    model, config, x = setting(code_norm, reconstruction, torch.float64)
+    dead = torch.arange(20) < n_dead
+    terms = forward(model, config, x, dead=dead, k=3, step=0, select=sparse.WarmSelection()).terms
+    expected = reference.dense_terms(model, config, x, dead=dead, k=3)
+    assert set(terms) == set(expected)
+    for name in terms:
+        torch.testing.assert_close(terms[name], expected[name], rtol=1e-10, atol=0)
+    parameters = list(model.parameters())
+    fast = torch.autograd.grad(sum(terms.values(), torch.zeros(())), parameters)
+    slow = torch.autograd.grad(sum(expected.values(), torch.zeros(())), parameters)
+    for a, b in zip(fast, slow, strict=True):
+        assert (a - b).norm() <= 1e-6 * b.norm()
+
+
+def test_fifty_steps_stay_on_the_dense_trajectory() -> None:
+    model, config, _ = setting("sum", "norm", torch.float32)
+    config = replace(config, lr=1e-2)
+    other, *_ = setting("sum", "norm", torch.float32)
+    fast, slow = (torch.optim.Adam(m.parameters(), lr=1e-2) for m in (model, other))
+    select = sparse.WarmSelection()
+    dead = torch.arange(20) < 4
+    for step in range(50):
+        x = random(64, 2, 6, seed=100 + step)
+        for m, optimizer in ((model, fast), (other, slow)):
+            optimizer.zero_grad()
+            if m is model:
+                terms = forward(m, config, x, dead=dead, k=3, step=step, select=select).terms
+            else:
+                terms = reference.dense_terms(m, config, x, dead=dead, k=3)
+            torch.stack(list(terms.values())).sum().backward()
+            optimizer.step()
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert (a - b).norm() <= 1e-5 * b.norm()
+
+
+def test_the_encoder_gradient_needs_no_transposed_copy() -> None:
+    model, config, x = setting("sum", "norm", torch.float32)
+    terms = forward(
+        model, config, x, dead=torch.zeros(20, dtype=torch.bool), k=3, step=0, select=sparse.WarmSelection()
+    )
+    terms.terms["reconstruction"].backward()
+    assert model.W_enc.grad is not None and model.W_enc.grad.stride() == model.W_enc.stride()
