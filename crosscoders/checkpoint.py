@@ -112,9 +112,6 @@ def load_state(folder: Path, model: Crosscoder, optimizer: torch.optim.Optimizer
                 _, index, key = name.split(".", 2)
                 entries.setdefault(int(index), {})[key] = value
         optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
-        for parameter, state in optimizer.state.items():
-            for name in ("exp_avg", "exp_avg_sq"):  # fused Adam reads memory in the order of the parameter's strides
-                state[name] = torch.empty_like(parameter).copy_(state[name])
         return int(manifest["step"]), tensors["tokens_since_fired"]
     return None
 

@@ -88,12 +88,10 @@ def train(
         if config.input_norm == "sqrt_d":
             model.input_scale.copy_(stream.d_model**0.5 / torch.tensor(stream.mean_norm))
         model.to(device)
-        optimizer = torch.optim.Adam(
-            model.parameters(), lr=config.lr, betas=(config.adam_beta1, config.adam_beta2), fused=True
-        )
+        optimizer = Optimizer(model, config)
         tokens_since_fired = torch.zeros(config.crosscoder.dict_size, dtype=torch.int64, device=device)
         step = 0
-        restored = checkpoint.load_state(out, model, optimizer)
+        restored = checkpoint.load_state(out, model, optimizer.adam)
         if restored:
             step, tokens_since_fired = restored[0], restored[1].to(device)
             say(f"going on at step {step:,} of {config.n_steps:,}")
@@ -116,13 +114,8 @@ def train(
             _require_finite(loss, result.terms, step, out)
 
             # ---- one optimiser step
-            optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            if config.clip_norm is not None:
-                _clip_in_step_(optimizer, config.clip_norm)
-            for group in optimizer.param_groups:
-                group["lr"] = lr_at(config, step)
-            optimizer.step()
+            optimizer.step_(lr_at(config, step))
             step += 1
 
             # ---- counters: dead latents, inference threshold
@@ -142,7 +135,7 @@ def train(
             if holdout and config.eval_every and step % config.eval_every == 0 and step < config.n_steps:
                 write_line(out, eval_line(step, evaluate(model, holdout())), log)
             if step % config.checkpoint_every == 0 or stop or step == config.n_steps:
-                checkpoint.save_state(out, step, model, optimizer, tokens_since_fired)
+                checkpoint.save_state(out, step, model, optimizer.adam, tokens_since_fired)
             if stop and step < config.n_steps:
                 raise StopRequested(stop[0], f"stopped on request at step {step:,}; run the same command to go on.")
             if step == config.n_steps:
@@ -158,12 +151,35 @@ def train(
         return model
 
 
-def _clip_in_step_(optimizer: torch.optim.Adam, clip_norm: float) -> None:
-    """Have the fused optimiser divide the gradients by max(1, norm / clip_norm), which saves a pass over them."""
-    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(grads)
-    optimizer.grad_scale = ((norm + 1e-6) / clip_norm).clamp_min(1.0)  # type: ignore[attr-defined]
-    optimizer.found_inf = torch.zeros((), device=norm.device)  # type: ignore[attr-defined]
+class Optimizer:
+    """Fused Adam with the clip folded in.
+
+    Fused Adam copies tensors that are not contiguous, so it works on contiguous tensors that share the parameters'
+    memory (W_enc is stored latent by latent). Clipping has Adam divide by max(1, norm / clip_norm), which saves a pass.
+    """
+
+    def __init__(self, model: Crosscoder, config: TrainConfig) -> None:
+        self.parameters = list(model.parameters())
+        self.orders = [(2, 0, 1) if p is model.W_enc else tuple(range(p.ndim)) for p in self.parameters]
+        self.shared = [p.data.permute(order) for p, order in zip(self.parameters, self.orders, strict=True)]
+        assert all(tensor.is_contiguous() for tensor in self.shared)
+        betas = (config.adam_beta1, config.adam_beta2)
+        self.adam = torch.optim.Adam([t.requires_grad_() for t in self.shared], lr=config.lr, betas=betas, fused=True)
+        self.clip_norm = config.clip_norm
+
+    def step_(self, lr: float) -> None:
+        """One step with the gradients of the last backward pass, which are then forgotten."""
+        for tensor, parameter, order in zip(self.shared, self.parameters, self.orders, strict=True):
+            assert parameter.grad is not None
+            tensor.grad, parameter.grad = parameter.grad.permute(order), None
+        if self.clip_norm is not None:
+            norm = torch.nn.utils.get_total_norm([t.grad for t in self.shared if t.grad is not None])
+            self.adam.grad_scale = ((norm + 1e-6) / self.clip_norm).clamp_min(1.0)  # type: ignore[attr-defined]
+            self.adam.found_inf = torch.zeros((), device=norm.device)  # type: ignore[attr-defined]
+        for group in self.adam.param_groups:
+            group["lr"] = lr
+        self.adam.step()
+        self.adam.zero_grad(set_to_none=True)
 
 
 def fill_width(config: TrainConfig, stream: BatchStream) -> TrainConfig:

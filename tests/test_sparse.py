@@ -7,7 +7,7 @@ import reference
 import torch
 
 from crosscoders import Crosscoder, CrosscoderConfig, TrainConfig, sparse
-from crosscoders.training import forward
+from crosscoders.training import Optimizer, forward
 
 
 def dense(entries: sparse.Active) -> torch.Tensor:
@@ -132,3 +132,23 @@ def test_the_encoder_gradient_needs_no_transposed_copy() -> None:
     )
     terms.terms["reconstruction"].backward()
     assert model.W_enc.grad is not None and model.W_enc.grad.stride() == model.W_enc.stride()
+
+
+@pytest.mark.parametrize("clip_norm", [None, 0.01, 1e6])
+def test_the_optimiser_equals_plain_adam_with_clipped_gradients(clip_norm: float | None) -> None:
+    model, config, x = setting("sum", "squared", torch.float32)
+    other, *_ = setting("sum", "squared", torch.float32)
+    config = replace(config, clip_norm=clip_norm)
+    plain, ours = torch.optim.Adam(other.parameters(), lr=1e-2), Optimizer(model, config)
+    alive = torch.zeros(20, dtype=torch.bool)
+    for step in range(5):
+        for m in (model, other):
+            result = forward(m, config, x, dead=alive, k=3, step=step, select=sparse.WarmSelection())
+            result.terms["reconstruction"].backward()
+        if clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(other.parameters(), clip_norm)
+        plain.step()
+        plain.zero_grad()
+        ours.step_(1e-2)
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert a.grad is None and (a - b).norm() <= 1e-5 * b.norm()
