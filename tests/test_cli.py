@@ -206,3 +206,20 @@ def test_a_bug_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setattr(diffing.commands, "report", broken)
     with pytest.raises(ZeroDivisionError):
         diffing_cli.main(["report", str(tmp_path)])
+
+
+def test_wandb_gets_every_line_and_its_absence_is_one_line(
+    cache_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import types
+
+    logged: list[tuple[int, dict[str, float]]] = []
+    run = types.SimpleNamespace(log=lambda line, step: logged.append((step, line)))
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **settings: run))
+    argv = ["train", "--cache", str(cache_folder), "--wandb", "project", *TRAIN]
+    assert crosscoders_cli.main([*argv, "--out", str(tmp_path / "a")]) == 0
+    lines = (tmp_path / "a" / "train.jsonl").read_text().splitlines()
+    assert [step for step, _ in logged] == [json.loads(line)["step"] for line in lines]
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert crosscoders_cli.main([*argv, "--out", str(tmp_path / "b")]) == 3
+    assert "--wandb needs the package wandb. Run: pip install" in error_line(capsys)
