@@ -13,7 +13,11 @@ from typing import Any
 from crosscoders import store
 from crosscoders.errors import InputError, nearest
 
-BENCHMARKS = {"demo-pair": "benchmarks.demo_pair", "latent-scaling": "benchmarks.latent_scaling"}
+BENCHMARKS = {
+    "demo-pair": "benchmarks.demo_pair",
+    "latent-scaling": "benchmarks.latent_scaling",
+    "throughput": "benchmarks.throughput",
+}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -110,7 +110,7 @@ def load_state(folder: Path, model: Crosscoder, optimizer: torch.optim.Optimizer
         for name, value in tensors.items():
             if name.startswith("adam."):
                 _, index, key = name.split(".", 2)
-                entries.setdefault(int(index), {})[key] = value
+                entries.setdefault(int(index), {})[key] = value.clone()  # not a view of the file
         optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
         return int(manifest["step"]), tensors["tokens_since_fired"]
     return None

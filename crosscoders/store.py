@@ -9,6 +9,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import mmap
 import os
 import shutil
 import socket
@@ -35,7 +36,7 @@ class Written(NamedTuple):
     """xxh3-128 of its bytes, hexadecimal; guards against accident, not against an attacker."""
 
 
-def checksum(data: bytes) -> str:
+def checksum(data: bytes | mmap.mmap) -> str:
     import xxhash
 
     return str(xxhash.xxh3_128_hexdigest(data))
@@ -133,24 +134,28 @@ def read_tensors(path: Path, expected: Written | None = None) -> dict[str, "Tens
         CorruptData: size, checksum or header are wrong.
     """
     from safetensors import SafetensorError
-    from safetensors.torch import load
+    from safetensors.torch import load_file
 
     if not path.is_file():
         raise InputError(f"there is no {path}. Check the folder's name.")
     refuse_lfs_pointer(path)
-    data = path.read_bytes()
-    if expected is not None and len(data) != expected.n_bytes:
+    n_bytes = path.stat().st_size
+    if expected is not None and n_bytes != expected.n_bytes:
         raise CorruptData(
-            f"{path} has {len(data)} bytes but its manifest says {expected.n_bytes}. Make this folder again."
+            f"{path} has {n_bytes} bytes but its manifest says {expected.n_bytes}. Make this folder again."
         )
-    if expected is not None and checksum(data) != expected.checksum:
-        raise CorruptData(f"{path} does not match its checksum: at least one bit has changed. Make this folder again.")
-    if len(data) < 8 or int.from_bytes(data[:8], "little") > min(MAX_HEADER_BYTES, len(data)):
-        raise CorruptData(
-            f"{path} is not a safetensors file: its header length is impossible. Download or make it again."
-        )
+    no_header = f"{path} is not a safetensors file: its header length is impossible. Download or make it again."
+    if n_bytes < 8:
+        raise CorruptData(no_header)
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        if expected is not None and checksum(data) != expected.checksum:
+            raise CorruptData(
+                f"{path} does not match its checksum: at least one bit has changed. Make this folder again."
+            )
+        if int.from_bytes(data[:8], "little") > min(MAX_HEADER_BYTES, n_bytes):
+            raise CorruptData(no_header)
     try:
-        return dict(load(data))
+        return dict(load_file(path))
     except SafetensorError as error:
         raise CorruptData(f"{path} is not a safetensors file ({error}). Download or make it again.") from None
 

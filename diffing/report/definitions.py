@@ -11,7 +11,7 @@ COLUMNS = {
     "latent": "Number of the latent in the dictionary.",
     "verdict": "What the evidence says; the words are explained below.",
     "specificity": (
-        "(1 - max(nu_error, nu_reconstruction)) (1 - decoder_cosine) / 2, the maximum clipped to 0 to 1: high where "
+        "(1 - min(1, max(|nu_error|, |nu_reconstruction|))) (1 - decoder_cosine) / 2: high where "
         "the base model lacks the tuned decoder's direction and encodes the latent along another one."
     ),
     "nu_error": (
