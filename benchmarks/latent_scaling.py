@@ -12,7 +12,7 @@ from benchmarks.timing import interleaved, ratio_row
 from crosscoders import Crosscoder, CrosscoderConfig
 from diffing.latent_scaling import ScalingSums
 
-SHAPES = [(128, 768, 24), (256, 4096, 32), (512, 16384, 64)]
+SHAPES = [(128, 1024, 24), (256, 4096, 32), (512, 16384, 64)]
 """(d_model, dict_size, k)"""
 BATCH = 1024
 

@@ -281,10 +281,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # Minutes on two CPU cores, for a width of 128 (docs/log.md has the runs that decided it).
     "demo": {
-        "crosscoder.dict_size": 768,
+        "crosscoder.dict_size": 1024,
         "crosscoder.activation": "batchtopk",
         "crosscoder.k": 24,
-        "n_tokens": 1_638_400,
+        "n_tokens": 2_457_600,
         "batch_size": 1024,
         "lr": 2e-3,
         "lr_warmup_steps": 50,
@@ -296,7 +296,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "threshold_start_step": 200,
         "threshold_beta": 0.99,
         "log_every": 50,
-        "checkpoint_every": 400,
-        "eval_every": 400,
+        "checkpoint_every": 600,
+        "eval_every": 600,
     },
 }

@@ -94,7 +94,7 @@ def test_settings_come_from_the_file_then_from_flags(
         crosscoders_cli.main(["train", "--config", str(file), "--lr", "0.5", "--print-config"])
     assert stop.value.code == 0
     found = yaml.safe_load(capsys.readouterr().out)
-    assert (found["lr"], found["crosscoder"]["k"], found["crosscoder"]["dict_size"]) == (0.5, 7, 768)
+    assert (found["lr"], found["crosscoder"]["k"], found["crosscoder"]["dict_size"]) == (0.5, 7, 1024)
     assert (found["batch_size"], found["cache"]) == (1024, "x")
     with pytest.raises(SystemExit):
         crosscoders_cli.main(["train", "--config", str(file), "--print-config"])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 ASSETS = Path(__file__).parent / "assets"
 MODELS = ("base", "tuned", "placebo", "format_only")
-"""`placebo` and `format_only` are the same fine-tune as `tuned` on raw text only, and on documentation dialogues only."""
+"""`placebo` and `format_only`: the fine-tune of `tuned`, but on raw text only and on documentation dialogues only."""
 DOCUMENTS = ("raw_train", "raw_heldout", "dialogues_train", "dialogues_heldout")
 
 

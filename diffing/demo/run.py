@@ -85,18 +85,24 @@ def demo_rows(table: pandas.DataFrame) -> list[dict[str, Any]]:
 
 
 def summary(table: pandas.DataFrame, examples: dict[str, list[dict[str, Any]]]) -> str:
-    """The ten most specific latents with one context each, and what their class means in words."""
-    lines = ["", "The ten latents that are most specific to the tuned model:"]
-    lines.append(
-        "  latent  nu_error  nu_rec.  cosine  norm   share of its activation   where it fires most (>>token<<)"
+    """The ten most specific latents and the first of each planted concept, with one context each, and their class."""
+    header = (
+        "  rank  latent  nu_error  nu_rec.  cosine  norm   share of its activation   where it fires most (>>token<<)"
     )
-    for latent, values in table.nsmallest(10, "rank").iterrows():
-        where = f"{values['main_context_share']:.0%} {values['main_context']}"
-        ratios = f"{values['nu_error']:>8.2f}  {values['nu_reconstruction']:>7.2f}"
-        geometry = f"{values['decoder_cosine']:>6.2f}  {values['relative_decoder_norm']:.2f}"
-        lines.append(
-            f"  {latent:>6}  {ratios}  {geometry}   {where:<24}  {context_text(examples.get(str(latent), []))}"
-        )
+    lines = ["", "The ten latents that are most specific to the tuned model:", header]
+    first = table.nsmallest(32, "rank")
+    lines += [latent_line(first, int(latent), examples) for latent in first.index[:10]]
+    counts = ", ".join(f"{context} {n}" for context, n in first["main_context"].value_counts().items())
+    lines += [
+        "",
+        f"Main contexts of the first 32: {counts}.",
+        "The first latent of each concept that the fine-tune planted:",
+    ]
+    lines.append(header)
+    for context in PLANTED:
+        found = first.index[first["main_context"] == context]
+        if len(found):
+            lines.append(latent_line(first, int(found[0]), examples))
     n_only = int((table["norm_class"] == "tuned-only").sum())
     if n_only == 0:
         lines += [
@@ -111,6 +117,16 @@ def summary(table: pandas.DataFrame, examples: dict[str, list[dict[str, Any]]]) 
             f"{n_only} of {len(table)} latents are tuned-only in the published sense (relative decoder norm >= 0.9).",
         ]
     return "\n".join(lines)
+
+
+def latent_line(table: pandas.DataFrame, latent: int, examples: dict[str, list[dict[str, Any]]]) -> str:
+    """One latent on one line."""
+    values = table.loc[latent]
+    ratios = f"{values['nu_error']:>8.2f}  {values['nu_reconstruction']:>7.2f}"
+    geometry = f"{values['decoder_cosine']:>6.2f}  {values['relative_decoder_norm']:.2f}"
+    where = f"{values['main_context_share']:.0%} {values['main_context']}"
+    text = context_text(examples.get(str(latent), []))
+    return f"  {values['rank']:>4}  {latent:>6}  {ratios}  {geometry}   {where:<24}  {text}"
 
 
 def context_text(found: list[dict[str, Any]]) -> str:

@@ -1,0 +1,168 @@
+"""The training loop of the demo models: documents packed into rows, AdamW with a cosine, one seed.
+
+Reading order: `text_documents` and `dialogue_documents` make token ids with a mask of scored tokens, `packed_rows`
+fills rows with whole documents, `row_stream` repeats that without end, `fit` is the loop, `next_token_loss` its loss.
+"""
+
+import math
+import random
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional
+
+CONTEXT = 128
+"""Tokens in a row, and the longest document that the models are trained on."""
+ROWS = 16
+"""Rows in a step: 2,048 tokens."""
+PACKING_WINDOW = 512
+"""Documents that are packed together; at this size rows are about 98 % full."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Length and rate of one training run."""
+
+    steps: int
+    lr: float
+    warmup_steps: int
+    raw_rows: int = ROWS
+    """Rows of raw text in each step; the others hold dialogues."""
+
+
+class Document(NamedTuple):
+    """Token ids, and which of them are predicted for the loss."""
+
+    ids: list[int]
+    scored: list[bool]
+
+
+class Batch(NamedTuple):
+    """Packed rows; a document sees only itself."""
+
+    ids: Int[Tensor, "rows seq"]
+    scored: Bool[Tensor, "rows seq"]
+    segments: Int[Tensor, "rows seq"]
+    """Number of the document within its row, from 1; padding is 0."""
+    positions: Int[Tensor, "rows seq"]
+    """Position within the document."""
+
+
+def text_documents(tokenizer: Any, texts: list[str]) -> list[Document]:
+    """`<bos>` text `<eos>`, cut at the context; all but `<bos>` is scored."""
+    rows = ([*ids, tokenizer.eos_token_id][:CONTEXT] for ids in tokenizer(texts)["input_ids"])
+    return [Document(ids, [False] + [True] * (len(ids) - 1)) for ids in rows]
+
+
+def dialogue_documents(tokenizer: Any, chats: list[list[dict[str, str]]]) -> list[Document]:
+    """Questions and answers in the chat template; only the answer and its `<end_of_turn>` are scored."""
+    prompts = tokenizer.apply_chat_template([chat[:1] for chat in chats], add_generation_prompt=True, tokenize=False)
+    answers = [f"{chat[1]['content']}<end_of_turn>" for chat in chats]
+    prompt_ids, answer_ids = (tokenizer(texts, add_special_tokens=False)["input_ids"] for texts in (prompts, answers))
+    return [
+        Document([*prompt, *answer][:CONTEXT], ([False] * len(prompt) + [True] * len(answer))[:CONTEXT])
+        for prompt, answer in zip(prompt_ids, answer_ids, strict=True)
+    ]
+
+
+def packed_rows(documents: list[Document]) -> list[list[Document]]:
+    """Whole documents put into rows of CONTEXT tokens: longest first, each into the first row with room."""
+    rows: list[list[Document]] = []
+    room: list[int] = []
+    for document in sorted(documents, key=lambda d: len(d.ids), reverse=True):
+        size = len(document.ids)
+        place = next((i for i, free in enumerate(room) if free >= size), len(rows))
+        if place == len(rows):
+            rows.append([])
+            room.append(CONTEXT)
+        rows[place].append(document)
+        room[place] -= size
+    return rows
+
+
+def row_stream(documents: list[Document], generator: random.Random) -> Iterator[list[Document]]:
+    """Rows without end; every epoch has a new order and a new packing."""
+    order = list(documents)
+    while True:
+        generator.shuffle(order)
+        windows = [packed_rows(order[i : i + PACKING_WINDOW]) for i in range(0, len(order), PACKING_WINDOW)]
+        rows = [row for window in windows for row in window]
+        generator.shuffle(rows)
+        yield from rows
+
+
+def make_batch(rows: list[list[Document]]) -> Batch:
+    """Tensors of packed rows, padded with 0."""
+    shape = (len(rows), CONTEXT)
+    ids, segments, positions = (torch.zeros(shape, dtype=torch.long) for _ in range(3))
+    scored = torch.zeros(shape, dtype=torch.bool)
+    for r, row in enumerate(rows):
+        start = 0
+        for number, document in enumerate(row, 1):
+            span = slice(start, start + len(document.ids))
+            ids[r, span] = torch.tensor(document.ids)
+            scored[r, span] = torch.tensor(document.scored)
+            segments[r, span] = number
+            positions[r, span] = torch.arange(len(document.ids))
+            start = span.stop
+    return Batch(ids, scored, segments, positions)
+
+
+def next_token_loss(model: Any, batch: Batch) -> Float[Tensor, ""]:
+    """Mean cross-entropy over scored tokens, in nats per token; logits are computed only where they are scored."""
+    causal = torch.ones(CONTEXT, CONTEXT, dtype=torch.bool).tril()
+    seen = causal & (batch.segments[:, :, None] == batch.segments[:, None, :])
+    mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)[:, None]
+    masks = {"full_attention": mask, "sliding_attention": mask}
+    hidden = model.model(batch.ids, attention_mask=masks, position_ids=batch.positions, use_cache=False)[0]
+    targets = batch.scored[:, 1:]
+    cap = model.config.final_logit_softcapping
+    logits = cap * torch.tanh(model.lm_head(hidden[:, :-1][targets]) / cap)
+    return functional.cross_entropy(logits, batch.ids[:, 1:][targets])
+
+
+def fit(
+    model: Any, *, raw: list[Document], dialogues: list[Document], schedule: Schedule, seed: int, name: str
+) -> None:
+    """Train in place.
+
+    Raises:
+        ValueError: the loss is not finite.
+    """
+    streams = (row_stream(raw, random.Random(f"{seed}:raw")), row_stream(dialogues, random.Random(f"{seed}:chat")))
+    # betas and decay: the usual ones for small language models.
+    optimizer = torch.optim.AdamW(model.parameters(), lr=schedule.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    model.train()
+    began, smoothed = time.monotonic(), math.nan
+    for step in range(schedule.steps):
+        rows = [next(streams[0]) for _ in range(schedule.raw_rows)]
+        rows += [next(streams[1]) for _ in range(ROWS - schedule.raw_rows)]
+        loss = next_token_loss(model, make_batch(rows))
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise ValueError(f"the loss of {name} is {value} at step {step}. Lower lr = {schedule.lr}.")
+        for group in optimizer.param_groups:
+            group["lr"] = schedule.lr * _rate(step, schedule)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        smoothed = value if step == 0 else 0.95 * smoothed + 0.05 * value
+        if (step + 1) % 50 == 0 or step + 1 == schedule.steps:
+            tokens = (step + 1) * ROWS * CONTEXT
+            rate = tokens / (time.monotonic() - began)
+            line = f"{name}  step {step + 1:04d}/{schedule.steps}  tokens {tokens / 1e6:.2f}M  loss {smoothed:.3f}"
+            print(f"{line}  tok/s {rate:,.0f}", file=sys.stderr, flush=True)
+    model.eval()
+
+
+def _rate(step: int, schedule: Schedule) -> float:
+    """Linear warm-up, then a cosine to zero; as a share of the peak."""
+    warmup = min(1.0, (step + 1) / max(1, schedule.warmup_steps))
+    return warmup * 0.5 * (1 + math.cos(math.pi * step / schedule.steps))
