@@ -112,10 +112,8 @@ def summary(table: pandas.DataFrame, examples: dict[str, list[dict[str, Any]]]) 
             "unrelated directions (cosine near 0), and the base model lacks the tuned direction (both ratios near 0).",
         ]
     else:
-        lines += [
-            "",
-            f"{n_only} of {len(table)} latents are tuned-only in the published sense (relative decoder norm >= 0.9).",
-        ]
+        sense = "in the published sense (relative decoder norm of 0.9 or more)"
+        lines += ["", f"{n_only} of {len(table)} latents are tuned-only {sense}."]
     return "\n".join(lines)
 
 
