@@ -107,9 +107,9 @@ def summary(table: pandas.DataFrame, examples: dict[str, list[dict[str, Any]]]) 
     if n_only == 0:
         lines += [
             "",
-            "No latent is tuned-only in the published sense (relative decoder norm of 0.9 or more): both models keep a",
-            "code for every latent. The new concepts appear as rotated latents: alive in both models (norm near 0.5), in",
-            "unrelated directions (cosine near 0), and the base model lacks the tuned direction (both ratios near 0).",
+            "No latent is tuned-only in the published sense (relative decoder norm of 0.9 or more): both models keep",
+            "a code for every latent. The new concepts appear as rotated latents: alive in both models (norm near 0.5),",
+            "in unrelated directions (cosine near 0), and the base model lacks the tuned one (both ratios near 0).",
         ]
     else:
         sense = "in the published sense (relative decoder norm of 0.9 or more)"
