@@ -108,7 +108,7 @@ def summary(table: pandas.DataFrame, examples: dict[str, list[dict[str, Any]]]) 
         lines += [
             "",
             "No latent is tuned-only in the published sense (relative decoder norm of 0.9 or more): both models keep",
-            "a code for every latent. The new concepts appear as rotated latents: alive in both models (norm near 0.5),",
+            "a code for every latent. The new concepts appear as rotated latents: alive in both (norm near 0.5),",
             "in unrelated directions (cosine near 0), and the base model lacks the tuned one (both ratios near 0).",
         ]
     else:
