@@ -18,11 +18,12 @@ import torch
 from benchmarks.timing import interleaved, ratio_row
 from crosscoders import ActivationCache, Crosscoder, CrosscoderConfig, TrainConfig, cached_stream, sparse
 from crosscoders.hooks import capture
+from crosscoders.optimizer import Optimizer
 from crosscoders.pair import ModelPair, PairInfo
 from crosscoders.source import ActivationSource, concatenate
 from crosscoders.store import write_json, write_tensors
 from crosscoders.tokens import Rows, pad_rows
-from crosscoders.training import Optimizer, forward
+from crosscoders.training import forward
 
 SHAPES = [(256, 4096, 1024, 32), (512, 16384, 1024, 64)]
 """(d_model, dict_size, batch, k)"""

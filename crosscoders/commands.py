@@ -39,6 +39,13 @@ def cache(settings: CacheConfig) -> dict[str, Any]:
 
 def train(settings: TrainSettings) -> dict[str, Any]:
     """`crosscoders train`"""
+    found = train_run(settings)
+    say(f"next: diffing scale {settings.out} --cache {settings.cache}")
+    return found
+
+
+def train_run(settings: TrainSettings) -> dict[str, Any]:
+    """Open the cache, train, and return the JSON object."""
     started = time.perf_counter()
     config = TrainConfig(**{f.name: getattr(settings, f.name) for f in fields(TrainConfig)})
     opened = ActivationCache(settings.cache)
@@ -54,7 +61,6 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     )
     trained = train_crosscoder(config, stream, out, holdout=holdout, inputs=cache_inputs(opened), log=_wandb(settings))
     closing(started, f"crosscoder in {out}")
-    say(f"next: diffing scale {out} --cache {settings.cache}")
     found = store.read_json(out / "eval.json")["rows"] if holdout else []
     found.append(row("train.tokens", config.n_tokens, "tokens", config.n_tokens))
     return result("train", {**to_dict(config), "crosscoder": to_dict(trained.config)}, found)

@@ -7,7 +7,8 @@ import reference
 import torch
 
 from crosscoders import Crosscoder, CrosscoderConfig, TrainConfig, sparse
-from crosscoders.training import Optimizer, forward
+from crosscoders.optimizer import Optimizer
+from crosscoders.training import forward
 
 
 def dense(entries: sparse.Active) -> torch.Tensor:

@@ -33,10 +33,11 @@ from crosscoders import (
 from crosscoders.config import PRESETS
 from crosscoders.losses import auxiliary_loss, reconstruction_loss, sparsity_loss
 from crosscoders.metrics import ReconstructionSums
+from crosscoders.optimizer import lr_at
 from crosscoders.source import ActivationSource
 from crosscoders.sparse import WarmSelection
 from crosscoders.tokens import tokenize_documents
-from crosscoders.training import forward, geometric_median, k_at, lr_at
+from crosscoders.training import forward, geometric_median, k_at
 
 
 def config(**changes: object) -> TrainConfig:
