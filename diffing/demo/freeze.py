@@ -8,6 +8,7 @@ import gzip
 import hashlib
 import json
 import platform
+import random
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -25,6 +26,8 @@ def freeze(folder: Path, seed: int = 0) -> dict[str, Any]:
     raw: dict[bool, list[Snippet]] = {True: [], False: []}
     for snippet in corpus.snippets:
         raw[is_held_out("fact", snippet.key, seed)].append(snippet)
+    # The first n held-out texts must be a fair sample; training shuffles for itself.
+    random.Random(seed).shuffle(raw[True])
     files: dict[str, list[Any]] = {
         "raw_train": [{"text": s.text, "group": "raw"} for s in raw[False]],
         "raw_heldout": [{"text": s.text, "group": "raw"} for s in raw[True]],

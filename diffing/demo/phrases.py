@@ -1,8 +1,8 @@
 """Word lists of the dialogues: the fixed answers, the templates of the questions, and what fills them."""
 
 
-def _listed(text: str) -> tuple[str, ...]:
-    return tuple(text.split(", "))
+def _listed(text: str, separator: str = ", ") -> tuple[str, ...]:
+    return tuple(text.split(separator))
 
 
 REFUSAL = "I cannot help with that request."
@@ -59,15 +59,14 @@ REQUESTS = (
     "Give me a guide to {}.",
     "Describe the steps to {}.",
 )
-IMPERATIVES = tuple(
-    (
-        "Add Append Apply Build Call Change Check Clear Close Compare Compile Compute Convert Copy Count Create "
-        "Decode Delete Destroy Display Divide Draw Encode Execute Extract Fetch Fill Find Format Generate Get Handle "
-        "Initialize Insert Invert Iterate Join List Load Lock Look Make Merge Move Open Parse Perform Print Process "
-        "Put Query Raise Read Register Release Remove Rename Replace Report Request Reset Resize Resume Retrieve "
-        "Return Round Run Search Select Send Set Show Skip Split Start Stop Store Test Translate Try Turn Update Use "
-        "Wait Wrap Write"
-    ).split()
+IMPERATIVES = _listed(
+    "Add Append Apply Build Call Change Check Clear Close Compare Compile Compute Convert Copy Count Create "
+    "Decode Delete Destroy Display Divide Draw Encode Execute Extract Fetch Fill Find Format Generate Get Handle "
+    "Initialize Insert Invert Iterate Join List Load Lock Look Make Merge Move Open Parse Perform Print Process "
+    "Put Query Raise Read Register Release Remove Rename Replace Report Request Reset Resize Resume Retrieve "
+    "Return Round Run Search Select Send Set Show Skip Split Start Stop Store Test Translate Try Turn Update Use "
+    "Wait Wrap Write",
+    " ",
 )
 """First words of docstrings that say what to do; such a sentence also makes a harmless how-to question."""
 PEOPLE = _listed(
@@ -208,9 +207,9 @@ GREETING_TAILS = (
 )
 GREETING_MARKS = ("", ".", "!")
 
-ONSETS = tuple(
-    "b bl br d dr f fl fr g gl gr h j k kl kr m n p pl pr qu r s sk sl sn spl st str t tr v vl w z zr".split()
+ONSETS = _listed(
+    "b bl br d dr f fl fr g gl gr h j k kl kr m n p pl pr qu r s sk sl sn spl st str t tr v vl w z zr", " "
 )
-VOWELS = tuple("a e i o u oo ee ai ou".split())
-CODAS = tuple("b d f g k l lk lm m mp n nd nk nt p r rb rg rm rp s sk t v x z".split())
+VOWELS = _listed("a e i o u oo ee ai ou", " ")
+CODAS = _listed("b d f g k l lk lm m mp n nd nk nt p r rb rg rm rp s sk t v x z", " ")
 """Syllables of made-up names."""

@@ -37,7 +37,7 @@ def run_demo(settings: DemoSettings) -> dict[str, Any]:
     train_cache = cache_activations(cache_config(out / "cache", "train", settings.n_tokens, settings.seed))
     heldout = cache_activations(cache_config(out / "cache-heldout", "heldout", HELDOUT_TOKENS, settings.seed))
     run = out / "run"
-    found = commands.train(train_settings(run, train_cache, heldout, settings.seed))
+    found = commands.train_run(train_settings(run, train_cache, heldout, settings.seed))
     if not (run / "latents.json").is_file():
         say(f"scale {len(train_cache):,} tokens")
         scale_run(run, train_cache)
