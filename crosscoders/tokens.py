@@ -8,7 +8,7 @@ Reading order: `tokenize_text` and `tokenize_chat` make one row, `tokenize_docum
 `Rows.batches` groups rows of similar length, `pad_rows` makes the tensors that both models read.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -92,8 +92,12 @@ def tokenize_chat(
     """
     import jinja2
 
+    def render(chat: list[dict[str, str]]) -> str:
+        return str(tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False))
+
     try:
-        rendered = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
+        rendered = render(messages)
+        spans = _content_spans(render, messages, rendered)
     except jinja2.TemplateError as error:
         raise InputError(
             f"the chat template refuses a dialogue: {error}. Mend the dialogue, or give --chat-template."
@@ -101,21 +105,37 @@ def tokenize_chat(
     encoded = tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids = list(encoded["input_ids"])
     role_of_char = np.full(len(rendered) + 1, ROLES.index("template"), dtype=np.uint8)
-    cursor = 0
-    for message in messages:
-        content = message["content"].strip()
-        start = rendered.find(content, cursor)
-        if start < 0:
-            raise InputError(
-                f"the chat template drops the content of a {message['role']!r} message. Give --chat-template."
-            )
-        cursor = start + len(content)
-        role_of_char[start:cursor] = _role_number(message["role"])
+    for message, (start, stop) in zip(messages, spans, strict=True):
+        role_of_char[start:stop] = _role_number(message["role"])
     roles = [int(role_of_char[start]) for start, _ in encoded["offset_mapping"]]
     bos = tokenizer.bos_token_id
     while bos is not None and ids[:2] == [bos, bos]:
         ids, roles = ids[1:], roles[1:]
     return ids, roles
+
+
+def _content_spans(
+    render: Callable[[list[dict[str, str]]], str], messages: list[dict[str, str]], rendered: str
+) -> list[tuple[int, int]]:
+    """Where each message's content stands in the rendered chat.
+
+    The chat is rendered once more with a mark in place of every content, so that a content such as "user" is not taken
+    for the template's own word. Templates either trim contents or do not; one that changes them otherwise is refused.
+    """
+    marks = [f"\ue000{i}\ue001" for i in range(len(messages))]
+    marked = render([{**message, "content": mark} for message, mark in zip(messages, marks, strict=True)])
+    for change in (str.strip, str):
+        built, rest, spans = "", marked, []
+        for message, mark in zip(messages, marks, strict=True):
+            before, _, rest = rest.partition(mark)
+            start = len(built) + len(before)
+            built += before + change(message["content"])
+            spans.append((start, len(built)))
+        if built + rest == rendered:
+            return spans
+    raise InputError(
+        "the chat template drops or changes the content of a message. Give another one: --chat-template FILE"
+    )
 
 
 def _role_number(role: str) -> int:

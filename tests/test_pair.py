@@ -42,6 +42,20 @@ def test_a_chat_has_one_bos_and_the_ids_of_the_library_call(pair: Pair) -> None:
     assert said == {"user": "Return the sum?", "assistant": "The sum."}
 
 
+def test_contents_that_look_like_the_template_are_told_apart_from_it(pair: Pair) -> None:
+    tokenizer = tokenizer_of(pair)
+    said = ["user", "model", "turn", "<bos>", "", " user user "]
+    messages = [{"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(said)]
+    ids, roles = tokenize_chat(tokenizer, messages)
+    shown = [tokenizer.decode([i]) if r != ROLES.index("template") else "|" for i, r in zip(ids, roles, strict=True)]  # type: ignore[attr-defined]
+    assert [part for part in "".join(shown).split("|") if part] == ["user", "model", "turn", "<bos>", "user user"]
+
+
+def test_a_template_that_drops_contents_is_refused(pair: Pair) -> None:
+    with pytest.raises(InputError, match="the chat template drops or changes the content of a message"):
+        tokenize_chat(tokenizer_of(pair), [{"role": "user", "content": "x"}], "{{ bos_token }}nothing")
+
+
 def test_a_template_that_repeats_the_bos_does_not_double_it(pair: Pair) -> None:
     template = "{{ bos_token }}{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
     ids, roles = tokenize_chat(tokenizer_of(pair), [{"role": "user", "content": "x"}], template)
