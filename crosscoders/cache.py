@@ -62,12 +62,17 @@ def cache_activations(config: CacheConfig) -> "ActivationCache":
     return ActivationCache(out)
 
 
+def _unnamed(entry: Any) -> Any:
+    """A model's hash without its name: the same model under another path is the same model."""
+    return entry.get("hash") if isinstance(entry, dict) else entry
+
+
 def _finished_shards(out: Path, fingerprint: dict[str, Any]) -> list[dict[str, Any]]:
     """Entries of the whole shards that an earlier run of the same plan has left."""
     for name in ("manifest.json", "progress.json"):
         if (out / name).is_file():
-            found = store.read_json(out / name)
-            changed = [key for key, value in fingerprint.items() if found.get(key) != value]
+            found = store.read_object(out / name, "format_version", "shards")
+            changed = [key for key, value in fingerprint.items() if _unnamed(found.get(key)) != _unnamed(value)]
             if changed:
                 key = changed[0]
                 raise InputError(
@@ -160,7 +165,7 @@ class ActivationCache:
             raise InputError(
                 f"{str(path)!r} {state}: it has no manifest.json. Run `crosscoders cache` with --out {path}."
             )
-        self.manifest: dict[str, Any] = store.read_json(manifest_path)
+        self.manifest = store.read_object(manifest_path, "format_version", "shards")
         found = self.manifest.get("format_version")
         if found != FORMAT_VERSION:
             raise InputError(

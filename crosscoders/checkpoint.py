@@ -43,12 +43,15 @@ def start_run(folder: Path, config: dict[str, Any], inputs: dict[str, Any], envi
     if not path.is_file():
         store.write_json(path, described)
         return
-    found = store.read_json(path)
+    found = store.read_object(path, "config", "inputs")
     for part in ("config", "inputs"):
         was, now = (json.loads(json.dumps(run[part])) for run in (found, described))
         if part == "inputs":
             for side in (was, now):
-                side.get("cache", {}).pop("path", None)  # a cache that was moved is the same cache
+                # A cache or a model that was moved is the same cache or model.
+                side.get("cache", {}).pop("path", None)
+                for model in ("base", "tuned"):
+                    side.get("cache", {}).get(model, {}).pop("name", None)
         changed = _first_difference(was, now)
         if changed:
             key, old, new = changed
@@ -96,7 +99,7 @@ def load_state(folder: Path, model: Crosscoder, optimizer: torch.optim.Optimizer
     """
     for path in reversed(_state_folders(folder)):
         try:
-            manifest = store.read_json(path / "manifest.json")
+            manifest = store.read_object(path / "manifest.json", "format_version", "step", "state")
             if manifest["format_version"] != FORMAT_VERSION:
                 raise InputError(f"{path} has format_version {manifest['format_version']}, not {FORMAT_VERSION}.")
             tensors = store.read_tensors(path / "state.safetensors", store.Written(**manifest["state"]))

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from crosscoders.command import Command
 from crosscoders.command import main as run_main
-from crosscoders.config import PRESETS, CacheConfig, TrainConfig
+from crosscoders.config import PRESETS, CacheConfig, TrainConfig, require_range
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,9 @@ class EvalSettings:
     """JSON file for the results."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
+
+    def __post_init__(self) -> None:
+        require_range(self, 1, None, "n_tokens")
 
 
 COMMANDS = [

@@ -43,14 +43,15 @@ class Parsed(NamedTuple):
 def main(program: str, description: str, commands: list[Command], argv: list[str] | None = None) -> int:
     """Run one command; exit status: 0 done, 2 wrong input, 3 environment, 4 data corrupt, 128 + signal."""
     argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] in ("-h", "--help"):
-        print(f"usage: {program} COMMAND [--config FILE] [--SETTING VALUE ...]\n\n{description}\n")
-        for command in commands:
-            print(f"  {program} {command.name:<8} {command.help}")
-        print(f"\n{program} COMMAND --help lists the settings of a command.")
-        return 0
     debug = "--debug" in argv
     try:
+        if not argv or argv[0] in ("-h", "--help", "help"):
+            lines = [f"  {program} {command.name:<8} {command.help}" for command in commands]
+            print(f"usage: {program} COMMAND [--config FILE] [--SETTING VALUE ...]\n\n{description}\n")
+            print(
+                "\n".join(lines), f"\n{program} COMMAND --help lists the settings of a command.", sep="\n", flush=True
+            )
+            return 0
         command = _find(program, commands, argv[0])
         parsed = parse(program, command, argv[1:])
         module, function = command.run.split(":")
@@ -65,7 +66,7 @@ def main(program: str, description: str, commands: list[Command], argv: list[str
         status = error.exit_status
         message = str(error)
     except KeyboardInterrupt:
-        status, message = 130, "interrupted."
+        status, message = 130, "interrupted. Run the same command to go on."
     except BrokenPipeError:
         return 0
     except Exception as error:
@@ -151,8 +152,8 @@ def _config_file(argv: list[str]) -> dict[str, Any] | None:
     if not Path(path).is_file():
         raise InputError(f"config file {path!r} does not exist. Check the path of --config.")
     try:
-        found = yaml.safe_load(Path(path).read_text())
-    except yaml.YAMLError as error:
+        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"config file {path!r} is not YAML: {str(error).splitlines()[0]}.") from None
     if not isinstance(found, dict):
         raise InputError(f"config file {path!r} holds no settings; write lines of the form key: value.")
@@ -167,7 +168,7 @@ def _keys(parser: Any) -> list[str]:
     return [
         action.dest
         for action in parser._actions
-        if action.dest not in ("help", "config") and "print_config" not in action.dest
+        if action.dest not in ("help", "config") and not action.dest.startswith("print_")
     ]
 
 

@@ -59,9 +59,12 @@ def train_run(settings: TrainSettings) -> dict[str, Any]:
         f"{opened.manifest['hook_point']} of {opened.manifest['base']['name']} and {opened.manifest['tuned']['name']}: "
         f"{config.n_tokens:,} tokens, {config.n_steps / stream.steps_per_epoch:.1f} epochs, to {out}"
     )
-    trained = train_crosscoder(config, stream, out, holdout=holdout, inputs=cache_inputs(opened), log=_wandb(settings))
+    inputs = cache_inputs(opened)
+    if settings.eval_cache is not None:
+        inputs["eval_cache"] = {"hash": ActivationCache(settings.eval_cache).manifest_hash}
+    trained = train_crosscoder(config, stream, out, holdout=holdout, inputs=inputs, log=_wandb(settings))
     closing(started, f"crosscoder in {out}")
-    found = store.read_json(out / "eval.json")["rows"] if holdout else []
+    found = store.read_object(out / "eval.json", "rows")["rows"] if holdout else []
     found.append(row("train.tokens", config.n_tokens, "tokens", config.n_tokens))
     return result("train", {**to_dict(config), "crosscoder": to_dict(trained.config)}, found)
 
@@ -76,6 +79,8 @@ def _holdout(settings: TrainSettings, opened: ActivationCache) -> tuple[Callable
         return lambda: (tokens.activations for tokens in other.batches(4096)), len(opened)
     if not settings.holdout_tokens:
         return None, len(opened)
+    if settings.holdout_tokens < 32:
+        raise InputError(f"holdout_tokens = {settings.holdout_tokens} is too few to evaluate on. Give 1,000 or more.")
     n_train = len(opened) - settings.holdout_tokens
     if n_train < settings.batch_size:
         raise InputError(
@@ -87,10 +92,31 @@ def _holdout(settings: TrainSettings, opened: ActivationCache) -> tuple[Callable
 
 def _require_same_source(opened: ActivationCache, other: ActivationCache) -> None:
     for key in ("hook_point", "d_model", "base", "tuned"):
-        if opened.manifest[key] != other.manifest[key]:
+        if _identity(opened.manifest[key]) != _identity(other.manifest[key]):
             raise InputError(
                 f"eval_cache {str(other.path)!r} has another {key} than {str(opened.path)!r}. Cache the same pair."
             )
+
+
+def _identity(entry: Any) -> Any:
+    """A model's hash without the name under which it was found; anything else as it is."""
+    return entry["hash"] if isinstance(entry, dict) else entry
+
+
+def require_same_source(crosscoder: str | Path, opened: ActivationCache) -> None:
+    """Raise InputError when one of our crosscoders was trained on another pair or hook point than the cache holds."""
+    path = Path(crosscoder) / "config.json"
+    trained = store.read_object(path).get("provenance", {}).get("cache", {}) if path.is_file() else {}
+    for key in ("hook_point", "base", "tuned"):
+        if key in trained and _identity(trained[key]) != _identity(opened.manifest[key]):
+            raise InputError(
+                f"cache {str(opened.path)!r} has another {key} ({_named(opened.manifest[key])!r}) than the crosscoder "
+                f"was trained on ({_named(trained[key])!r}). Cache the pair and hook point of the crosscoder."
+            )
+
+
+def _named(entry: Any) -> Any:
+    return entry["name"] if isinstance(entry, dict) else entry
 
 
 def _wandb(settings: TrainSettings) -> Log | None:
@@ -100,13 +126,17 @@ def _wandb(settings: TrainSettings) -> Log | None:
         import wandb
     except ImportError:
         raise EnvironmentFault("--wandb needs the package wandb. Run: pip install 'model-diffing[wandb]'") from None
-    run = wandb.init(project=settings.wandb, config=to_dict(settings), dir=settings.out, resume="allow")
+    try:
+        run = wandb.init(project=settings.wandb, config=to_dict(settings), dir=settings.out, resume="allow")
+    except Exception as error:
+        raise EnvironmentFault(f"wandb does not start: {error}. Log in, or set WANDB_MODE=offline.") from error
     return lambda line: run.log({k: v for k, v in line.items() if k != "step"}, step=line["step"])
 
 
 def evaluate(settings: EvalSettings) -> dict[str, Any]:
     """`crosscoders eval`"""
     opened = ActivationCache(settings.cache)
+    require_same_source(settings.run, opened)
     crosscoder = load_crosscoder(settings.run, device=str(choose_device(settings.device)))
     n_tokens = min(settings.n_tokens or len(opened), len(opened))
     found = metrics.evaluate(crosscoder, (tokens.activations for tokens in opened.batches(4096, 0, n_tokens)))

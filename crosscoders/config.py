@@ -32,8 +32,8 @@ class DataSource:
     """Share of the scored tokens relative to the other sources."""
 
     def __post_init__(self) -> None:
-        if self.weight <= 0:
-            raise InputError(f"weight of data source {self.path!r} is {self.weight}; give a positive number.")
+        if not 0 < self.weight < float("inf"):
+            raise InputError(f"weight of data source {self.path!r} is {self.weight}; give a finite number above 0.")
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,12 @@ class CacheConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "n_tokens", "context_length", "batch_rows", "shard_tokens")
+        require_range(self, 0, None, "shuffle_documents")
+        if isinstance(self.data, str) and self.data.lstrip().startswith(("[", "{")):
+            raise InputError(
+                f"data {self.data!r} is not a list of paths or of {{path, name, split, text_column, messages_column, "
+                "group, weight}. Check its keys and quotes."
+            )
 
     def sources(self) -> list[DataSource]:
         """The data setting as a list of sources."""
@@ -194,10 +200,12 @@ class TrainConfig:
         require_positive(
             self, "n_tokens", "batch_size", "lr", "buffer_tokens", "log_every", "checkpoint_every", "decoder_init_norm"
         )
-        if not 0 <= self.lr_decay_fraction <= 1:
-            raise InputError(
-                f"lr_decay_fraction is {self.lr_decay_fraction}; give a share of the steps between 0 and 1."
-            )
+        require_range(self, 0, 1, "lr_decay_fraction", "threshold_beta")
+        require_range(self, 0, 0.9999999, "adam_beta1", "adam_beta2")
+        require_range(self, 0, None, "lr_warmup_steps", "l1_coefficient", "l1_warmup_steps", "k_anneal_steps")
+        require_range(self, 0, None, "aux_coefficient", "dead_after_tokens", "threshold_start_step", "eval_every")
+        require_range(self, 0, None, "clip_norm", "holdout_tokens")
+        require_range(self, 0, 2**63 - 1, "seed")
         if self.n_tokens < self.batch_size:
             raise InputError(f"n_tokens = {self.n_tokens} is less than one batch of {self.batch_size}. Raise n_tokens.")
         if self.k_aux is not None and self.k_aux < 1:
@@ -240,6 +248,14 @@ def require_positive(config: object, *names: str) -> None:
     for name in names:
         if not getattr(config, name) > 0:
             raise InputError(f"{name} is {getattr(config, name)}; give a number above 0.")
+
+
+def require_range(config: object, low: float, high: float | None, *names: str) -> None:
+    """Raise InputError for values below `low` or above `high`; None is no value."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not (low <= value and (high is None or value <= high)):
+            raise InputError(f"{name} is {value}; give a number from {low}{'' if high is None else f' to {high}'}.")
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -25,6 +25,8 @@ class Document(NamedTuple):
     """Plain text, or messages of the form {"role": ..., "content": ...}."""
     group: str
     """Name under which it is counted."""
+    where: str = ""
+    """Row and file, for messages."""
 
 
 def read_documents(
@@ -73,44 +75,72 @@ def read_source(source: DataSource) -> Iterator[Document]:
         if not files:
             raise InputError(f"no file in {source.path!r} ends with one of {', '.join(LOCAL_SUFFIXES)}.")
         for file in files:
-            yield from _documents(_read_file(file), source, default_group=file.name.split(".")[0])
+            rows = _readable(_read_file(file), file)
+            yield from _documents(rows, source, str(file), default_group=file.name.split(".")[0])
     elif source.path.endswith(LOCAL_SUFFIXES) or source.path.startswith((".", "/", "~")):
         raise InputError(
             f"data file {source.path!r} does not exist. Check the path (it is taken from the current folder)."
         )
     else:
-        yield from _documents(_read_hub(source), source, default_group=source.path)
+        yield from _documents(_read_hub(source), source, source.path, default_group=source.path)
 
 
-def _documents(rows: Iterable[dict[str, Any]], source: DataSource, default_group: str) -> Iterator[Document]:
-    for i, row in enumerate(rows):
+def _readable(rows: Iterable[dict[str, Any]], file: Path) -> Iterator[dict[str, Any]]:
+    """The rows, with one line for a file that is not what its name says."""
+    try:
+        yield from rows
+    except InputError:
+        raise
+    except (OSError, EOFError, ValueError) as error:  # UnicodeDecodeError and ArrowInvalid are ValueErrors
+        raise InputError(f"{str(file)!r} cannot be read as its name says: {error}. Write it again as UTF-8.") from None
+
+
+def _documents(
+    rows: Iterable[dict[str, Any]], source: DataSource, place: str, default_group: str
+) -> Iterator[Document]:
+    for number, row in enumerate(rows, start=1):
+        where = f"row {number} of {place!r}"
         group = source.group or str(row.get("group") or default_group)
         if group == RESERVED_GROUP:
-            raise InputError(
-                f"group {group!r} of {source.path!r} is the name of chat-template tokens. Name it otherwise."
-            )
+            raise InputError(f"group {group!r} in {where} is the name of chat-template tokens. Name it otherwise.")
         if row.get(source.messages_column) is not None:
-            yield Document(_checked_messages(row[source.messages_column], source, i), group)
+            messages = _checked_messages(row[source.messages_column], source, where)
+            _require_unicode([group, *(m["content"] for m in messages)], where)
+            yield Document(messages, group, where)
         elif source.text_column in row:
             text = row[source.text_column]
-            if isinstance(text, str) and text.strip():
-                yield Document(text, group)
+            if text is not None and not isinstance(text, str):
+                raise InputError(f"column {source.text_column!r} in {where} holds {text!r}, not text. Convert it.")
+            if text and text.strip():
+                _require_unicode([group, text], where)
+                yield Document(text, group, where)
         else:
             wanted, columns = source.text_column, sorted(row)
             raise InputError(
-                f"row {i} of {source.path!r} has no column {wanted!r} and no {source.messages_column!r}; "
+                f"{where} has no column {wanted!r} and no {source.messages_column!r}; "
                 f"its columns are {', '.join(columns) or 'none'}{nearest(wanted, columns)} "
                 "Set text_column or messages_column of this data source."
             )
 
 
-def _checked_messages(messages: Any, source: DataSource, row: int) -> list[dict[str, str]]:
-    ok = isinstance(messages, Iterable) and all(
+def _require_unicode(texts: list[str], where: str) -> None:
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise InputError(
+                f"the text in {where} holds half a character (a lone surrogate). Mend or remove it."
+            ) from None
+
+
+def _checked_messages(messages: Any, source: DataSource, where: str) -> list[dict[str, str]]:
+    messages = list(messages) if isinstance(messages, Iterable) else []
+    ok = messages and all(
         isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
     )
     if not ok:
         raise InputError(
-            f"column {source.messages_column!r} of row {row} of {source.path!r} is not a list of "
+            f"column {source.messages_column!r} in {where} is not a list of "
             '{"role": ..., "content": ...} with text in both. Convert it, or set text_column instead.'
         )
     return [{"role": m["role"], "content": m["content"]} for m in messages]
@@ -124,9 +154,9 @@ def _read_file(file: Path) -> Iterator[dict[str, Any]]:
             yield from batch.to_pylist()
     elif file.name.endswith(".txt"):
         # Documents of a text file are separated by blank lines.
-        yield from ({"text": part} for part in file.read_text(encoding="utf-8").split("\n\n"))
+        yield from ({"text": part} for part in file.read_text(encoding="utf-8-sig").split("\n\n"))
     elif file.name.endswith((".jsonl", ".jsonl.gz")):
-        with (gzip.open if file.name.endswith(".gz") else open)(file, "rt", encoding="utf-8") as lines:
+        with (gzip.open if file.name.endswith(".gz") else open)(file, "rt", encoding="utf-8-sig") as lines:
             for i, line in enumerate(lines):
                 if line.strip():
                     yield _json_row(line, file, i)

@@ -3,6 +3,7 @@ r"""How good a dictionary is: one definition each, as sums over the whole evalua
 `ReconstructionSums` collects, `evaluate` runs it over batches. Definitions in docs/math.md, section "Metrics".
 """
 
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -75,4 +76,7 @@ def evaluate(crosscoder: Crosscoder, batches: Iterable[Float[Tensor, "_ n_models
         x = x.to(crosscoder.b_enc.device).float()
         latents = crosscoder.encode(x)
         sums.add(x, crosscoder.decode(latents), (latents > 0).sum(dim=0))
-    return sums.result()
+    found = sums.result()
+    if not all(map(math.isfinite, found.fve)):
+        raise InputError(f"activations do not vary over the {found.n_tokens} tokens to evaluate on. Give more tokens.")
+    return found

@@ -7,6 +7,7 @@ tuned one) a PEFT adapter of the base model.
 
 import contextlib
 import json
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from crosscoders import hooks, store
-from crosscoders.errors import EnvironmentFault, InputError
+from crosscoders.errors import CorruptData, EnvironmentFault, InputError
 from crosscoders.tokens import PaddedBatch
 
 PROBE = "The quick brown fox, def f(x): return 42\n\tNäïve 数据 <end>"
@@ -89,7 +90,9 @@ def quiet_transformers() -> Iterator[None]:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # renames between peft and transformers
+            yield
     finally:
         transformers.logging.set_verbosity(verbosity)
         if bars:
@@ -118,9 +121,14 @@ def inspect_pair(base: str, tuned: str, hook_points: list[str], *, tokenizer: st
     n_layers = min(base_text.num_hidden_layers, tuned_text.num_hidden_layers)
     for hook_point in hook_points:
         hooks.require_layer(hook_point, n_layers, base)
-    return PairInfo(
-        base, tuned, adapter, _one_tokenizer(base, tuned, tokenizer, adapter), base_text.hidden_size, n_layers
-    )
+    chosen = _one_tokenizer(base, tuned, tokenizer, adapter)
+    n_ids = min(base_text.vocab_size, tuned_text.vocab_size)
+    if max(chosen.get_vocab().values()) >= n_ids:
+        raise InputError(
+            f"the tokenizer has ids up to {max(chosen.get_vocab().values())} but a model's end at {n_ids - 1}. "
+            "Name the tokenizer that fits both with --tokenizer."
+        )
+    return PairInfo(base, tuned, adapter, chosen, base_text.hidden_size, n_layers)
 
 
 def _is_adapter(name: str) -> bool:
@@ -148,8 +156,10 @@ def _load(name: str, what: str) -> Any:
         return auto.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
         lines = str(error).splitlines() or [type(error).__name__]
+        nowhere = "" if Path(name).is_dir() else ", and no local folder of that name"
         raise InputError(
-            f"no {what} for model {name!r}: {lines[0]} Give a local folder, or a hub id that you can reach "
+            f"no {what} for model {name!r}{nowhere}: {lines[0]} "
+            "Give a local folder, or a hub id that you can reach "
             "(gated models need HF_TOKEN and an accepted licence)."
         ) from None
 
@@ -189,6 +199,8 @@ def choose_device(device: str) -> torch.device:
         chosen = torch.device(device)
     except RuntimeError:
         raise InputError(f"device {device!r} is unknown. Use auto, cpu, cuda or cuda:N.") from None
+    if chosen.type not in ("cpu", "cuda"):
+        raise InputError(f"device {device!r} is not supported. Use auto, cpu, cuda or cuda:N.")
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise EnvironmentFault(
             f"device {device!r} is not there: this machine has {torch.cuda.device_count()} GPUs. Use --device cpu."
@@ -230,6 +242,7 @@ def _load_model(
     info: PairInfo, is_tuned: bool, hook_points: list[str], device: torch.device, dtype: torch.dtype
 ) -> nn.Module:
     import transformers
+    from safetensors import SafetensorError
 
     name = info.base if info.adapter or not is_tuned else info.tuned
     n_needed = max(map(hooks.layer_of, hook_points)) + 1
@@ -243,6 +256,8 @@ def _load_model(
             del layers[n_needed:]
         else:
             model = transformers.AutoModel.from_pretrained(name, dtype=dtype, num_hidden_layers=n_needed)
+    except SafetensorError as error:
+        raise CorruptData(f"the weights of {name!r} are damaged ({error}). Download or copy them again.") from None
     except (OSError, ValueError, RuntimeError) as error:
         lines = str(error).splitlines() or [type(error).__name__]
         raise InputError(f"the weights of {name!r} do not load: {lines[0]} Check the folder's files.") from error

@@ -121,6 +121,7 @@ def make_plan(config: CacheConfig) -> Plan:
                 for array in (rows.ids, rows.roles, rows.scored, rows.offsets, rows.groups)
             ]
         ),
+        "group_hash": store.hash_json(rows.group_names),
         "hook_point": config.hook_point,
         "n_models": 2,
         "d_model": info.d_model,

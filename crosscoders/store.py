@@ -116,6 +116,22 @@ def read_json(path: Path) -> Any:
         raise CorruptData(f"{path} is not valid JSON ({error}). Restore it, or make it again.") from None
 
 
+def read_object(path: Path, *keys: str) -> dict[str, Any]:
+    """Read a JSON object of ours that has these keys.
+
+    Raises:
+        InputError: there is no such file.
+        CorruptData: it is not JSON, no object, or lacks a key.
+    """
+    found = read_json(path)
+    missing = [key for key in keys if not isinstance(found, dict) or key not in found]
+    if missing or not isinstance(found, dict):
+        raise CorruptData(
+            f"{path} has no {missing[0] if missing else 'object'!r}, so it is damaged. Restore it, or make it again."
+        )
+    return found
+
+
 def write_tensors(path: Path, tensors: dict[str, "Tensor"]) -> Written:
     """Publish tensors as one safetensors file. Equal tensors give equal bytes."""
     from safetensors.torch import save

@@ -230,7 +230,10 @@ def _row(document: Document, tokenizer: Any, template: str | None, context_lengt
             "the data holds chats but neither model's tokenizer has a chat template. Give one: --chat-template FILE"
         )
     else:
-        ids, roles = tokenize_chat(tokenizer, document.content, template)
+        try:
+            ids, roles = tokenize_chat(tokenizer, document.content, template)
+        except InputError as error:
+            raise InputError(f"{document.where}: {error}") from None
     return Row(ids[:context_length], roles[:context_length], max(0, len(ids) - context_length))
 
 
@@ -264,7 +267,10 @@ def read_template(path: str | None) -> str | None:
         return None
     if not Path(path).is_file():
         raise InputError(f"chat template {path!r} does not exist. Check the path of --chat-template.")
-    return Path(path).read_text(encoding="utf-8")
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise InputError(f"chat template {path!r} is not text. Give a Jinja file in UTF-8.") from None
 
 
 def iterate_scored(rows: Rows, batches: list[Int[np.ndarray, " _"]]) -> Iterator[tuple[int, int]]:

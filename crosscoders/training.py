@@ -77,8 +77,10 @@ def train(
     config = fill_width(config, stream)
     device = choose_device(config.device)
     with store.exclusive(out), stop_requests() as stop:
-        checkpoint.start_run(out, to_dict(config), inputs or {}, environment(str(device)))
-        if (out / "config.json").is_file():
+        # The mean norms tell apart streams that have no other name.
+        inputs = {**(inputs or {}), "stream": {"mean_norm": [str(value) for value in stream.mean_norm]}}
+        checkpoint.start_run(out, to_dict(config), inputs, environment(str(device)))
+        if (out / "config.json").is_file() and (out / "model.safetensors").is_file():
             say(f"{out} is complete already.")
             return load_crosscoder(out)
 

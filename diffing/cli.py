@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from crosscoders.command import Command
 from crosscoders.command import main as run_main
+from crosscoders.config import require_range
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,9 @@ class ScaleSettings:
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
 
+    def __post_init__(self) -> None:
+        require_range(self, 1, None, "n_tokens", "n_examples")
+
 
 @dataclass(frozen=True)
 class ReportSettings:
@@ -37,9 +41,13 @@ class DemoSettings:
     out: str = "runs/demo"
     """Folder for the caches, the run and the report."""
     n_tokens: int = 250_000
-    """Tokens to train the crosscoder on."""
+    """Tokens in the cache, half raw text, half dialogues; training reads them in several epochs."""
     seed: int = 0
     """Seed of data order and weights."""
+
+    def __post_init__(self) -> None:
+        require_range(self, 10_000, None, "n_tokens")
+        require_range(self, 0, 2**63 - 1, "seed")
 
 
 COMMANDS = [

@@ -6,7 +6,7 @@ from typing import Any
 
 from crosscoders import store
 from crosscoders.cache import ActivationCache
-from crosscoders.commands import closing, result
+from crosscoders.commands import closing, require_same_source, result
 from crosscoders.config import to_dict
 from crosscoders.errors import InputError
 from crosscoders.progress import say
@@ -21,7 +21,10 @@ def scale(settings: ScaleSettings) -> dict[str, Any]:
     """`diffing scale`"""
     started = time.perf_counter()
     run = Path(settings.run)
+    if not run.is_dir():
+        raise InputError(f"{settings.run!r} is not a folder; the results are written into it. Name a run folder.")
     cache = ActivationCache(settings.cache if settings.cache is not None else _trained_on(run))
+    require_same_source(run, cache)
     say(f"scale {run} on {min(settings.n_tokens or len(cache), len(cache)):,} tokens of {cache.path}")
     table = scale_run(run, cache, n_tokens=settings.n_tokens, n_examples=settings.n_examples, device=settings.device)
     counts = {verdict: int((table["verdict"] == verdict).sum()) for verdict in VERDICTS}
@@ -37,7 +40,10 @@ def _trained_on(run: Path) -> str:
         raise InputError(
             f"{str(run)!r} is not a run folder (no run.json), so its cache is unknown. Name it: --cache CACHE"
         )
-    return str(store.read_json(run / "run.json")["inputs"]["cache"]["path"])
+    inputs = store.read_object(run / "run.json", "inputs")["inputs"]
+    if "cache" not in inputs:
+        raise InputError(f"{str(run)!r} was not trained on a cache. Name one: --cache CACHE")
+    return str(inputs["cache"]["path"])
 
 
 def report(settings: ReportSettings) -> dict[str, Any]:

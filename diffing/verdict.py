@@ -4,7 +4,8 @@ The ratios of Latent Scaling are used only behind the decoder-norm gate: a rotat
 directions) has ratios near 0 as well, without being new. Bounds are the published ones (Minder et al. 2025); they are
 not calibrated on a null of your pair, so a count is not yet a finding.
 
-    dead               active on fewer than `min_active` tokens
+    dead               active on no token
+    undetermined       active on fewer than `min_active` tokens
     rotated            relative norm between 0.1 and 0.9, decoder cosine < 0.5
     shared             relative norm between 0.1 and 0.9, otherwise
     shrunk             relative norm >= 0.9 or <= 0.1, |nu_error| above 0.2: Complete Shrinkage
@@ -44,7 +45,7 @@ def verdicts(table: pandas.DataFrame, thresholds: Thresholds | None = None) -> l
 
 def _verdict(row: dict[Any, Any], bounds: Thresholds) -> str:
     if row["n_active"] < bounds.min_active:
-        return "dead"
+        return "undetermined" if row["n_active"] else "dead"
     if bounds.base_only < row["relative_decoder_norm"] < bounds.tuned_only:
         return "rotated" if row["decoder_cosine"] < bounds.rotated_cosine else "shared"
     tuned_side = row["relative_decoder_norm"] >= bounds.tuned_only

@@ -223,3 +223,50 @@ def test_wandb_gets_every_line_and_its_absence_is_one_line(
     monkeypatch.setitem(sys.modules, "wandb", None)
     assert crosscoders_cli.main([*argv, "--out", str(tmp_path / "b")]) == 3
     assert "--wandb needs the package wandb. Run: pip install" in error_line(capsys)
+
+
+def test_a_cache_of_another_pair_or_hook_point_is_not_scaled_or_evaluated(
+    trained: Path, pair: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from crosscoders import cache_activations
+
+    cache_activations(pair.config(tmp_path / "hook", hook_point="blocks.0.hook_resid_post", n_tokens=200))
+    cache_activations(pair.config(tmp_path / "pair", base=pair.tuned, n_tokens=200))
+    for name, key in (("hook", "hook_point"), ("pair", "base")):
+        for main, argv in ((crosscoders_cli.main, ["eval"]), (diffing_cli.main, ["scale"])):
+            assert main([*argv, str(trained), "--cache", str(tmp_path / name)]) == 2
+            assert f"has another {key} (" in error_line(capsys)
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "null", '{"format_version": 1}'])
+def test_damaged_json_of_ours_is_one_line_with_status_4(
+    trained: Path, cache_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    cache, run = tmp_path / "cache", tmp_path / "run"
+    shutil.copytree(cache_folder, cache)
+    shutil.copytree(trained, run)
+    (cache / "manifest.json").write_text(text)
+    (run / "run.json").write_text(text)
+    assert crosscoders_cli.main(["eval", str(run), "--cache", str(cache)]) == 4
+    assert "so it is damaged" in error_line(capsys)
+    assert diffing_cli.main(["scale", str(run)]) == 4
+    assert "so it is damaged" in error_line(capsys)
+
+
+@pytest.mark.parametrize(
+    "argv, line",
+    [
+        (["--clip-norm", "-1"], "clip_norm is -1"),
+        (["--aux-coefficient", "-1"], "aux_coefficient is -1"),
+        (["--threshold-beta", "5"], "threshold_beta is 5"),
+        (["--adam-beta1", "2"], "adam_beta1 is 2"),
+        (["--seed", "99999999999999999999999"], "seed is 99999999999999999999999"),
+        (["--holdout-tokens", "1"], "holdout_tokens = 1 is too few"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(
+    cache_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], argv: list[str], line: str
+) -> None:
+    start = ["train", "--cache", str(cache_folder), "--out", str(tmp_path / "r")]
+    assert crosscoders_cli.main([*start, *TRAIN, *argv]) == 2
+    assert line in error_line(capsys)

@@ -172,7 +172,8 @@ def row(**values: float) -> pandas.DataFrame:
     "changes, verdict",
     [
         ({}, "tuned-specific"),
-        ({"n_active": 29}, "dead"),
+        ({"n_active": 0}, "dead"),
+        ({"n_active": 29}, "undetermined"),
         ({"nu_error": 0.4}, "shrunk"),
         ({"nu_reconstruction": 0.8}, "decoupled"),
         ({"nu_error": 0.19}, "undetermined"),

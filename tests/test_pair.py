@@ -118,7 +118,7 @@ def test_a_datasets_id_is_read_by_the_library(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert [d for d in read_source(DataSource(path="owner/set", name="en", split="test"))] == [
-        Document("from the hub", "owner/set")
+        Document("from the hub", "owner/set", "row 1 of 'owner/set'")
     ]
     assert asked == [("owner/set", "en", {"split": "test", "streaming": True})]
 
@@ -256,7 +256,7 @@ def test_a_missing_column_is_named_with_those_that_are_there(pair: Pair, tmp_pat
     (tmp_path / "d.jsonl").write_text('{"txt": "a", "id": 1}\n')
     refuse(
         pair.config(tmp_path / "c", data=str(tmp_path / "d.jsonl")),
-        r"row 0 of .* has no column 'text' and no 'messages'; its columns are id, txt; did you mean 'txt'\? Set text",
+        r"row 1 of .* has no column 'text' and no 'messages'; its columns are id, txt; did you mean 'txt'\? Set text",
     )
 
 
@@ -267,7 +267,7 @@ def test_a_missing_column_is_named_with_those_that_are_there(pair: Pair, tmp_pat
         ("e.jsonl", '{"text": "  "}\n', "the data holds no text"),
         ("e.jsonl", '{"text": "a"\n', "line 1 of .* is not JSON"),
         ("e.jsonl", "[1]\n", "line 1 of .* is not a JSON object"),
-        ("e.jsonl", '{"messages": [{"role": "user"}]}\n', "column 'messages' of row 0 .* is not a list of"),
+        ("e.jsonl", '{"messages": [{"role": "user"}]}\n', "column 'messages' in row 1 of .* is not a list of"),
         ("e.csv", "a,b\n", "is of no known kind; use one of .txt"),
     ],
 )
@@ -300,3 +300,35 @@ def test_a_device_that_is_not_there_is_refused(pair: Pair) -> None:
     if not torch.cuda.is_available():
         with pytest.raises(EnvironmentFault, match="device 'cuda:7' is not there: this machine has 0 GPUs"):
             load_pair(pair.base, pair.tuned, POST, device="cuda:7")
+
+
+def test_files_that_are_not_what_they_claim_name_file_and_row(pair: Pair, tmp_path: Path) -> None:
+    for name, data, match in [
+        ("l.txt", "café".encode("latin-1"), "l.txt' cannot be read as its name says"),
+        ("b.jsonl.gz", b"not gzip", "b.jsonl.gz' cannot be read as its name says"),
+        ("p.parquet", b"not parquet", "p.parquet' cannot be read as its name says"),
+        ("n.jsonl", b'{"text": "a"}\n{"text": 5}\n', "row 2 of .*n.jsonl' holds 5, not text"),
+        ("s.jsonl", b'{"text": "\\ud800"}\n', "row 1 of .*s.jsonl'.* half a character"),
+        ("m.jsonl", b'{"messages": []}\n', "row 1 of .*m.jsonl' is not a list of"),
+        ("t.jsonl", b'{"text": "a", "group": "template"}\n', "is the name of chat-template tokens"),
+    ]:
+        (tmp_path / name).write_bytes(data)
+        refuse(pair.config(tmp_path / "c", data=str(tmp_path / name)), match)
+
+
+def test_weights_that_are_cut_off_and_tokenizers_too_large_are_refused(pair: Pair, tmp_path: Path) -> None:
+    import shutil
+
+    from transformers import AutoTokenizer
+
+    from crosscoders import CorruptData, cache_activations
+
+    shutil.copytree(pair.tuned, tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(CorruptData, match=r"the weights of .* are damaged"):
+        cache_activations(pair.config(tmp_path / "c", tuned=str(tmp_path / "cut")))
+    larger = AutoTokenizer.from_pretrained(pair.tuned)
+    larger.add_tokens(["<one>", "<two>"])
+    larger.save_pretrained(tmp_path / "larger")
+    refuse(pair.config(tmp_path / "d", tokenizer=str(tmp_path / "larger")), "ids up to 321 but a model's end at 319")

@@ -393,7 +393,7 @@ def test_a_non_finite_loss_stops_before_the_step_and_names_term_step_and_state(t
         ({"k_aux": 0}, "k_aux is 0; give a number above 0"),
         ({"lr": 0.0}, "lr is 0.0; give a number above 0"),
         ({"n_tokens": 31}, "n_tokens = 31 is less than one batch of 32"),
-        ({"lr_decay_fraction": 1.5}, "give a share of the steps between 0 and 1"),
+        ({"lr_decay_fraction": 1.5}, "lr_decay_fraction is 1.5; give a number from 0 to 1"),
     ],
 )
 def test_contradictions_are_refused_when_the_config_is_made(changes: dict[str, object], match: str) -> None:

@@ -74,10 +74,10 @@ VERDICTS = {
     ),
     "shared": "Neither tuned-only nor base-only by norm, and not rotated.",
     "undetermined": (
-        "Tuned-only or base-only by norm, and a ratio lies within two standard errors of its bound: more tokens would "
-        "decide."
+        "Active on fewer than {min_active} tokens; or tuned-only or base-only by norm, and a ratio lies within two "
+        "standard errors of its bound. More tokens would decide."
     ),
-    "dead": "Active on fewer than {min_active} of the {n_tokens} tokens. Left out of every figure and of alive counts.",
+    "dead": "Active on none of the {n_tokens} tokens. Left out of every figure and of alive counts.",
 }
 
 
