@@ -15,6 +15,7 @@ import numpy as np
 from crosscoders import store
 from crosscoders.config import CacheConfig, to_dict
 from crosscoders.errors import CorruptData, InputError
+from crosscoders.pair import identity
 from crosscoders.progress import Progress, say
 from crosscoders.source import (
     DTYPES,
@@ -62,17 +63,12 @@ def cache_activations(config: CacheConfig) -> "ActivationCache":
     return ActivationCache(out)
 
 
-def _unnamed(entry: Any) -> Any:
-    """A model's hash without its name: the same model under another path is the same model."""
-    return entry.get("hash") if isinstance(entry, dict) else entry
-
-
 def _finished_shards(out: Path, fingerprint: dict[str, Any]) -> list[dict[str, Any]]:
     """Entries of the whole shards that an earlier run of the same plan has left."""
     for name in ("manifest.json", "progress.json"):
         if (out / name).is_file():
             found = store.read_object(out / name, "format_version", "shards")
-            changed = [key for key, value in fingerprint.items() if _unnamed(found.get(key)) != _unnamed(value)]
+            changed = [key for key, value in fingerprint.items() if identity(found.get(key)) != identity(value)]
             if changed:
                 key = changed[0]
                 raise InputError(
@@ -204,8 +200,9 @@ class ActivationCache:
 
     @functools.cached_property
     def manifest_hash(self) -> str:
-        """Identity of the contents, wherever the cache lies: everything in the manifest but the settings' paths."""
-        return store.hash_json({key: value for key, value in self.manifest.items() if key != "config"})
+        """Identity of the contents, wherever the cache and its models lie: the manifest without settings and names."""
+        models = {key: identity(self.manifest.get(key)) for key in ("base", "tuned")}
+        return store.hash_json({key: value for key, value in (self.manifest | models).items() if key != "config"})
 
     def shard(self, number: int) -> Tokens:
         """One whole shard, checked; the last one read is kept in memory."""

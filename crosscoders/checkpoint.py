@@ -21,6 +21,7 @@ from torch import Tensor
 from crosscoders import store
 from crosscoders.errors import CorruptData, InputError
 from crosscoders.model import Crosscoder
+from crosscoders.pair import identity
 from crosscoders.progress import say
 
 FORMAT_VERSION = 1
@@ -49,9 +50,9 @@ def start_run(folder: Path, config: dict[str, Any], inputs: dict[str, Any], envi
         if part == "inputs":
             for side in (was, now):
                 # A cache or a model that was moved is the same cache or model.
-                side.get("cache", {}).pop("path", None)
-                for model in ("base", "tuned"):
-                    side.get("cache", {}).get(model, {}).pop("name", None)
+                cache = side.get("cache", {})
+                cache.pop("path", None)
+                cache |= {model: identity(cache[model]) for model in ("base", "tuned") if model in cache}
         changed = _first_difference(was, now)
         if changed:
             key, old, new = changed

@@ -14,7 +14,7 @@ from crosscoders.cli import EvalSettings, TrainSettings
 from crosscoders.config import CacheConfig, TrainConfig, to_dict
 from crosscoders.errors import EnvironmentFault, InputError
 from crosscoders.formats import load_crosscoder
-from crosscoders.pair import choose_device
+from crosscoders.pair import choose_device, identity
 from crosscoders.progress import say
 from crosscoders.provenance import environment, peak_memory_gib
 from crosscoders.reporting import Log, evaluation_rows, row
@@ -92,15 +92,10 @@ def _holdout(settings: TrainSettings, opened: ActivationCache) -> tuple[Callable
 
 def _require_same_source(opened: ActivationCache, other: ActivationCache) -> None:
     for key in ("hook_point", "d_model", "base", "tuned"):
-        if _identity(opened.manifest[key]) != _identity(other.manifest[key]):
+        if identity(opened.manifest[key]) != identity(other.manifest[key]):
             raise InputError(
                 f"eval_cache {str(other.path)!r} has another {key} than {str(opened.path)!r}. Cache the same pair."
             )
-
-
-def _identity(entry: Any) -> Any:
-    """A model's hash without the name under which it was found; anything else as it is."""
-    return entry["hash"] if isinstance(entry, dict) else entry
 
 
 def require_same_source(crosscoder: str | Path, opened: ActivationCache) -> None:
@@ -108,7 +103,7 @@ def require_same_source(crosscoder: str | Path, opened: ActivationCache) -> None
     path = Path(crosscoder) / "config.json"
     trained = store.read_object(path).get("provenance", {}).get("cache", {}) if path.is_file() else {}
     for key in ("hook_point", "base", "tuned"):
-        if key in trained and _identity(trained[key]) != _identity(opened.manifest[key]):
+        if key in trained and identity(trained[key]) != identity(opened.manifest[key]):
             raise InputError(
                 f"cache {str(opened.path)!r} has another {key} ({_named(opened.manifest[key])!r}) than the crosscoder "
                 f"was trained on ({_named(trained[key])!r}). Cache the pair and hook point of the crosscoder."

@@ -46,9 +46,7 @@ def load_crosscoder(
         raise InputError(
             f"{path_or_repo} holds no crosscoder: no config.json or cfg.json beside the weights (found {found})."
         )
-    config = store.read_json(config_path)
-    if not isinstance(config, dict):
-        raise CorruptData(f"{config_path} is not a JSON object. Download it again.")
+    config = store.read_object(config_path)
     if config_path.name == "cfg.json":
         model = _read_ckkissane(config, weights or folder / "cc_weights.pt", input_scale)
     elif input_scale is not None:

@@ -66,6 +66,12 @@ class ModelPair:
         )
 
 
+def identity(entry: Any) -> Any:
+    """What of a recorded value decides whether two are the same: of a {name, hash} the hash, since the same model under
+    another path is the same model; anything else as it is."""
+    return entry.get("hash") if isinstance(entry, dict) else entry
+
+
 def hash_model(name: str) -> str:
     """sha256 over a local folder's weights, configuration and adapter files; for a hub id its commit."""
     folder = Path(name)

@@ -190,6 +190,17 @@ def test_a_finished_cache_is_not_made_again_and_another_plan_is_refused(
         cache_activations(pair.config(copy, hook_point="blocks.0.hook_resid_post"))
 
 
+def test_the_same_models_under_another_path_are_the_same_plan_and_the_same_cache(
+    pair: Pair, cache_folder: Path, tmp_path: Path
+) -> None:
+    copy = damaged(cache_folder, tmp_path)
+    shutil.copytree(pair.base, tmp_path / "moved")
+    moved = pair.config(copy, base=str(tmp_path / "moved"))
+    assert cache_activations(moved).manifest_hash == ActivationCache(cache_folder).manifest_hash
+    again = cache_activations(pair.config(tmp_path / "again", base=str(tmp_path / "moved")))
+    assert again.manifest_hash == ActivationCache(cache_folder).manifest_hash
+
+
 def test_a_second_writer_is_refused(pair: Pair, tmp_path: Path) -> None:
     with (
         store.exclusive(tmp_path / "cache"),
