@@ -18,6 +18,8 @@ import torch
 from benchmarks.timing import interleaved, ratio_row
 from crosscoders import ActivationCache, Crosscoder, CrosscoderConfig, TrainConfig, cached_stream, sparse
 from crosscoders.hooks import capture
+from crosscoders.kernels.cpu import keep_large_blocks
+from crosscoders.model import code_norm
 from crosscoders.optimizer import Optimizer
 from crosscoders.pair import ModelPair, PairInfo
 from crosscoders.source import ActivationSource, concatenate
@@ -31,6 +33,7 @@ SHAPES = [(256, 4096, 1024, 32), (512, 16384, 1024, 64)]
 
 def run(quick: bool) -> dict[str, Any]:
     """Rows `throughput.step.*`, `throughput.cache.*`, `throughput.read.*`."""
+    keep_large_blocks()
     rows = []
     for shape in SHAPES[: 1 if quick else None]:
         for dead_share in (0.0, 0.3):
@@ -90,7 +93,8 @@ def our_step(model: Crosscoder, config: TrainConfig, dead: torch.Tensor) -> Call
     optimizer, select = Optimizer(model, config), sparse.WarmSelection()
 
     def step(x: torch.Tensor) -> float:
-        result = forward(model, config, x, dead=dead, k=config.crosscoder.k, step=0, select=select)
+        weight = code_norm(optimizer.decoder_norms(), config.crosscoder.code_norm)
+        result = forward(model, config, x, dead=dead, k=config.crosscoder.k, step=0, select=select, weight=weight)
         loss = torch.stack(list(result.terms.values())).sum()
         loss.backward()
         optimizer.step_(1e-4)

@@ -3,8 +3,45 @@ r"""Loss terms: tensors in training space in, one number out. Definitions in doc
 `reconstruction_loss`, `sparsity_loss` (ReLU crosscoders), `auxiliary_loss` (revives dead latents of BatchTopK).
 """
 
+from typing import Any
+
+import torch
 from jaxtyping import Float
 from torch import Tensor
+
+
+class _MeanNorm(torch.autograd.Function):
+    """Mean of ||err||, with d/d err = err / (||err|| n) in one pass (0 where err is 0)."""
+
+    @staticmethod
+    def forward(ctx: Any, err: Tensor) -> Tensor:
+        norms = err.norm(dim=2)
+        ctx.save_for_backward(err, norms)
+        return norms.mean()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        err, norms = ctx.saved_tensors
+        return err * torch.where(norms > 0, grads[0] / (norms * norms.numel()), 0.0)[..., None]
+
+
+def _square(x: Tensor) -> Float[Tensor, ""]:
+    return torch.dot(x.flatten(), x.flatten())
+
+
+class _SquaredDistance(torch.autograd.Function):
+    """||goal - guess||^2 / total, with gradients to the guess alone, in one pass."""
+
+    @staticmethod
+    def forward(ctx: Any, guess: Tensor, goal: Tensor, total: Tensor) -> Tensor:
+        left = goal - guess
+        ctx.save_for_backward(left, total)
+        return _square(left) / total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        left, total = ctx.saved_tensors
+        return left * (-2 * grads[0] / total), None, None
 
 
 def reconstruction_loss(err: Float[Tensor, "batch n_models d_model"], kind: str) -> Float[Tensor, ""]:
@@ -14,7 +51,7 @@ def reconstruction_loss(err: Float[Tensor, "batch n_models d_model"], kind: str)
     other terms do not carry over between the two.
     """
     if kind == "norm":
-        return err.norm(dim=2).mean()
+        return _MeanNorm.apply(err)
     return err.pow(2).sum(dim=(1, 2)).mean()
 
 
@@ -34,5 +71,5 @@ def auxiliary_loss(
     does not vary. Source: Gao et al. 2024, section A.2, as in the published crosscoder trainer.
     """
     err = err.detach()
-    total = (err - err.mean(dim=0)).pow(2).sum()
-    return (err - err_hat).pow(2).sum() / total if total > 0 else err_hat.sum() * 0
+    total = _square(err - err.mean(dim=0))
+    return _SquaredDistance.apply(err_hat, err, total) if total > 0 else err_hat.sum() * 0

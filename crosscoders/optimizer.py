@@ -1,16 +1,20 @@
-"""Adam as the training loop uses it: fused, clip folded in, learning rate by step."""
+"""Adam as the training loop uses it: one pass over memory, clip folded in, learning rate by step."""
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from crosscoders.config import TrainConfig
+from crosscoders.kernels import cpu
 from crosscoders.model import Crosscoder
 
 
 class Optimizer:
-    """Fused Adam with the clip folded in.
+    """Adam with the clip folded in: gradients count times min(1, clip_norm / norm), which saves a pass.
 
-    Fused Adam copies tensors that are not contiguous, so it works on contiguous tensors that share the parameters'
-    memory (W_enc is stored latent by latent). Clipping has Adam divide by max(1, norm / clip_norm), which saves a pass.
+    It works on contiguous tensors that share the parameters' memory (W_enc is stored latent by latent). `adam` holds
+    the state in torch's form; the step itself is torch's fused one, or on a CPU the compiled one, which also gives the
+    norms of the new decoders.
     """
 
     def __init__(self, model: Crosscoder, config: TrainConfig) -> None:
@@ -18,23 +22,49 @@ class Optimizer:
         self.orders = [(2, 0, 1) if p is model.W_enc else tuple(range(p.ndim)) for p in self.parameters]
         self.shared = [p.data.permute(order) for p, order in zip(self.parameters, self.orders, strict=True)]
         assert all(tensor.is_contiguous() for tensor in self.shared)
-        betas = (config.adam_beta1, config.adam_beta2)
-        self.adam = torch.optim.Adam([t.requires_grad_() for t in self.shared], lr=config.lr, betas=betas, fused=True)
-        self.clip_norm = config.clip_norm
+        self.clip_norm, self.betas = config.clip_norm, (config.adam_beta1, config.adam_beta2)
+        self.adam = torch.optim.Adam([t.requires_grad_() for t in self.shared], betas=self.betas, fused=True)
+        self.W_dec, self.norms = model.W_dec, torch.empty(0)
+        self.is_compiled = cpu.usable(*(tensor.detach() for tensor in self.shared))
+
+    def decoder_norms(self) -> Float[Tensor, "dict_size n_models"]:
+        """Norms of the decoders as they are now, ||d_jm||; after a compiled step they are known already."""
+        if not self.is_compiled:
+            return self.W_dec.detach().norm(dim=2)
+        if not len(self.norms):
+            self.norms = cpu.row_norms(self.W_dec.detach().flatten(0, 1))
+        return self.norms.view(self.W_dec.shape[:2])
 
     def step_(self, lr: float) -> None:
         """One step with the gradients of the last backward pass, which are then forgotten."""
         for tensor, parameter, order in zip(self.shared, self.parameters, self.orders, strict=True):
             assert parameter.grad is not None
             tensor.grad, parameter.grad = parameter.grad.permute(order), None
+        divisor = torch.ones(())
         if self.clip_norm is not None:
             norm = torch.nn.utils.get_total_norm([t.grad for t in self.shared if t.grad is not None])
-            self.adam.grad_scale = ((norm + 1e-6) / self.clip_norm).clamp_min(1.0)  # type: ignore[attr-defined]
-            self.adam.found_inf = torch.zeros((), device=norm.device)  # type: ignore[attr-defined]
-        for group in self.adam.param_groups:
-            group["lr"] = lr
-        self.adam.step()
+            divisor = ((norm + 1e-6) / self.clip_norm).clamp_min(1.0)
+        if self.is_compiled:
+            self._compiled_step(lr, 1 / divisor.item())
+        else:
+            self.adam.grad_scale, self.adam.found_inf = divisor, torch.zeros_like(divisor)  # type: ignore[attr-defined]
+            for group in self.adam.param_groups:
+                group["lr"] = lr
+            self.adam.step()
         self.adam.zero_grad(set_to_none=True)
+
+    def _compiled_step(self, lr: float, scale: float) -> None:
+        for tensor, parameter in zip(self.shared, self.parameters, strict=True):
+            state = self.adam.state[tensor]
+            if not state:
+                state |= {"step": torch.zeros(()), "exp_avg": torch.zeros_like(tensor)}
+                state["exp_avg_sq"] = torch.zeros_like(tensor)
+            gradient, norms = tensor.grad, None
+            assert gradient is not None
+            if parameter is self.W_dec:
+                norms = self.norms = torch.empty(parameter.shape[0] * parameter.shape[1])
+            rows, gradient = tensor.detach(), gradient.contiguous()
+            cpu.adam_(rows, gradient, state, scale=scale, lr=lr, betas=self.betas, norms=norms)
 
 
 def lr_at(config: TrainConfig, step: int) -> float:

@@ -3,16 +3,16 @@ r"""The fast path: products with latents that touch only the active ones, forwar
     active        entries above a gate, without a dense latent tensor
     WarmSelection the n largest scaled latents of a batch, exactly, by a threshold kept from the step before
     largest_per_token    the k largest of some columns, for each token
-    gather        pre-activations of active entries; backward: W_enc and b_enc through active entries only
-    decode        f W, as one bag per token; backward: W and f through active entries only
-    transposed    f^T y, as one bag per latent
+    decode        f W, one bag per token
+    transposed    f^T y, one bag per latent
+    reconstruct   f W_dec of one or several sets of entries, with gradients through active entries only
     per_latent    counts and sums
 
-At k / dict_size below 1%, bags are 8 to 27 times cheaper on a CPU than the dense products. Gradients equal those of the
-dense path (tests/test_sparse.py).
+At k / dict_size below 1%, these are 8 to 27 times cheaper on a CPU than the dense products. Gradients equal those of
+the dense path, and the compiled kernels equal torch (tests/test_sparse.py).
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -21,6 +21,58 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import embedding_bag
+
+from crosscoders.kernels import cpu
+
+# --------------------------------------------------------------------------------------------------------- primitives
+
+USES = 8
+"""Entries per row and per bag from which packed kernels are faster than torch (measured at 4 to 250)."""
+
+
+def _bags(
+    ids: Int[Tensor, " n"],
+    weights: Float[Tensor, " n"],
+    starts: Int[Tensor, " bags"],
+    rows: Float[Tensor, "rows width"],
+) -> Float[Tensor, "bags width"]:
+    """out_b = sum over the entries i of bag b of weights_i rows[ids_i]."""
+    if len(ids) >= USES * max(len(rows), len(starts)) and cpu.usable(weights, rows):
+        return cpu.bags(ids, weights, starts, rows)
+    return embedding_bag(ids, rows, starts, mode="sum", per_sample_weights=weights)
+
+
+def _dots(
+    entries: "Active", left: Float[Tensor, "batch width"], right: Float[Tensor, "dict_size width"]
+) -> Float[Tensor, " n_active"]:
+    """<left[token], right[latent]> of each entry."""
+    if len(entries.tokens) >= USES * len(right) and cpu.usable(left, right):
+        return cpu.dots(entries.tokens, entries.latents, left, right)
+    # what embedding_bag does for the gradient of its weights
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        left, right, entries.latents, entries.starts, entries.tokens, 0
+    )
+
+
+def _sort_by_key(
+    keys: Int[Tensor, " n"],
+    ids: Int[Tensor, " n"],
+    values: Float[Tensor, " n"],
+    others: Float[Tensor, " n"],
+    n_keys: int,
+) -> cpu.Sorted:
+    if cpu.usable(keys, ids, values, others):
+        return cpu.sort_by_key(keys, ids, values, others, n_keys)
+    order = keys.argsort(stable=True)
+    sums = others.new_zeros(n_keys).index_add_(0, keys, others)
+    return cpu.Sorted(_starts(keys[order], n_keys), sums, ids[order], values[order], others[order])
+
+
+def _starts(sorted_ids: Int[Tensor, " n"], n: int) -> Int[Tensor, " n_bags"]:
+    return torch.searchsorted(sorted_ids, torch.arange(n, device=sorted_ids.device))
+
+
+# ------------------------------------------------------------------------------------------------------------ entries
 
 
 @dataclass(frozen=True)
@@ -32,45 +84,43 @@ class Active:
     values: Float[Tensor, " n_active"]
     n_tokens: int
     dict_size: int
-
-    def with_values(self, values: Float[Tensor, " n_active"]) -> "Active":
-        """The same places with other values; what was computed from the places alone is kept."""
-        other = replace(self, values=values)
-        other.__dict__.update({name: self.__dict__[name] for name in ("starts", "by_latent") if name in self.__dict__})
-        return other
+    columns: Int[Tensor, " dict_size"] | None = None
+    """Where the matrix holds only some latents of the dictionary: which ones."""
 
     @cached_property
     def starts(self) -> Int[Tensor, " batch"]:
         """First entry of each token."""
         return _starts(self.tokens, self.n_tokens)
 
-    @cached_property
-    def by_latent(self) -> tuple[Int[Tensor, " n_active"], Int[Tensor, " n_active"], Int[Tensor, " dict_size"]]:
-        """The order of entries by latent, their tokens in that order, and the first entry of each latent."""
-        order = self.latents.argsort(stable=True)
-        return order, self.tokens[order], _starts(self.latents[order], self.dict_size)
+    @property
+    def dictionary_latents(self) -> Int[Tensor, " n_active"]:
+        """Latents counted in the whole dictionary."""
+        return self.latents if self.columns is None else self.columns[self.latents]
 
 
-def _starts(sorted_ids: Int[Tensor, " n"], n: int) -> Int[Tensor, " n_bags"]:
-    return torch.searchsorted(sorted_ids, torch.arange(n, device=sorted_ids.device))
-
-
-def _above(pre_acts: Float[Tensor, "batch dict_size"], gate_at: Float[Tensor, " dict_size"]) -> Int[Tensor, " n"]:
-    """Flat positions of entries above their column's gate, ascending."""
+def _above(
+    pre_acts: Float[Tensor, "batch dict_size"],
+    gate_at: Float[Tensor, " dict_size"],
+    weight: Float[Tensor, " dict_size"],
+    guess: int,
+) -> cpu.Selected:
+    """Entries above their column's gate, ordered by token and latent; `guess` says about how many there are."""
+    if cpu.usable(pre_acts, gate_at, weight):
+        return cpu.select_above(pre_acts, gate_at, weight, guess)
     if pre_acts.device.type == "cpu":  # numpy compares and searches 4 to 5 times faster than torch on one thread
-        return torch.from_numpy(np.flatnonzero(pre_acts.detach().numpy() > gate_at.detach().numpy()))
-    return (pre_acts > gate_at).flatten().nonzero().squeeze(1)
+        flat = torch.from_numpy(np.flatnonzero(pre_acts.numpy() > gate_at.numpy()))
+    else:
+        flat = (pre_acts > gate_at).flatten().nonzero().squeeze(1)
+    tokens = flat.div(pre_acts.shape[1], rounding_mode="floor")
+    latents, values = flat - tokens * pre_acts.shape[1], pre_acts.flatten()[flat]
+    return cpu.Selected(tokens, latents, values, values * weight[latents])
 
 
-def _entries(pre_acts: Float[Tensor, "batch dict_size"], flat: Int[Tensor, " n"]) -> Active:
-    n_tokens, dict_size = pre_acts.shape
-    tokens = flat.div(dict_size, rounding_mode="floor")
-    return Active(tokens, flat - tokens * dict_size, pre_acts.detach().flatten()[flat], n_tokens, dict_size)
-
-
-def active(pre_acts: Float[Tensor, "batch dict_size"], gate_at: Float[Tensor, " dict_size"]) -> Active:
-    """Entries with pre_j > gate_at_j, where gate_at >= 0; their value is pre_j."""
-    return _entries(pre_acts, _above(pre_acts, gate_at))
+def active(pre_acts: Float[Tensor, "batch dict_size"], gate_at: Float[Tensor, " dict_size"], guess: int = 0) -> Active:
+    """Entries with pre_j > gate_at_j, where gate_at >= 0; their value is pre_j. `guess`: about how many there are."""
+    pre_acts, gate_at = pre_acts.detach(), gate_at.detach()
+    found = _above(pre_acts, gate_at, gate_at, guess or pre_acts.numel() // 32)
+    return Active(found.tokens, found.latents, found.values, *pre_acts.shape)
 
 
 class WarmSelection:
@@ -87,21 +137,25 @@ class WarmSelection:
     def __call__(
         self, pre_acts: Float[Tensor, "batch dict_size"], code_norm: Float[Tensor, " dict_size"], n: int
     ) -> Active:
+        pre_acts, code_norm = pre_acts.detach(), code_norm.detach()
         nowhere = torch.where(code_norm > 0, 0.0, torch.inf)  # a latent without a decoder is never among the largest
-        flat = _above(pre_acts, 0.95 * self.cut / code_norm + nowhere)
-        if len(flat) < n and self.cut > 0:
+        found = _above(pre_acts, 0.95 * self.cut / code_norm + nowhere, code_norm, 2 * n)
+        if len(found.tokens) < n and self.cut > 0:
             self.n_retries += 1
-            flat = _above(pre_acts, nowhere)
-        found = _entries(pre_acts, flat)
-        if len(flat) <= n:
-            return found
-        scaled = found.values * code_norm.detach()[found.latents]
-        cut = scaled.kthvalue(len(flat) - n + 1).values
-        kept = scaled > cut
-        ties = (scaled == cut).nonzero().squeeze(1)[: n - int(kept.sum())]
-        kept[ties] = True
-        self.cut = float(cut)
-        return replace(found, tokens=found.tokens[kept], latents=found.latents[kept], values=found.values[kept])
+            found = _above(pre_acts, nowhere, code_norm, pre_acts.numel())
+        if len(found.tokens) > n:
+            found, self.cut = _keep_largest(found, n)
+        return Active(found.tokens, found.latents, found.values, *pre_acts.shape)
+
+
+def _keep_largest(found: cpu.Selected, n: int) -> tuple[cpu.Selected, float]:
+    """The n entries of largest `scaled`, in order, ties to the earlier ones; and the smallest that is kept."""
+    if cpu.usable(*found):
+        return cpu.keep_largest(found, n)
+    cut = found.scaled.kthvalue(len(found.scaled) - n + 1).values
+    kept = found.scaled > cut
+    kept[(found.scaled == cut).nonzero().squeeze(1)[: n - int(kept.sum())]] = True
+    return cpu.Selected(*(column[kept] for column in found)), cut.item()
 
 
 def largest_per_token(
@@ -111,67 +165,80 @@ def largest_per_token(
     k: int,
 ) -> Active:
     """The k largest ReLU(pre_j) c_j of each token among some columns; entries that are 0 are left out."""
-    candidates = pre_acts.detach()[:, columns].relu()
-    scaled = candidates * code_norm.detach()[columns]
-    chosen = scaled.topk(min(k, len(columns)), dim=1, sorted=False).indices
-    values = candidates.gather(1, chosen)
-    tokens, place = (values > 0).nonzero(as_tuple=True)
-    return Active(tokens, columns[chosen[tokens, place]], values[tokens, place], *pre_acts.shape)
+    pre_acts, weight, k = pre_acts.detach(), code_norm.detach()[columns], min(k, len(columns))
+    if cpu.usable(pre_acts, weight, columns):
+        tokens, places, values = cpu.largest_per_token(pre_acts, weight, columns, k)
+    else:
+        scaled = pre_acts[:, columns].relu() * weight
+        kept = torch.zeros_like(scaled, dtype=torch.bool).scatter(1, scaled.topk(k, dim=1, sorted=False).indices, True)
+        tokens, places = (kept & (scaled > 0)).nonzero(as_tuple=True)
+        values = pre_acts[tokens, columns[places]]
+    return Active(tokens, places, values, len(pre_acts), len(columns), columns)
 
 
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, W_enc: Tensor, b_enc: Tensor, x: Tensor, entries: Active) -> Tensor:
-        ctx.entries, ctx.shape = entries, W_enc.shape
-        ctx.save_for_backward(x)
-        return entries.values.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        entries, (x,) = ctx.entries.with_values(grads[0].contiguous()), ctx.saved_tensors
-        W_grad = transposed(entries, x).t().view(ctx.shape)
-        b_grad = torch.zeros(entries.dict_size, dtype=x.dtype, device=x.device)
-        return W_grad, b_grad.index_add_(0, entries.latents, entries.values), None, None
-
-
-def gather(
-    W_enc: Float[Tensor, "n_models d_model dict_size"],
-    b_enc: Float[Tensor, " dict_size"],
-    x: Float[Tensor, "batch width"],
-    entries: Active,
-) -> Active:
-    """The same entries with values that carry gradients to W_enc and b_enc; x needs none."""
-    entries.by_latent  # noqa: B018  (computed once here, used by both backward passes)
-    return entries.with_values(_Gather.apply(W_enc, b_enc, x, entries))
-
-
-class _Decode(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, weight: Tensor, entries: Active) -> Tensor:
-        ctx.entries = entries
-        ctx.save_for_backward(values, weight)
-        return embedding_bag(entries.latents, weight, entries.starts, mode="sum", per_sample_weights=values)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        values, weight = ctx.saved_tensors
-        entries, grad = ctx.entries.with_values(values), grads[0].contiguous()
-        # d f_nj = <grad_n, w_j>, one product per active entry
-        values_grad = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            grad, weight, entries.latents, entries.starts, entries.tokens, 0
-        )
-        return values_grad, transposed(entries, grad), None
+# ----------------------------------------------------------------------------------------------------------- products
 
 
 def decode(entries: Active, weight: Float[Tensor, "dict_size width"]) -> Float[Tensor, "batch width"]:
     """f W: one bag per token."""
-    return _Decode.apply(entries.values, weight, entries)
+    return _bags(entries.latents, entries.values, entries.starts, weight)
 
 
 def transposed(entries: Active, y: Float[Tensor, "batch width"]) -> Float[Tensor, "dict_size width"]:
     """f^T y: one bag per latent."""
-    order, tokens, starts = entries.by_latent
-    return embedding_bag(tokens, y, starts, mode="sum", per_sample_weights=entries.values[order])
+    found = _sort_by_key(entries.latents, entries.tokens, entries.values, entries.values, entries.dict_size)
+    return _bags(found.ids, found.values, found.starts, y)
+
+
+class _Reconstruct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, x: Tensor, *sets: Active) -> tuple[Tensor, ...]:
+        weight = W_dec.flatten(1)
+        rows = [weight if entries.columns is None else weight[entries.columns] for entries in sets]
+        ctx.sets, ctx.shape = sets, W_enc.shape
+        ctx.save_for_backward(x, *rows)
+        return tuple(decode(entries, chosen) for entries, chosen in zip(sets, rows, strict=True))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        sets, (x, *rows) = ctx.sets, ctx.saved_tensors
+        y, n_latents = _join([grad.contiguous() for grad in grads]), ctx.shape[2]  # y: (sets * batch, width)
+        # d f_nj = <grad_n, W_dec_j>, one product per active entry
+        parts = zip(sets, y.split(len(x)), rows, strict=True)
+        values_grad = _join([_dots(entries, part, chosen) for entries, part, chosen in parts])
+        # One bag per latent over the entries of all sets: the gradient of each weight is written once.
+        latents = _join([entries.dictionary_latents for entries in sets])
+        places = _join([entries.tokens + i * len(x) for i, entries in enumerate(sets)])
+        values = _join([entries.values for entries in sets])
+        found = _sort_by_key(latents, places, values, values_grad, n_latents)
+        W_dec_grad = _bags(found.ids, found.values, found.starts, y)
+        W_enc_grad = _bags(found.ids, found.others, found.starts, x.repeat(len(sets), 1) if len(sets) > 1 else x)
+        n_models, d_model, _ = ctx.shape
+        return (
+            W_enc_grad.t().view(ctx.shape),
+            found.sums,
+            W_dec_grad.view(n_latents, n_models, d_model),
+            None,
+            *(None for _ in sets),
+        )
+
+
+def _join(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def reconstruct(
+    W_enc: Float[Tensor, "n_models d_model dict_size"],
+    b_enc: Float[Tensor, " dict_size"],
+    W_dec: Float[Tensor, "dict_size n_models d_model"],
+    x: Float[Tensor, "batch width"],
+    *sets: Active,
+) -> tuple[Float[Tensor, "batch width"], ...]:
+    """f W_dec for each set of entries of pre = x W_enc + b_enc, without decoder bias.
+
+    Gradients reach the three weights through the active entries alone; x gets none.
+    """
+    return _Reconstruct.apply(W_enc, b_enc, W_dec, x, *sets)
 
 
 class PerLatent(NamedTuple):

@@ -20,9 +20,10 @@ from crosscoders import checkpoint, sparse, store
 from crosscoders.config import TrainConfig, to_dict
 from crosscoders.errors import CorruptData, InputError
 from crosscoders.formats import load_crosscoder
+from crosscoders.kernels.cpu import keep_large_blocks
 from crosscoders.losses import auxiliary_loss, reconstruction_loss, sparsity_loss
 from crosscoders.metrics import ReconstructionSums, evaluate
-from crosscoders.model import Crosscoder
+from crosscoders.model import Crosscoder, code_norm
 from crosscoders.optimizer import Optimizer, lr_at
 from crosscoders.pair import choose_device
 from crosscoders.progress import Progress, say
@@ -49,8 +50,8 @@ class StepResult(NamedTuple):
     """The terms of the loss, already weighted."""
     n_active: Int[Tensor, " dict_size"]
     """Tokens of the batch on which each latent is active."""
-    x_hat: Float[Tensor, "batch n_models d_model"]
-    """Training space."""
+    err: Float[Tensor, "batch n_models d_model"]
+    """x - x_hat, training space."""
     smallest_active: Float[Tensor, ""]
     """Smallest active f_j c_j of the batch, BatchTopK only."""
 
@@ -76,6 +77,8 @@ def train(
     out = Path(out)
     config = fill_width(config, stream)
     device = choose_device(config.device)
+    if device.type == "cpu":
+        keep_large_blocks()
     with store.exclusive(out), stop_requests() as stop:
         # The mean norms tell apart streams that have no other name.
         inputs = {**(inputs or {}), "stream": {"mean_norm": [str(value) for value in stream.mean_norm]}}
@@ -112,7 +115,8 @@ def train(
         for x in batches:
             x = model.normalise(x.to(device))
             dead = tokens_since_fired >= config.dead_after_tokens
-            result = forward(model, config, x, dead=dead, k=k_at(config, step), step=step, select=select)
+            k, c = k_at(config, step), code_norm(optimizer.decoder_norms(), config.crosscoder.code_norm)
+            result = forward(model, config, x, dead=dead, k=k, step=step, select=select, weight=c)
             loss = torch.stack(list(result.terms.values())).sum()
             _require_finite(loss, result.terms, step, out)
 
@@ -179,8 +183,11 @@ def forward(
     k: int | None,
     step: int,
     select: sparse.WarmSelection,
+    weight: Float[Tensor, " dict_size"] | None = None,
 ) -> StepResult:
     """One pass in training space: active latents, reconstruction, weighted loss terms.
+
+    weight: c_j where it is known already, BatchTopK only.
 
     BatchTopK touches active entries only, forward and backward; its c_j decide the selection and carry no gradient.
     """
@@ -188,36 +195,33 @@ def forward(
         return _forward_relu(model, config, x, step)
     assert k is not None
     with torch.no_grad():
-        pre_acts, code_norm = model.pre_acts(x), model.code_norm
-    flat, weight = x.flatten(1), model.W_dec.flatten(1)
-
-    def decoded(entries: sparse.Active) -> Tensor:
-        return sparse.decode(sparse.gather(model.W_enc, model.b_enc, flat, entries), weight).view_as(x)
-
-    entries = select(pre_acts, code_norm, k * len(x))
-    x_hat = decoded(entries) + model.b_dec
-    terms = {"reconstruction": reconstruction_loss(x - x_hat, config.reconstruction)}
+        pre_acts, weight = model.pre_acts(x), model.code_norm if weight is None else weight
+    sets = [select(pre_acts, weight, k * len(x))]
     if config.aux_coefficient and bool(dead.any()):
         # d_model // 2 takes the width of one model, not of all (Gao et al. 2024, B.1)
         k_aux = config.k_aux or x.shape[2] // 2
-        chosen = sparse.largest_per_token(pre_acts, code_norm, dead.nonzero().squeeze(1), k_aux)
-        terms["auxiliary"] = config.aux_coefficient * auxiliary_loss(x - x_hat, decoded(chosen))
-    scaled = entries.values * code_norm[entries.latents]
+        sets.append(sparse.largest_per_token(pre_acts, weight, dead.nonzero().squeeze(1), k_aux))
+    decoded, *err_hat = sparse.reconstruct(model.W_enc, model.b_enc, model.W_dec, x.flatten(1), *sets)
+    entries, err = sets[0], x - model.b_dec - decoded.view_as(x)
+    terms = {"reconstruction": reconstruction_loss(err, config.reconstruction)}
+    if err_hat:
+        terms["auxiliary"] = config.aux_coefficient * auxiliary_loss(err, err_hat[0].view_as(x))
+    scaled = entries.values * weight[entries.latents]
     smallest = scaled.min() if len(scaled) else scaled.new_tensor(torch.inf)
     fired = torch.bincount(entries.latents, minlength=len(dead))
-    return StepResult(terms, fired, x_hat.detach(), smallest)
+    return StepResult(terms, fired, err.detach(), smallest)
 
 
 def _forward_relu(
     model: Crosscoder, config: TrainConfig, x: Float[Tensor, "batch n_models d_model"], step: int
 ) -> StepResult:
     latents = torch.relu(model.pre_acts(x))
-    x_hat = model.decode_normalised(latents)
-    terms = {"reconstruction": reconstruction_loss(x - x_hat, config.reconstruction)}
+    err = x - model.decode_normalised(latents)
+    terms = {"reconstruction": reconstruction_loss(err, config.reconstruction)}
     if config.l1_coefficient:
         weight = config.l1_coefficient * min(1.0, (step + 1) / max(1, config.l1_warmup_steps))
         terms["sparsity"] = weight * sparsity_loss(latents, model.code_norm)
-    return StepResult(terms, (latents > 0).sum(dim=0), x_hat.detach(), x.new_tensor(torch.inf))
+    return StepResult(terms, (latents > 0).sum(dim=0), err.detach(), x.new_tensor(torch.inf))
 
 
 def k_at(config: TrainConfig, step: int) -> int | None:
@@ -266,7 +270,7 @@ def step_line(
 ) -> dict[str, Any]:
     """Metrics of the batch of this step; fve by the same definition as everywhere, over the batch."""
     sums = ReconstructionSums(x.shape[1], x.shape[2], config.crosscoder.dict_size)
-    sums.add(x, result.x_hat, result.n_active)
+    sums.add(x, x - result.err, result.n_active)
     terms = {name: value.item() for name, value in result.terms.items()}
     topk = {"k": k_at(config, step - 1), "threshold": model.threshold.item()}
     return {

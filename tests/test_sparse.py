@@ -66,7 +66,8 @@ def test_ties_at_the_cut_keep_exactly_n_and_too_few_positive_entries_are_all_kep
 
 def test_the_largest_of_some_columns_for_each_token() -> None:
     pre, c, columns = random(6, 8), torch.rand(8), torch.tensor([1, 4, 5, 7])
-    found = dense(sparse.largest_per_token(pre, c, columns, 2))
+    entries = sparse.largest_per_token(pre, c, columns, 2)
+    found = torch.zeros(6, 8).index_put((entries.tokens, entries.dictionary_latents), entries.values)
     for n in range(6):
         ranked = sorted(columns.tolist(), key=lambda j: -float(pre[n, j].relu() * c[j]))[:2]
         expected = torch.zeros(8)
