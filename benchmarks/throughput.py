@@ -19,7 +19,6 @@ from benchmarks.timing import interleaved, ratio_row
 from crosscoders import ActivationCache, Crosscoder, CrosscoderConfig, TrainConfig, cached_stream, sparse
 from crosscoders.hooks import capture
 from crosscoders.kernels.cpu import keep_large_blocks
-from crosscoders.model import code_norm
 from crosscoders.optimizer import Optimizer
 from crosscoders.pair import ModelPair, PairInfo
 from crosscoders.source import ActivationSource, concatenate
@@ -93,8 +92,8 @@ def our_step(model: Crosscoder, config: TrainConfig, dead: torch.Tensor) -> Call
     optimizer, select = Optimizer(model, config), sparse.WarmSelection()
 
     def step(x: torch.Tensor) -> float:
-        weight = code_norm(optimizer.decoder_norms(), config.crosscoder.code_norm)
-        result = forward(model, config, x, dead=dead, k=config.crosscoder.k, step=0, select=select, weight=weight)
+        norms, k = optimizer.decoder_norms(), config.crosscoder.k
+        result = forward(model, config, x, dead=dead, k=k, step=0, select=select, decoder_norms=norms)
         loss = torch.stack(list(result.terms.values())).sum()
         loss.backward()
         optimizer.step_(1e-4)

@@ -1,6 +1,7 @@
 r"""Loss terms: tensors in training space in, one number out. Definitions in docs/math.md, section "Training".
 
-`reconstruction_loss`, `sparsity_loss` (ReLU crosscoders), `auxiliary_loss` (revives dead latents of BatchTopK).
+`reconstruction_loss`, `differentiable_code_norm` (the L1 term of ReLU crosscoders is mean_n sum_j f_nj c_j),
+`auxiliary_loss` (revives dead latents of BatchTopK).
 """
 
 from typing import Any
@@ -8,6 +9,8 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from crosscoders.model import code_norm
 
 
 class _MeanNorm(torch.autograd.Function):
@@ -55,11 +58,27 @@ def reconstruction_loss(err: Float[Tensor, "batch n_models d_model"], kind: str)
     return err.pow(2).sum(dim=(1, 2)).mean()
 
 
-def sparsity_loss(
-    latents: Float[Tensor, "batch dict_size"], code_norm: Float[Tensor, " dict_size"]
-) -> Float[Tensor, ""]:
-    r"""mean over tokens of sum_j f_j c_j; gradients reach the latents and, through c_j, the decoder norms."""
-    return (latents @ code_norm).mean()
+class _CodeNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, W_dec: Tensor, norms: Tensor, rule: str) -> Tensor:
+        c = code_norm(norms, rule)
+        ctx.save_for_backward(W_dec, norms if rule == "sum" else c[:, None].expand_as(norms))
+        return c
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        W_dec, norms = ctx.saved_tensors
+        return W_dec * torch.where(norms > 0, grads[0][:, None] / norms, 0.0)[:, :, None], None, None
+
+
+def differentiable_code_norm(
+    W_dec: Float[Tensor, "dict_size n_models d_model"], norms: Float[Tensor, "dict_size n_models"], rule: str
+) -> Float[Tensor, " dict_size"]:
+    r"""c_j from decoder norms that are known already, with d c_j / d d_jm in closed form.
+
+    sum: d_jm / ||d_jm||. concat: d_jm / ||d_j||. none: 0. 0 where the norm is 0.
+    """
+    return code_norm(norms, rule) if rule == "none" else _CodeNorm.apply(W_dec, norms, rule)
 
 
 def auxiliary_loss(

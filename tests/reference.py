@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from crosscoders import Crosscoder, TrainConfig
-from crosscoders.losses import reconstruction_loss
 
 
 def latents(cc: Crosscoder, x: Tensor, *, threshold: float | None) -> Tensor:
@@ -45,16 +44,24 @@ def betas(cc: Crosscoder, x: Tensor, f: Tensor, *, side: int) -> dict[str, Tenso
     return found
 
 
-def dense_terms(model: Crosscoder, config: TrainConfig, x: Tensor, *, dead: Tensor, k: int) -> dict[str, Tensor]:
-    """Loss terms of BatchTopK by dense matrices and plain autograd."""
-    code_norm = model.code_norm.detach()
-    positive = torch.relu(model.pre_acts(x))
-    chosen = (positive * code_norm).detach().flatten().topk(k * len(x)).indices
-    mask = torch.zeros(positive.numel()).index_fill(0, chosen, 1.0).view_as(positive)
-    err = x - model.decode_normalised(positive * mask)
-    terms = {"reconstruction": reconstruction_loss(err, config.reconstruction)}
-    if dead.any():
-        scaled = torch.where(dead, positive * code_norm, -1.0).detach()
+def dense_terms(
+    model: Crosscoder, config: TrainConfig, x: Tensor, *, dead: Tensor | None = None, k: int | None = None
+) -> dict[str, Tensor]:
+    """Loss terms by dense matrices and plain autograd; k None: ReLU with the L1 term."""
+    norms = model.W_dec.norm(dim=2)
+    c = {"sum": norms.sum(dim=1), "concat": norms.norm(dim=1), "none": torch.ones(len(norms))}[model.config.code_norm]
+    f = torch.relu(torch.einsum("nmd,mdj->nj", x, model.W_enc) + model.b_enc)
+    positive = f
+    if k is not None:
+        chosen = (f * c).detach().flatten().topk(k * len(x)).indices
+        f = f * torch.zeros(f.numel()).index_fill(0, chosen, 1.0).view_as(f)
+    err = x - torch.einsum("nj,jmd->nmd", f, model.W_dec) - model.b_dec
+    norm = config.reconstruction == "norm"
+    terms = {"reconstruction": err.norm(dim=2).mean() if norm else err.pow(2).sum(dim=(1, 2)).mean()}
+    if k is None:
+        terms["sparsity"] = config.l1_coefficient * (f * c).sum(dim=1).mean()
+    if dead is not None and dead.any():
+        scaled = torch.where(dead, positive * c, -1.0).detach()
         k_aux = min(config.k_aux or x.shape[2] // 2, int(dead.sum()))
         kept = torch.zeros_like(positive).scatter(1, scaled.topk(k_aux, dim=1).indices, 1.0) * positive
         err_hat = torch.einsum("nj,jmd->nmd", kept, model.W_dec)

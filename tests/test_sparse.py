@@ -1,6 +1,7 @@
 """The fast path equals the dense one: selection, products, gradients, trajectories."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import reference
@@ -75,11 +76,13 @@ def test_the_largest_of_some_columns_for_each_token() -> None:
         assert torch.equal(found[n], expected)
 
 
-def setting(code_norm: str, reconstruction: str, dtype: torch.dtype) -> tuple[Crosscoder, TrainConfig, torch.Tensor]:
-    shape = CrosscoderConfig(dict_size=20, d_model=6, k=3, code_norm=code_norm)  # type: ignore[arg-type]
+def setting(
+    code_norm: str, reconstruction: str, dtype: torch.dtype, **other: Any
+) -> tuple[Crosscoder, TrainConfig, torch.Tensor]:
+    shape = CrosscoderConfig(**{"dict_size": 20, "d_model": 6, "k": 3, "code_norm": code_norm, **other})
     config = TrainConfig(
-        crosscoder=shape, n_tokens=6400, batch_size=64, reconstruction=reconstruction, aux_coefficient=0.5, k_aux=2,
-        threshold_start_step=5,
+        crosscoder=shape, n_tokens=6400, batch_size=64, reconstruction=reconstruction, threshold_start_step=5,
+        aux_coefficient=0.0 if shape.k is None else 0.5, k_aux=None if shape.k is None else 2,
     )  # type: ignore[arg-type]  # fmt: skip
     model = Crosscoder(shape)
     model.init_weights_(norm=0.5, generator=torch.Generator().manual_seed(1))
@@ -106,23 +109,47 @@ def test_gradients_equal_dense_autograd(code_norm: str, reconstruction: str, n_d
         assert (a - b).norm() <= 1e-6 * b.norm()
 
 
-def test_fifty_steps_stay_on_the_dense_trajectory() -> None:
-    model, config, _ = setting("sum", "norm", torch.float32)
-    config = replace(config, lr=1e-2)
-    other, *_ = setting("sum", "norm", torch.float32)
-    fast, slow = (torch.optim.Adam(m.parameters(), lr=1e-2) for m in (model, other))
-    select = sparse.WarmSelection()
-    dead = torch.arange(20) < 4
+@pytest.mark.parametrize("density", [0.0, 1.0])  # the dense and the sparse path
+@pytest.mark.parametrize("code_norm", ["sum", "concat", "none"])
+def test_l1_gradients_equal_dense_autograd(code_norm: str, density: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("crosscoders.training.SPARSE_DENSITY", density)
+    model, config, x = setting(code_norm, "norm", torch.float64, activation="relu", k=None)
+    config = replace(config, l1_coefficient=0.3, aux_coefficient=0.0)
+    with torch.no_grad():
+        model.W_dec[3, 1] = 0  # a decoder without a norm: its direction has no gradient
+    none = torch.zeros(20, dtype=torch.bool)
+    result = forward(model, config, x, dead=none, k=None, step=0, select=sparse.WarmSelection())
+    assert torch.equal(result.n_active, (model.pre_acts(x) > 0).sum(dim=0))
+    expected = reference.dense_terms(model, config, x)
+    parameters = list(model.parameters())
+    for name in ("reconstruction", "sparsity"):
+        torch.testing.assert_close(result.terms[name], expected[name], rtol=1e-10, atol=0)
+    fast = torch.autograd.grad(sum(result.terms.values(), torch.zeros(())), parameters)
+    slow = torch.autograd.grad(sum(expected.values(), torch.zeros(())), parameters)
+    for a, b in zip(fast, slow, strict=True):
+        assert (a - b.nan_to_num()).norm() <= 1e-6 * b.nan_to_num().norm()
+
+
+@pytest.mark.parametrize("variant", ["batchtopk", "l1 dense", "l1 sparse"])
+def test_fifty_steps_stay_on_the_dense_trajectory(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("crosscoders.training.SPARSE_DENSITY", float(variant == "l1 sparse"))
+    l1 = {"activation": "relu", "k": None} if variant != "batchtopk" else {}
+    model, config, _ = setting("sum", "norm", torch.float32, **l1)
+    config = replace(config, lr=1e-2, clip_norm=1.0, **({"l1_coefficient": 0.05, "aux_coefficient": 0.0} if l1 else {}))
+    other, *_ = setting("sum", "norm", torch.float32, **l1)
+    fast, slow = Optimizer(model, config), torch.optim.Adam(other.parameters(), lr=1e-2)
+    select, dead = sparse.WarmSelection(), torch.arange(20) < (0 if l1 else 4)
     for step in range(50):
         x = random(64, 2, 6, seed=100 + step)
-        for m, optimizer in ((model, fast), (other, slow)):
-            optimizer.zero_grad()
-            if m is model:
-                terms = forward(m, config, x, dead=dead, k=3, step=step, select=select).terms
-            else:
-                terms = reference.dense_terms(m, config, x, dead=dead, k=3)
-            torch.stack(list(terms.values())).sum().backward()
-            optimizer.step()
+        norms = fast.decoder_norms()
+        k = None if l1 else 3
+        terms = forward(model, config, x, dead=dead, k=k, step=step, select=select, decoder_norms=norms).terms
+        torch.stack(list(terms.values())).sum().backward()
+        fast.step_(1e-2)
+        slow.zero_grad()
+        torch.stack(list(reference.dense_terms(other, config, x, dead=dead, k=k).values())).sum().backward()
+        torch.nn.utils.clip_grad_norm_(other.parameters(), 1.0)
+        slow.step()
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         assert (a - b).norm() <= 1e-5 * b.norm()
 

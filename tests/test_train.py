@@ -31,7 +31,7 @@ from crosscoders import (
     train,
 )  # fmt: skip
 from crosscoders.config import PRESETS
-from crosscoders.losses import auxiliary_loss, reconstruction_loss, sparsity_loss
+from crosscoders.losses import auxiliary_loss, reconstruction_loss
 from crosscoders.metrics import ReconstructionSums
 from crosscoders.optimizer import lr_at
 from crosscoders.source import ActivationSource
@@ -68,7 +68,6 @@ def test_loss_terms_on_paper() -> None:
     err = torch.tensor([[[3.0, 4.0], [0.0, 0.0]], [[0.0, 1.0], [2.0, 0.0]]])
     assert float(reconstruction_loss(err, "norm")) == (5 + 0 + 1 + 2) / 4
     assert float(reconstruction_loss(err, "squared")) == (25 + 0 + 1 + 4) / 2
-    assert float(sparsity_loss(torch.tensor([[1.0, 0.0], [2.0, 3.0]]), torch.tensor([0.5, 2.0]))) == (0.5 + 1 + 6) / 2
 
 
 def test_the_auxiliary_term_on_paper() -> None:

@@ -99,7 +99,7 @@ void keep_largest(int64_t n, int64_t n_kept, int64_t *tokens, int64_t *latents, 
    many they are in all; tokens, places (c) and values (pre) have room for k a token, scratch for n_columns floats and 15 more. */
 int64_t largest_per_token(const float *pre, const int64_t *columns, const float *weight, int64_t dict_size,
                           int64_t n_columns, int64_t k, int64_t begin, int64_t end, int64_t *tokens, int64_t *places,
-                          float *values, float *scratch) {
+                          float *values, float *restrict scratch) {
     int64_t n_all = 0, n_padded = (n_columns + LANES - 1) / LANES * LANES;
     memset(scratch, 0, n_padded * sizeof *scratch);
     for (int64_t t = begin; t < end; t++) {
@@ -149,30 +149,31 @@ void sort_by_key(const int64_t *keys, const int64_t *ids, const float *values, c
 /* ------------------------------------------------------------------------------------------------------- products */
 
 static void pack(const float *rows, int64_t n_rows, int64_t width, int64_t column, int64_t size, float *packed) {
-    for (int64_t r = 0; r < n_rows; r++) memcpy(packed + r * BLOCK, rows + r * width + column, size * sizeof *rows);
+    for (int64_t r = 0; r < n_rows; r++) {
+        memcpy(packed + r * BLOCK, rows + r * width + column, size * sizeof *rows);
+        memset(packed + r * BLOCK + size, 0, (BLOCK - size) * sizeof *packed);
+    }
 }
 
-/* out[b] = sum over the entries i of bag b of weights[i] rows[ids[i]]. */
+/* out[b] = bias + sum over the entries i of bag b of weights[i] rows[ids[i]]; no bias is 0. */
 void bags(const int64_t *ids, const float *weights, const int64_t *starts, int64_t n_entries, int64_t n_bags,
-          const float *rows, int64_t n_rows, int64_t width, int64_t begin, int64_t end, float *out, float *packed) {
+          const float *rows, int64_t n_rows, const float *bias, int64_t width, int64_t begin, int64_t end, float *out,
+          float *packed) {
     for (int64_t column = 0; column < width; column += BLOCK) {
         int64_t size = width - column < BLOCK ? width - column : BLOCK;
         pack(rows, n_rows, width, column, size, packed);
         for (int64_t b = begin; b < end; b++) {
             int64_t stop = b + 1 < n_bags ? starts[b + 1] : n_entries;
-            float *target = out + b * width + column;
-            if (size == BLOCK) {
-                lanes sum[BLOCK / LANES] = {0};
-                for (int64_t i = starts[b]; i < stop; i++) {
-                    const lanes *row = (const lanes *)(packed + ids[i] * BLOCK);
-                    for (int l = 0; l < BLOCK / LANES; l++) sum[l] += weights[i] * row[l];
-                }
-                memcpy(target, sum, sizeof sum);
-            } else {
-                memset(target, 0, size * sizeof *target);
-                for (int64_t i = starts[b]; i < stop; i++)
-                    for (int64_t c = 0; c < size; c++) target[c] += weights[i] * packed[ids[i] * BLOCK + c];
+            float sum[BLOCK] __attribute__((aligned(64))) = {0};
+            if (bias) memcpy(sum, bias + column, size * sizeof *sum);
+            lanes *sums = (lanes *)sum;
+            lanes a = sums[0], c = sums[1], d = sums[2], e = sums[3];
+            for (int64_t i = starts[b]; i < stop; i++) {
+                const lanes *row = (const lanes *)(packed + ids[i] * BLOCK);
+                a += weights[i] * row[0], c += weights[i] * row[1], d += weights[i] * row[2], e += weights[i] * row[3];
             }
+            sums[0] = a, sums[1] = c, sums[2] = d, sums[3] = e;
+            memcpy(out + b * width + column, sum, size * sizeof *sum);
         }
     }
 }
@@ -206,6 +207,33 @@ void dots(const int64_t *left_ids, const int64_t *right_ids, const float *left, 
             }
         }
     }
+}
+
+/* ------------------------------------------------------------------------------------------------------------- relu */
+
+/* Columns begin to end of f = max(f, 0) in place, and how many entries of each are positive. */
+void relu_count(float *restrict f, int64_t n_tokens, int64_t dict_size, int64_t begin, int64_t end,
+                float *restrict counts) {
+    memset(counts + begin, 0, (end - begin) * sizeof *counts);
+    for (int64_t t = 0; t < n_tokens; t++)
+        for (int64_t j = begin; j < end; j++) {
+            float value = f[t * dict_size + j];
+            counts[j] += value > 0 ? 1.0f : 0.0f;
+            f[t * dict_size + j] = value < 0 ? 0 : value; /* keeps NaN */
+        }
+}
+
+/* Columns begin to end of gradient = (gradient + penalty) where f > 0, else 0, in place, and their sums over tokens. */
+void relu_backward(float *restrict gradient, const float *restrict f, const float *restrict penalty, int64_t n_tokens,
+                   int64_t dict_size, int64_t begin, int64_t end, float *restrict sums) {
+    memset(sums + begin, 0, (end - begin) * sizeof *sums);
+    for (int64_t t = 0; t < n_tokens; t++)
+        for (int64_t j = begin; j < end; j++) {
+            float value = gradient[t * dict_size + j] + penalty[j];
+            value = f[t * dict_size + j] > 0 ? value : 0;
+            gradient[t * dict_size + j] = value;
+            sums[j] += value;
+        }
 }
 
 /* -------------------------------------------------------------------------------------------------------- optimiser */

@@ -1,7 +1,9 @@
 """The C kernels of cpu.c, built once per machine with its C compiler and kept in the user's cache folder.
 
     library      the loaded functions, or None where they cannot be had; `state` says which and why
-    select_above, keep_largest, largest_per_token, sort_by_key, bags, dots     the functions, on tensors
+    select_above, keep_largest, largest_per_token, sort_by_key, bags, dots     sparse, on tensors
+    relu_count_, relu_backward_     dense
+    row_norms, adam_     the optimiser
     keep_large_blocks     lets malloc reuse large blocks instead of mapping fresh pages each step
 
 Without a compiler, or with MODEL_DIFFING_KERNELS=torch, `crosscoders.sparse` uses torch and numpy: the same results
@@ -209,13 +211,14 @@ def bags(
     weights: Float[Tensor, " n"],
     starts: Int[Tensor, " bags"],
     rows: Float[Tensor, "rows width"],
+    bias: Float[Tensor, " width"] | None = None,
 ) -> Float[Tensor, "bags width"]:
-    """out_b = sum over the entries i of bag b of weights_i rows[ids_i]."""
+    """out_b = bias + sum over the entries i of bag b of weights_i rows[ids_i]."""
     n_rows, width = rows.shape
     out = torch.empty(len(starts), width)
 
     def run(begin: int, end: int) -> int:
-        sizes = len(ids), len(starts), rows, n_rows, width, begin, end
+        sizes = len(ids), len(starts), rows, n_rows, bias, width, begin, end
         return _call("bags", ids, weights, starts, *sizes, out, torch.empty(n_rows * BLOCK))
 
     _split(len(starts), run)
@@ -238,6 +241,24 @@ def dots(
 
     _split(len(left_ids), run)
     return out
+
+
+def relu_count_(f: Float[Tensor, "batch dict_size"]) -> Float[Tensor, " dict_size"]:
+    """f = max(f, 0) in place; how many entries of each column are positive."""
+    counts = torch.empty(f.shape[1])
+    _split(f.shape[1], lambda begin, end: _call("relu_count", f, *f.shape, begin, end, counts))
+    return counts
+
+
+def relu_backward_(
+    gradient: Float[Tensor, "batch dict_size"],
+    f: Float[Tensor, "batch dict_size"],
+    penalty: Float[Tensor, " dict_size"],
+) -> Float[Tensor, " dict_size"]:
+    """gradient = (gradient + penalty) where f > 0, else 0, in place; its sums over tokens."""
+    sums = torch.empty(f.shape[1])
+    _split(f.shape[1], lambda begin, end: _call("relu_backward", gradient, f, penalty, *f.shape, begin, end, sums))
+    return sums
 
 
 def row_norms(rows: Float[Tensor, "rows width"]) -> Float[Tensor, " rows"]:
