@@ -98,8 +98,8 @@ def markdown(found: dict[str, Any]) -> str:
         interval = "" if row["low"] is None else f"{row['low']:.4g} to {row['high']:.4g}"
         number = f" [{list(notes).index(row['note']) + 1}]" if row.get("note") else ""
         lines.append(f"| {row['name']}{number} | {row['value']:.4g} | {interval} | {row['unit']} | {row['n']:,} |")
-    lines += [""] + [f"{i}. {note}" for i, note in enumerate(notes, 1)]
-    lines += [f"Left out: {name} ({reason})" for name, reason in found.get("left_out", {}).items()]
+    lines += ["", *(f"{i}. {note}" for i, note in enumerate(notes, 1))]
+    lines += ["", *(f"Left out: {name} ({reason})" for name, reason in found.get("left_out", {}).items())]
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -5,7 +5,10 @@ SAE on the concatenation (batch, n_models * d_model), which is the same products
 claims before anything is timed.
 """
 
-from collections.abc import Callable
+import contextlib
+import sys
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +29,22 @@ class Peer(NamedTuple):
     """Latents (batch, dict_size) in our units, selected as in training, and x_hat (batch, n_models, d_model)."""
     loss: Callable[[Tensor], Tensor]
     """The loss that its step should give, from err = x - x_hat."""
+
+
+@contextlib.contextmanager
+def foreign_import() -> Iterator[None]:
+    """While others' code is imported: its prints go to stderr, its warnings are not ours, and what it replaces in
+    torch.Tensor and torch.nn.Module comes back (nnsight replaces Tensor.backward)."""
+    before = {kind: dict(vars(kind)) for kind in (torch.Tensor, torch.nn.Module)}
+    try:
+        with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for kind, attributes in before.items():
+            for name, value in attributes.items():
+                if vars(kind).get(name) is not value:
+                    setattr(kind, name, value)
 
 
 Build = Callable[[Crosscoder, int], Peer]

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from benchmarks.throughput.adapters import foreign_import
 from benchmarks.timing import Clock, cpu_seconds, interleaved, ratio_row
 from crosscoders.hooks import capture
 from crosscoders.pair import ModelPair, PairInfo
@@ -124,9 +125,10 @@ def cache_rows(name: str, made: Pair, *, n_rounds: int, clock: Clock = cpu_secon
 
 def saelens_readers(made: Pair) -> list[Callable[[Tensor], Tensor]]:
     """For each model, SAELens's `ActivationsStore.get_activations` on a batch of ids: (rows, positions, d_model)."""
-    import datasets
-    from sae_lens import ActivationsStore
-    from sae_lens.load_model import HookedProxyLM
+    with foreign_import():
+        import datasets
+        from sae_lens import ActivationsStore
+        from sae_lens.load_model import HookedProxyLM
 
     size, ids = made.size, made.batch.ids
     hook = f"model.layers.{size.layer}"

@@ -1,8 +1,8 @@
 """How much the resident memory of a fresh process grows over three training steps.
 
-The growth is the peak over making model and optimiser and three steps, less what was resident after imports and data;
-so it counts weights, gradients and Adam's moments once, and everything that a step allocates. Linux only: the kernel's
-high-water mark is reset through /proc/self/clear_refs.
+The growth is the peak over making model and optimiser and three steps, less what was resident after imports, data and
+a tiny step; so it counts weights, gradients, Adam's moments and everything that a step allocates. Linux only, since
+the kernel's high-water mark is reset through /proc/self/clear_refs.
 `python -m benchmarks.throughput.memory NAME D_MODEL DICT_SIZE BATCH K [FOLDER]` prints it, in MiB.
 """
 
@@ -13,12 +13,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 if TYPE_CHECKING:
-    from benchmarks.throughput.steps import Shape
+    from collections.abc import Callable
+
+    from benchmarks.throughput.steps import Shape, Step
 
 N_STEPS = 3
+RESET = Path("/proc/self/clear_refs")
 
 
 def resident(key: str) -> float:
@@ -29,31 +30,40 @@ def resident(key: str) -> float:
 
 def growth(name: str, shape: "Shape", folder: Path | None = None) -> float:
     """In this process, which should be a fresh one."""
-    from benchmarks.throughput import adapters, peers, steps
+    from benchmarks.throughput.steps import planted
 
-    batches = steps.planted(shape, N_STEPS)
-    config = shape.config()
-    known = None if name in ("ours", "dense") else peers.load(name, folder)
-    torch.ones(64, 64) @ torch.ones(64, 64)  # the first product allocates the library's buffers
+    batches = planted(shape, N_STEPS)
+    make = maker(name, folder)
+    first = shape._replace(d_model=8, dict_size=32, batch=8, k=2)
+    make(first)(planted(first, 1)[0])  # what the first step of a process imports and allocates once is not counted
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")
+    RESET.write_text("5")
     before = resident("VmRSS")
-    if known:
-        step = known(steps.start_model(config.crosscoder, adapters.UNIT_NORM), shape.k).step
-    else:
-        make = steps.our_step if name == "ours" else steps.dense_step
-        step = make(steps.start_model(config.crosscoder), config)
+    step = make(shape)
     for x in batches:
         step(x)
     return resident("VmHWM") - before
 
 
+def maker(name: str, folder: Path | None) -> "Callable[[Shape], Step]":
+    """Makes the step of `ours`, `dense` or a peer at a shape."""
+    from benchmarks.throughput import adapters, peers, steps
+
+    if name in ("ours", "dense"):
+        make = steps.our_step if name == "ours" else steps.dense_step
+        return lambda shape: make(steps.start_model(shape.config().crosscoder), shape.config())
+    build = peers.load(name, folder)
+    return lambda shape: build(steps.start_model(shape.config().crosscoder, adapters.UNIT_NORM), shape.k).step
+
+
 def measure(name: str, shape: "Shape", n_processes: int, folder: Path | None = None) -> list[float]:
-    """MiB of each of some fresh processes with one thread.
+    """MiB of each of some fresh processes with one thread; none where the system is not Linux.
 
     Raises:
         RuntimeError: a process failed; its last line is quoted.
     """
+    if not RESET.exists():
+        return []
     command = [sys.executable, "-m", __name__, name, *(str(value) for value in shape[:4])]
     command += [str(folder)] if folder else []
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}

@@ -10,10 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from benchmarks.throughput import equality, memory
-from benchmarks.throughput.adapters import PEERS, UNIT_NORM, Build, Known, Peer
+from benchmarks.throughput.adapters import PEERS, UNIT_NORM, Build, Known, Peer, foreign_import
 from benchmarks.throughput.steps import SHAPES, Shape, our_step, planted, rate_row, start_model, turns
 from benchmarks.timing import interleaved, median_row, ratio_row
 from crosscoders import Crosscoder
@@ -88,14 +86,9 @@ def memory_rows(
     shape: Shape, builds: dict[str, Build], checkouts: dict[str, Path], *, n_processes: int
 ) -> list[dict[str, Any]]:
     """Growth of resident memory over three steps, each peer in processes of its own."""
-    return [
-        median_row(
-            f"throughput.step.{shape}.{peer}.peak_memory_growth",
-            memory.measure(peer, shape, n_processes, checkouts.get(peer)),
-            "MiB",
-        )
-        for peer in builds
-    ]
+    grown = {peer: memory.measure(peer, shape, n_processes, checkouts.get(peer)) for peer in builds}
+    name = f"throughput.step.{shape}"
+    return [median_row(f"{name}.{peer}.peak_memory_growth", found, "MiB") for peer, found in grown.items() if found]
 
 
 # ---------------------------------------------------------------------------------------------------------- loading
@@ -109,7 +102,7 @@ def load(name: str, folder: Path | None = None) -> Build:
         EnvironmentFault: the package, or one that it needs, is not installed.
     """
     known = PEERS[name]
-    with unchanged_torch(), packages_of(name, known, folder):
+    with foreign_import(), packages_of(name, known, folder):
         try:
             importlib.import_module(known.package)
         except ImportError as error:
@@ -119,7 +112,7 @@ def load(name: str, folder: Path | None = None) -> Build:
 
 
 def _build(name: str, known: Known, folder: Path | None, weights: Crosscoder, k: int) -> Peer:
-    with unchanged_torch(), packages_of(name, known, folder):
+    with foreign_import(), packages_of(name, known, folder):
         return known.build(weights, k)
 
 
@@ -148,19 +141,6 @@ def packages_of(name: str, known: Known, folder: Path | None) -> Iterator[None]:
         for key in ours():
             del sys.modules[key]
         sys.modules.update(previous)
-
-
-@contextlib.contextmanager
-def unchanged_torch() -> Iterator[None]:
-    """Takes back what an import replaced in torch.Tensor and torch.nn.Module (nnsight replaces Tensor.backward)."""
-    before = {kind: dict(vars(kind)) for kind in (torch.Tensor, torch.nn.Module)}
-    try:
-        yield
-    finally:
-        for kind, attributes in before.items():
-            for name, value in attributes.items():
-                if vars(kind).get(name) is not value:
-                    setattr(kind, name, value)
 
 
 def read_checkouts(given: list[str]) -> dict[str, Path]:

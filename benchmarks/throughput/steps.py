@@ -187,12 +187,9 @@ def relu_rows(shape: Shape, *, n_rounds: int) -> list[dict[str, Any]]:
 
 def memory_rows(shape: Shape, *, n_processes: int) -> list[dict[str, Any]]:
     """Ours and the dense step, each in processes of its own."""
-    name = f"throughput.step.{shape}"
-    ours, dense = (memory.measure(kind, shape, n_processes) for kind in ("ours", "dense"))
-    return [
-        median_row(f"{name}.peak_memory_growth", ours, "MiB"),
-        median_row(f"{name}.dense.peak_memory_growth", dense, "MiB"),
-    ]
+    grown = {kind: memory.measure(kind, shape, n_processes) for kind in ("ours", "dense")}
+    names = {"ours": f"throughput.step.{shape}", "dense": f"throughput.step.{shape}.dense"}
+    return [median_row(f"{names[kind]}.peak_memory_growth", found, "MiB") for kind, found in grown.items() if found]
 
 
 def rows(quick: bool) -> list[dict[str, Any]]:
