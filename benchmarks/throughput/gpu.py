@@ -32,16 +32,6 @@ def rows(quick: bool) -> list[dict[str, Any]]:
     return found
 
 
-def autocast_step(step: Step, device: str) -> Step:
-    """The step with its products in bfloat16."""
-
-    def run(x: torch.Tensor) -> float:
-        with torch.autocast(device, torch.bfloat16):
-            return step(x)
-
-    return run
-
-
 @contextlib.contextmanager
 def tensor_float_32() -> Iterator[None]:
     """Allow it in float32 products; restores what it found."""
@@ -57,7 +47,7 @@ def make_step(kind: str, shape: Shape, device: str) -> Step:
     """ours, or dense under autocast."""
     config = shape.config()
     model = start_model(config.crosscoder).to(device)
-    return our_step(model, config) if kind == "ours" else autocast_step(dense_step(model, config), device)
+    return our_step(model, config) if kind == "ours" else dense_step(model, config, products=torch.bfloat16)
 
 
 def peak_gib(kind: str, shape: Shape, batches: list[torch.Tensor], device: str) -> list[float]:

@@ -73,11 +73,16 @@ def our_step(model: Crosscoder, config: TrainConfig, dead: torch.Tensor | None =
     return step
 
 
-def dense_step(model: Crosscoder, config: TrainConfig, dead: torch.Tensor | None = None) -> Step:
-    """The same step as a plain autograd program: dense products, a sort of all latents, default Adam, separate clip."""
+def dense_step(
+    model: Crosscoder, config: TrainConfig, dead: torch.Tensor | None = None, products: torch.dtype | None = None
+) -> Step:
+    """The same step as a plain autograd program: dense products, a sort of all latents, default Adam, separate clip.
+
+    With `products`, autocast to that dtype.
+    """
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
 
-    def step(x: torch.Tensor) -> float:
+    def loss_of(x: torch.Tensor) -> torch.Tensor:
         code_norm = model.code_norm.detach()
         positive = torch.relu(model.pre_acts(x))
         if config.crosscoder.k is None:
@@ -93,6 +98,11 @@ def dense_step(model: Crosscoder, config: TrainConfig, dead: torch.Tensor | None
             loss = loss + config.l1_coefficient * (latents @ model.code_norm).mean()
         if config.crosscoder.k is not None and dead is not None and dead.any():
             loss = loss + config.aux_coefficient * dense_auxiliary(model, positive * code_norm, positive, err, dead)
+        return loss
+
+    def step(x: torch.Tensor) -> float:
+        with torch.autocast(x.device.type, products, enabled=products is not None):
+            loss = loss_of(x)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
