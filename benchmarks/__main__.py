@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
             for name, module in BENCHMARKS.items():
                 print(f"{name:<16} {(importlib.import_module(module).__doc__ or '').splitlines()[0]}")
         elif args.command == "run":
-            options = {"only": tuple(args.only), "peers": args.peers, "checkouts": tuple(args.checkout)}
+            options = {"only": tuple(args.only), "peers": args.peers, "checkout": tuple(args.checkout)}
             given = {name: value for name, value in options.items() if value}
             found = run_one(args.name, quick=args.quick, out=args.out, options=given)
             print(json.dumps(found, indent=1) if args.json else markdown(found))
@@ -90,8 +90,8 @@ def run_one(name: str, *, quick: bool, out: Path, options: dict[str, Any]) -> di
 def markdown(found: dict[str, Any]) -> str:
     """Machine and date, the rows as one Markdown table, what the rows are noted for, and what was left out."""
     machine = found["environment"]
-    made = f"{machine['cpu']}, {machine['device']}, {machine['threads']} threads, torch {machine['torch']}"
-    lines = [f"## {found['name']}", "", f"{made}, {found['date']}", ""]
+    made = [machine.get("cpu"), machine["device"], f"{machine['threads']} threads", f"torch {machine['torch']}"]
+    lines = [f"## {found['name']}", "", ", ".join(filter(None, [*made, found.get("date")])), ""]
     lines += ["| row | value | interval | unit | n |", "|---|---|---|---|---|"]
     notes = dict.fromkeys(row["note"] for row in found["rows"] if row.get("note"))
     for row in found["rows"]:

@@ -12,16 +12,14 @@ PARTS = ("steps", "cache", "read", "scaling", "growth", "gpu", "peers")
 DEFAULT = PARTS[:-1]
 
 
-def run(
-    quick: bool, only: tuple[str, ...] = (), peers: bool = False, checkouts: tuple[str, ...] = ()
-) -> dict[str, Any]:
+def run(quick: bool, only: tuple[str, ...] = (), peers: bool = False, checkout: tuple[str, ...] = ()) -> dict[str, Any]:
     """Rows `throughput.*` of the parts in `only`, or of all but the peers; `left_out` says which peers have none.
 
     Args:
         quick: fewer rounds, small shapes only.
         only: some of PARTS.
         peers: also the toolkits that pip installs.
-        checkouts: also these, NAME=FOLDER.
+        checkout: also these, NAME=FOLDER.
 
     Raises:
         InputError: no such part or checkout.
@@ -33,7 +31,7 @@ def run(
     for part in only:
         if part not in PARTS:
             raise InputError(f"--only: unknown part {part!r}{nearest(part, list(PARTS))} Parts: {', '.join(PARTS)}.")
-    folders = others.read_checkouts(list(checkouts))
+    folders = others.read_checkouts(list(checkout))
     chosen = {*(only or DEFAULT), *(("peers",) if peers else ())}
     rows: list[dict[str, Any]] = []
     measured = others.rows(quick, folders, installed="peers" in chosen)

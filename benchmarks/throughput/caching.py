@@ -76,8 +76,8 @@ def make_pair(size: Size, device: str = "cpu", dtype: torch.dtype = torch.float3
         num_hidden_layers=size.n_layers, num_attention_heads=size.n_heads, num_key_value_heads=size.n_heads // 2,
         head_dim=size.d_head, query_pre_attn_scalar=size.d_head, pad_token_id=0, bos_token_id=2, eos_token_id=1,
     )  # fmt: skip
-    torch.manual_seed(0)
-    with torch.device(device):
+    with torch.random.fork_rng(devices=[]), torch.device(device):
+        torch.manual_seed(0)
         full = [transformers.Gemma2ForCausalLM(config).to(dtype).eval().requires_grad_(False) for _ in range(2)]
     n_tokens = size.n_rows * size.n_positions
     rows = Rows(
