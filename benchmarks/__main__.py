@@ -1,9 +1,11 @@
 """`python -m benchmarks list`, `run NAME [--quick] [--json] [--out FOLDER]`, `report [--out FOLDER]`.
 
-A benchmark is a module with a docstring and `run(quick: bool) -> dict`, whose rows follow docs/formats.md.
+A benchmark is a module with a docstring and `run(quick: bool) -> dict`, whose rows follow docs/formats.md. throughput
+also takes `--only PART ...`, `--peers` and `--checkout NAME=FOLDER ...`.
 """
 
 import argparse
+import datetime
 import importlib
 import json
 import sys
@@ -11,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from crosscoders import store
-from crosscoders.errors import InputError, nearest
+from crosscoders.errors import EnvironmentFault, InputError, nearest
 
 BENCHMARKS = {
     "demo-pair": "benchmarks.demo_pair",
@@ -29,6 +31,13 @@ def main(argv: list[str] | None = None) -> int:
     run.add_argument("name")
     run.add_argument("--quick", action="store_true", help="a small version, for trying it out")
     run.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    run.add_argument(
+        "--only", nargs="+", default=[], metavar="PART", help="throughput: some parts, such as steps cache"
+    )
+    run.add_argument("--peers", action="store_true", help="throughput: also against other toolkits that are installed")
+    run.add_argument(
+        "--checkout", nargs="+", default=[], metavar="NAME=FOLDER", help="throughput: also against these repositories"
+    )
     report = commands.add_parser("report", help="print the kept rows as Markdown tables")
     for command in (run, report):
         command.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="folder of the results")
@@ -38,45 +47,60 @@ def main(argv: list[str] | None = None) -> int:
             for name, module in BENCHMARKS.items():
                 print(f"{name:<16} {(importlib.import_module(module).__doc__ or '').splitlines()[0]}")
         elif args.command == "run":
-            found = run_one(args.name, quick=args.quick, out=args.out)
+            options = {"only": tuple(args.only), "peers": args.peers, "checkout": tuple(args.checkout)}
+            given = {name: value for name, value in options.items() if value}
+            found = run_one(args.name, quick=args.quick, out=args.out, options=given)
             print(json.dumps(found, indent=1) if args.json else markdown(found))
         else:
             for path in sorted(args.out.glob("*.json")):
                 print(markdown(store.read_json(path)))
-    except InputError as error:
+    except (InputError, EnvironmentFault) as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status
     return 0
 
 
-def run_one(name: str, *, quick: bool, out: Path) -> dict[str, Any]:
-    """Run a benchmark and keep its result as OUT/NAME.json.
+def run_one(name: str, *, quick: bool, out: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """Run a benchmark and keep its result as OUT/NAME.json; a part of one, and a quick run, say so in the name.
 
     Raises:
-        InputError: there is no such benchmark.
+        InputError: there is no such benchmark, or it has no such option.
     """
+    import torch
+
     from crosscoders.provenance import environment
 
     if name not in BENCHMARKS:
         raise InputError(
             f"unknown benchmark {name!r}{nearest(name, list(BENCHMARKS))} There are {', '.join(BENCHMARKS)}."
         )
+    if options and name != "throughput":
+        raise InputError(f"{name} takes no --{' or --'.join(options)}; only throughput does. Leave it out.")
     found = {
-        "config": {"quick": quick},
-        "environment": environment(),
-        **importlib.import_module(BENCHMARKS[name]).run(quick),
+        "config": {"quick": quick, **options},
+        "environment": environment("cuda" if torch.cuda.is_available() else None),
+        "date": datetime.date.today().isoformat(),
+        **importlib.import_module(BENCHMARKS[name]).run(quick, **options),
     }
-    store.write_json(out / f"{name}{'-quick' if quick else ''}.json", found)
+    words = [name, *options.get("only", ()), *(("quick",) if quick else ())]
+    store.write_json(out / f"{'-'.join(words)}.json", found)
     return found
 
 
 def markdown(found: dict[str, Any]) -> str:
-    """The rows as one Markdown table."""
-    lines = [f"## {found['name']}", "", "| row | value | interval | unit | n |", "|---|---|---|---|---|"]
+    """Machine and date, the rows as one Markdown table, what the rows are noted for, and what was left out."""
+    machine = found["environment"]
+    made = [machine.get("cpu"), machine["device"], f"{machine['threads']} threads", f"torch {machine['torch']}"]
+    lines = [f"## {found['name']}", "", ", ".join(filter(None, [*made, found.get("date")])), ""]
+    lines += ["| row | value | interval | unit | n |", "|---|---|---|---|---|"]
+    notes = dict.fromkeys(row["note"] for row in found["rows"] if row.get("note"))
     for row in found["rows"]:
         interval = "" if row["low"] is None else f"{row['low']:.4g} to {row['high']:.4g}"
-        lines.append(f"| {row['name']} | {row['value']:.4g} | {interval} | {row['unit']} | {row['n']:,} |")
-    return "\n".join(lines) + "\n"
+        number = f" [{list(notes).index(row['note']) + 1}]" if row.get("note") else ""
+        lines.append(f"| {row['name']}{number} | {row['value']:.4g} | {interval} | {row['unit']} | {row['n']:,} |")
+    lines += ["", *(f"{i}. {note}" for i, note in enumerate(notes, 1))]
+    lines += ["", *(f"Left out: {name} ({reason})" for name, reason in found.get("left_out", {}).items())]
+    return "\n".join(lines).rstrip() + "\n"
 
 
 if __name__ == "__main__":

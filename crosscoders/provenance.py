@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import platform
+import re
 import resource
 import subprocess
 import sys
@@ -12,7 +13,7 @@ PACKAGES = ("torch", "transformers", "transformer-lens", "sae-lens", "safetensor
 
 
 def environment(device: str | None = None) -> dict[str, Any]:
-    """Versions of Python, this toolkit and the packages that decide numbers; threads and device."""
+    """Versions of Python, this toolkit and the packages that decide numbers; processor, threads, device."""
     import torch
 
     found: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform()}
@@ -21,10 +22,18 @@ def environment(device: str | None = None) -> dict[str, Any]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             found[name] = None
+    found["cpu"] = cpu_name()
     found["threads"] = torch.get_num_threads()
     found["device"] = torch.cuda.get_device_name(device) if device and device.startswith("cuda") else "cpu"
     found["git_commit"] = git_commit()
     return found
+
+
+def cpu_name() -> str:
+    """Model of the processor; the architecture where the system does not tell."""
+    info = Path("/proc/cpuinfo")
+    named = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.M) if info.is_file() else None
+    return named[1] if named else platform.processor() or platform.machine()
 
 
 def git_commit() -> str | None:

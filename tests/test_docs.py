@@ -22,7 +22,7 @@ from crosscoders.config import PRESETS
 from diffing.verdict import VERDICTS
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/math.md", "docs/formats.md")
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/math.md", "docs/formats.md", "docs/performance.md")
 PROGRAMS = {"crosscoders": crosscoders.cli.COMMANDS, "diffing": diffing.cli.COMMANDS}
 COMMON_FLAGS = {"config", "json", "debug", "print_config", "help"}
 PACKAGES = ("crosscoders", "diffing")
@@ -98,7 +98,7 @@ def wrong_settings(line: str) -> str | None:
 
 def wrong_flag(span: str) -> str | None:
     flag = re.split(r"[ =]", span)[0].removeprefix("--").replace("-", "_")
-    known = COMMON_FLAGS | {"preset", "quick"}  # quick: python -m benchmarks
+    known = COMMON_FLAGS | {"preset", "quick", "only", "peers", "checkout"}  # from quick on: python -m benchmarks
     for command in (command for commands in PROGRAMS.values() for command in commands):
         known |= settings_of(command.settings)
     return None if flag in known else f"{span!r}: no command has such a flag"

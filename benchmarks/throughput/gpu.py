@@ -1,0 +1,87 @@
+"""Steps and caching at the shapes of Gemma-2-2B on a CUDA device; random weights and planted data.
+
+Ours in float32 with TensorFloat-32 products allowed, against the dense autograd step under bfloat16 autocast with
+default Adam. Times are CUDA events; memory is the allocator's peak over model, optimiser and steps, less what the
+batches take. The same functions run on a CPU at tiny shapes in the tests.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from benchmarks.throughput import caching
+from benchmarks.throughput.steps import Shape, Step, dense_step, our_step, planted, require_close, start_model, turns
+from benchmarks.timing import Clock, cuda_seconds, interleaved, median_row, ratio_row
+
+SHAPES = [Shape(2304, 73_728, batch, 100) for batch in (2048, 4096)]
+GEMMA_2_2B = caching.Size(vocabulary=256_000, d_model=2304, d_mlp=9216, n_layers=26, n_heads=8, d_head=256)
+NOTE = "random weights, planted data"
+
+
+def rows(quick: bool) -> list[dict[str, Any]]:
+    """Rows `throughput.gpu.*`; none without a CUDA device."""
+    if not torch.cuda.is_available():
+        return []
+    n_rounds, found = 3 if quick else 9, []
+    for shape in SHAPES[: 1 if quick else None]:
+        found += step_rows(shape, device="cuda", n_rounds=n_rounds, clock=cuda_seconds)
+    made = caching.make_pair(GEMMA_2_2B, "cuda", torch.bfloat16)
+    found += caching.cache_rows("throughput.gpu.cache.gemma-2-2b", made, n_rounds=n_rounds, clock=cuda_seconds)
+    return found
+
+
+@contextlib.contextmanager
+def tensor_float_32() -> Iterator[None]:
+    """Allow it in float32 products; restores what it found."""
+    previous = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(previous)
+
+
+def make_step(kind: str, shape: Shape, device: str) -> Step:
+    """ours, or dense under autocast."""
+    config = shape.config()
+    model = start_model(config.crosscoder).to(device)
+    return our_step(model, config) if kind == "ours" else dense_step(model, config, products=torch.bfloat16)
+
+
+def peak_gib(kind: str, shape: Shape, batches: list[torch.Tensor], device: str) -> list[float]:
+    """Largest memory of the allocator over three steps, without the batches; empty where there is no CUDA device."""
+    if device != "cuda":
+        return []
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step = make_step(kind, shape, device)
+    for x in batches[:3]:
+        step(x)
+    return [(torch.cuda.max_memory_allocated() - before) / 2**30]
+
+
+def step_rows(shape: Shape, *, device: str, n_rounds: int, clock: Clock) -> list[dict[str, Any]]:
+    """Rows `throughput.gpu.step.<shape>.*`; losses of both are held to 5%, since bfloat16 selects other entries."""
+    name = f"throughput.gpu.step.{shape}"
+    batches = [x.to(device) for x in planted(shape)]
+    with tensor_float_32():
+        peaks = {kind: peak_gib(kind, shape, batches, device) for kind in ("ours", "dense")}
+        ours, dense = make_step("ours", shape, device), make_step("dense", shape, device)
+        require_close(name, ours, dense, batches, 0.05)
+        weight = torch.randn(shape.n_models * shape.d_model, shape.dict_size, device=device, dtype=torch.bfloat16)
+        x_bf16 = batches[0].flatten(1).bfloat16()
+        parts: dict[str, Callable[[], object]] = {
+            "encode": lambda: x_bf16 @ weight,
+            "ours": turns(ours, batches),
+            "dense": turns(dense, batches),
+        }
+        seconds = interleaved(parts, n_rounds=n_rounds, clock=clock)
+    return [
+        ratio_row(f"{name}.ratio_to_encode_bf16", seconds["ours"], seconds["encode"], "bfloat16 products", NOTE),
+        ratio_row(f"{name}.speedup_over_dense_bf16", seconds["dense"], seconds["ours"], "times", NOTE),
+        median_row(f"{name}.tokens_per_second", [shape.batch / s for s in seconds["ours"]], "tokens/s", NOTE),
+        *(median_row(f"{name}.{kind}.peak_memory", peak, "GiB", NOTE) for kind, peak in peaks.items() if peak),
+    ]

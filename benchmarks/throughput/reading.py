@@ -1,0 +1,65 @@
+"""Shuffled batches of `cached_stream` against a reader that takes two rows a token from two memory maps."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.timing import interleaved, ratio_row
+from crosscoders import ActivationCache, cached_stream
+from crosscoders.store import write_json, write_tensors
+
+
+def rows(quick: bool) -> list[dict[str, Any]]:
+    """Row `throughput.read.speedup_over_row_indexed_memmap`."""
+    return read_rows(n_tokens=2**14 if quick else 2**17)
+
+
+def read_rows(n_tokens: int, d_model: int = 256, batch: int = 2048) -> list[dict[str, Any]]:
+    """From a warm page cache; `n_tokens` is a multiple of `batch`, so an epoch holds every token once.
+
+    Raises:
+        RuntimeError: the stream gives other tokens than the cache holds.
+    """
+    x = torch.randn(n_tokens, 2, d_model, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with tempfile.TemporaryDirectory() as folder:
+        cache = write_plain_cache(Path(folder) / "cache", x)
+        maps = []
+        for m in range(2):
+            np.save(Path(folder) / f"{m}.npy", x[:, m].view(torch.uint16).numpy())
+            maps.append(np.load(Path(folder) / f"{m}.npy", mmap_mode="r"))
+        order = np.random.default_rng(0).permutation(n_tokens)
+        n_batches = n_tokens // batch
+
+        def by_rows() -> None:
+            for b in range(n_batches):
+                chosen = order[b * batch : (b + 1) * batch]
+                pairs = [
+                    torch.stack([torch.from_numpy(m[i].copy()).view(torch.bfloat16) for m in maps]) for i in chosen
+                ]
+                torch.stack(pairs).float()
+
+        def by_stream() -> None:
+            batches = cached_stream(cache, batch_size=batch).batches(0)
+            for _ in range(n_batches):
+                next(batches)
+
+        first_epoch = cached_stream(cache, batch_size=batch).batches(0)
+        seen = torch.cat([next(first_epoch)[:, 0, 0] for _ in range(n_batches)])
+        if not torch.equal(seen.sort().values, x[:, 0, 0].float().sort().values):
+            raise RuntimeError("the stream gives other tokens than the cache holds, so the times do not compare.")
+        seconds = interleaved({"rows": by_rows, "stream": by_stream}, n_rounds=3, n_warmup=1)
+    return [ratio_row("throughput.read.speedup_over_row_indexed_memmap", seconds["rows"], seconds["stream"], "times")]
+
+
+def write_plain_cache(folder: Path, x: torch.Tensor) -> ActivationCache:
+    """A finished cache with given activations and no documents."""
+    zeros = torch.zeros(len(x), dtype=torch.int32)
+    columns = {name: zeros.clone() for name in ("token_ids", "positions", "document_ids", "groups")}
+    written = write_tensors(folder / "shard.safetensors", {"activations": x, **columns, "roles": zeros.to(torch.uint8)})
+    entry = {"name": "shard.safetensors", "n_tokens": len(x), **written._asdict()}
+    manifest = {"format_version": 1, "d_model": x.shape[2], "n_models": 2, "shards": [entry]}
+    write_json(folder / "manifest.json", manifest | {"statistics": {"mean_norm": [1.0, 1.0]}})
+    return ActivationCache(folder)
