@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from crosscoders.kernels import cpu
+from crosscoders.kernels import cpu, gpu
 
 # --------------------------------------------------------------------------------------------------------- primitives
 
@@ -40,6 +40,8 @@ def _bags(
     """out_b = bias + sum over the entries i of bag b of weights_i rows[ids_i]."""
     if len(ids) >= USES * max(len(rows), len(starts)) and cpu.usable(weights, rows):
         return cpu.bags(ids, weights, starts, rows, bias)
+    if gpu.usable(weights, rows):
+        return gpu.bags(ids, weights, starts, rows, bias)
     found = embedding_bag(ids, rows, starts, mode="sum", per_sample_weights=weights)
     return found if bias is None else found.add_(bias)
 
@@ -50,6 +52,8 @@ def _dots(
     """<left[token], right[latent]> of each entry."""
     if len(entries.tokens) >= USES * len(right) and cpu.usable(left, right):
         return cpu.dots(entries.tokens, entries.latents, left, right)
+    if gpu.usable(left, right):
+        return gpu.dots(entries.tokens, entries.latents, left, right)
     # what embedding_bag does for the gradient of its weights
     return torch.ops.aten._embedding_bag_per_sample_weights_backward(
         left, right, entries.latents, entries.starts, entries.tokens, 0

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from crosscoders import sparse
-from crosscoders.kernels import cpu
+from crosscoders.kernels import cpu, gpu
 
 compiled = pytest.mark.skipif(cpu.library().functions is None, reason=f"kernels: {cpu.library().state}")
 
@@ -148,3 +148,30 @@ print(cpu.library().state, int(found.latents.sum()), f"{float(f.double().sum()):
         str(int(here.latents.sum())),
         f"{float(here.values.double().sum()):.6f}",
     ]
+
+
+TRITON = """
+import torch
+from crosscoders import sparse
+from crosscoders.kernels import gpu
+device = "cuda" if torch.cuda.is_available() else "cpu"
+pre = torch.randn(13, 29, device=device)
+found = sparse.active(pre, torch.full((29,), 0.8, device=device))
+f = torch.zeros(13, 29, device=device).index_put((found.tokens, found.latents), found.values)
+for width in (3, 256, 300):
+    W, bias, y = (torch.randn(*shape, device=device) for shape in ((29, width), (width,), (13, width)))
+    torch.testing.assert_close(gpu.bags(found.latents, found.values, found.starts, W, bias), f @ W + bias)
+    torch.testing.assert_close(gpu.bags(found.latents, found.values, found.starts, W), f @ W)
+    expected = (y[found.tokens] * W[found.latents]).sum(dim=1)
+    torch.testing.assert_close(gpu.dots(found.tokens, found.latents, y, W), expected)
+"""
+
+
+@pytest.mark.skipif(not gpu.is_available(), reason="Triton is not installed")
+def test_triton_programs_equal_dense_products() -> None:
+    """On a GPU where there is one, else in Triton's interpreter, which has to be chosen before it is imported."""
+    interpreter = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
+    ran = subprocess.run(
+        [sys.executable, "-c", TRITON], env={**os.environ, **interpreter}, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr
