@@ -1,10 +1,36 @@
-"""`crosscoders cache | train | eval`. Settings and messages only; the work is in the modules that the commands name."""
+"""`crosscoders cache | merge | train | eval`: settings and messages only; the work is in the modules named here."""
 
 from dataclasses import dataclass, field
 
 from crosscoders.command import Command
 from crosscoders.command import main as run_main
-from crosscoders.config import PRESETS, CacheConfig, TrainConfig, require_range
+from crosscoders.config import PRESETS, CacheConfig, Part, TrainConfig, parse_part, require_range
+
+
+@dataclass(frozen=True)
+class CacheSettings(CacheConfig):
+    """Store paired activations of a base and a tuned model on disk."""
+
+    part: str | None = None
+    """i/n: make only the i-th of n parts, for job arrays; `crosscoders merge` puts them together."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.chosen_part()
+
+    def chosen_part(self) -> Part | None:
+        """The setting `part`, read."""
+        return parse_part(self.part) if self.part is not None else None
+
+
+@dataclass(frozen=True)
+class MergeSettings:
+    """Put the parts of a cache together."""
+
+    parts: list[str]
+    """Folders of `crosscoders cache --part`, all of one run."""
+    out: str
+    """Folder of the cache; shard files are linked, not copied, where it lies on the same disk."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +70,15 @@ COMMANDS = [
     Command(
         "cache",
         "Store paired activations of a base and a tuned model on disk.",
-        CacheConfig,
+        CacheSettings,
         "crosscoders.commands:cache",
+    ),
+    Command(
+        "merge",
+        "Put the parts of a cache together.",
+        MergeSettings,
+        "crosscoders.commands:merge",
+        positional="parts",
     ),
     Command("train", "Train a crosscoder on a cache.", TrainSettings, "crosscoders.commands:train", presets=PRESETS),
     Command(

@@ -1,19 +1,22 @@
 """What the commands of `crosscoders` do, each as one function of its settings that returns a JSON object."""
 
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from crosscoders import metrics, store
-from crosscoders.cache import ActivationCache, cache_activations
-from crosscoders.cli import EvalSettings, TrainSettings
+from crosscoders.cache import ActivationCache
+from crosscoders.caching import run_cache
+from crosscoders.cli import CacheSettings, EvalSettings, MergeSettings, TrainSettings
 from crosscoders.config import CacheConfig, TrainConfig, to_dict
 from crosscoders.errors import EnvironmentFault, InputError
 from crosscoders.formats import load_crosscoder
+from crosscoders.merging import merge_parts
 from crosscoders.pair import choose_device, identity
 from crosscoders.progress import say
 from crosscoders.provenance import environment, peak_memory_gib
@@ -21,20 +24,52 @@ from crosscoders.reporting import Log, evaluation_rows, row
 from crosscoders.stream import cached_stream
 from crosscoders.training import train as train_crosscoder
 
+T = TypeVar("T")
 
-def cache(settings: CacheConfig) -> dict[str, Any]:
+
+def cache(settings: CacheSettings) -> dict[str, Any]:
     """`crosscoders cache`"""
     started = time.perf_counter()
-    made = cache_activations(settings)
-    norms = made.mean_norm
-    closing(started, f"{len(made):,} tokens, mean norm base {norms[0]:.2f} tuned {norms[1]:.2f}, in {made.path}")
-    say(f"next: crosscoders train --cache {made.path} --out RUN --preset paper-batchtopk")
-    rows = [row("cache.tokens", len(made), "tokens", len(made))]
-    rows += [
-        row(f"cache.mean_norm.{name}", value, "activation", len(made))
-        for name, value in zip(("base", "tuned"), norms, strict=True)
-    ]
+    part = settings.chosen_part()
+    made = run_cache(_only(CacheConfig, settings), part=part)
+    if part:
+        closing(started, f"part {part} in {settings.out}")
+        say(f"next: crosscoders merge, with the folders of all {part.of} parts and --out CACHE")
+        return result("cache", to_dict(settings), [])
+    rows = _describe_caches(started, list(made.folders.values()))
     return result("cache", to_dict(settings), rows)
+
+
+def merge(settings: MergeSettings) -> dict[str, Any]:
+    """`crosscoders merge`"""
+    started = time.perf_counter()
+    if not settings.parts:
+        raise InputError("parts is empty. Name the folders of all parts.")
+    rows = _describe_caches(started, merge_parts(settings.parts, settings.out))
+    say("the folders of the parts can be removed.")
+    return result("merge", to_dict(settings), rows)
+
+
+def _describe_caches(started: float, folders: list[str]) -> list[dict[str, Any]]:
+    """Say what was made, and the rows of `--json`; those of several hook points carry their names."""
+    rows = []
+    for folder in folders:
+        made = ActivationCache(folder)
+        norms = made.mean_norm
+        closing(started, f"{len(made):,} tokens, mean norm base {norms[0]:.2f} tuned {norms[1]:.2f}, in {made.path}")
+        where = f".{made.manifest['hook_point']}" if len(folders) > 1 else ""
+        rows.append(row(f"cache{where}.tokens", len(made), "tokens", len(made)))
+        rows += [
+            row(f"cache{where}.mean_norm.{name}", value, "activation", len(made))
+            for name, value in zip(("base", "tuned"), norms, strict=True)
+        ]
+    say(f"next: crosscoders train --cache {shlex.quote(folders[0])} --out RUN --preset paper-batchtopk")
+    return rows
+
+
+def _only(kind: type[T], settings: Any) -> T:
+    """The part of a command's settings that is a config of the library."""
+    return kind(**{field.name: getattr(settings, field.name) for field in fields(kind)})  # type: ignore[arg-type]
 
 
 def train(settings: TrainSettings) -> dict[str, Any]:
@@ -47,7 +82,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
 def train_run(settings: TrainSettings) -> dict[str, Any]:
     """Open the cache, train, and return the JSON object."""
     started = time.perf_counter()
-    config = TrainConfig(**{f.name: getattr(settings, f.name) for f in fields(TrainConfig)})
+    config = _only(TrainConfig, settings)
     opened = ActivationCache(settings.cache)
     holdout, n_train = _holdout(settings, opened)
     stream = cached_stream(

@@ -59,11 +59,14 @@ class ModelPair:
 
     def activations(self, batch: PaddedBatch, hook_point: str) -> Float[Tensor, "rows seq n_models d_model"]:
         """Activations of both models on one padded batch, base first."""
-        ids = torch.from_numpy(batch.ids).to(self.device)
-        mask = torch.from_numpy(batch.attention_mask).to(self.device)
-        return torch.stack(
-            [hooks.run_to(model, self.hook_points, ids, mask)[hook_point] for model in self.models], dim=2
-        )
+        return self.activations_at(batch)[hook_point]
+
+    def activations_at(self, batch: PaddedBatch) -> dict[str, Float[Tensor, "rows seq n_models d_model"]]:
+        """The same at every hook point, from one forward pass of each model."""
+        ids = torch.from_numpy(batch.ids).to(self.device, non_blocking=True)
+        mask = torch.from_numpy(batch.attention_mask).to(self.device, non_blocking=True)
+        base, tuned = (hooks.run_to(model, self.hook_points, ids, mask) for model in self.models)
+        return {name: torch.stack([base.pop(name), tuned.pop(name)], dim=2) for name in self.hook_points}
 
 
 def identity(entry: Any) -> Any:
@@ -127,6 +130,11 @@ def inspect_pair(base: str, tuned: str, hook_points: list[str], *, tokenizer: st
     n_layers = min(base_text.num_hidden_layers, tuned_text.num_hidden_layers)
     for hook_point in hook_points:
         hooks.require_layer(hook_point, n_layers, base)
+    if adapter and len({hooks.is_residual(hook_point) for hook_point in hook_points}) > 1:
+        raise InputError(
+            f"{tuned!r} is an adapter: residual hook points read it unmerged and others merged, so that one pass cannot "
+            "give both. Cache them in two runs."
+        )
     chosen = _one_tokenizer(base, tuned, tokenizer, adapter)
     n_ids = min(base_text.vocab_size, tuned_text.vocab_size)
     if max(chosen.get_vocab().values()) >= n_ids:
