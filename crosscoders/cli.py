@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from crosscoders.command import Command
 from crosscoders.command import main as run_main
 from crosscoders.config import PRESETS, CacheConfig, Part, TrainConfig, parse_part, require_range
+from crosscoders.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -35,16 +36,32 @@ class MergeSettings:
 
 @dataclass(frozen=True)
 class TrainSettings(TrainConfig):
-    """Train a crosscoder on a cache of paired activations."""
+    """Train a crosscoder on a cache of paired activations, or on the models themselves."""
 
-    cache: str = field(kw_only=True)
+    cache: str | None = None
     """Folder of `crosscoders cache`."""
     out: str = field(kw_only=True)
     """Run folder; an interrupted run there goes on."""
+    live: str | None = None
+    """In place of a cache: the YAML file of `crosscoders cache --config`. The models run while training reads their
+    activations, and nothing is stored; the batches are those of the cache. `out` in it has no meaning here."""
+    mean_norm: list[float] | None = None
+    """With live: mean of ||x|| of base and tuned, for input_norm sqrt_d; default: that of the first 16,384 tokens. With
+    the numbers of the cache (`crosscoders cache --json`), the weights are those of training on the cache."""
     eval_cache: str | None = None
     """Cache of held-out documents."""
     wandb: str | None = None
     """Weights & Biases project that gets every line of train.jsonl too (needs the extra `wandb`)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.cache is None) == (self.live is None):
+            raise InputError("train needs one of the two: --cache FOLDER, or --live CONFIG.yaml.")
+        if self.mean_norm is not None:
+            if self.cache is not None:
+                raise InputError("mean_norm has no effect with cache, which has its own. Remove it.")
+            if len(self.mean_norm) != 2 or not all(0 < value < float("inf") for value in self.mean_norm):
+                raise InputError(f"mean_norm is {self.mean_norm}; give two numbers above 0: [base, tuned].")
 
 
 @dataclass(frozen=True)
@@ -80,7 +97,13 @@ COMMANDS = [
         "crosscoders.commands:merge",
         positional="parts",
     ),
-    Command("train", "Train a crosscoder on a cache.", TrainSettings, "crosscoders.commands:train", presets=PRESETS),
+    Command(
+        "train",
+        "Train a crosscoder on a cache, or live on the models.",
+        TrainSettings,
+        "crosscoders.commands:train",
+        presets=PRESETS,
+    ),
     Command(
         "eval",
         "FVE, L0 and dead latents of a crosscoder on a cache.",

@@ -132,8 +132,8 @@ def inspect_pair(base: str, tuned: str, hook_points: list[str], *, tokenizer: st
         hooks.require_layer(hook_point, n_layers, base)
     if adapter and len({hooks.is_residual(hook_point) for hook_point in hook_points}) > 1:
         raise InputError(
-            f"{tuned!r} is an adapter: residual hook points read it unmerged and others merged, so that one pass cannot "
-            "give both. Cache them in two runs."
+            f"{tuned!r} is an adapter: residual hook points read it unmerged and others merged, so one pass "
+            "cannot give both. Cache them in two runs."
         )
     chosen = _one_tokenizer(base, tuned, tokenizer, adapter)
     n_ids = min(base_text.vocab_size, tuned_text.vocab_size)

@@ -41,7 +41,7 @@ def _trained_on(run: Path) -> str:
             f"{str(run)!r} is not a run folder (no run.json), so its cache is unknown. Name it: --cache CACHE"
         )
     inputs = store.read_object(run / "run.json", "inputs")["inputs"]
-    if "cache" not in inputs:
+    if "path" not in inputs.get("cache", {}):
         raise InputError(f"{str(run)!r} was not trained on a cache. Name one: --cache CACHE")
     return str(inputs["cache"]["path"])
 

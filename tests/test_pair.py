@@ -196,7 +196,7 @@ def test_a_peft_adapter_as_the_tuned_model_equals_its_merged_model(pair: Pair, t
     torch.testing.assert_close(seen[0], seen[1], rtol=1e-4, atol=1e-5)
     plain = run_to(by_adapter.models[0], [POST], ids, torch.ones_like(ids))[POST]
     assert (seen[0] - plain).abs().max() > 1e-3
-    with pytest.raises(InputError, match="is an adapter: .* one pass cannot give both. Cache them in two runs"):
+    with pytest.raises(InputError, match=r"is an adapter: .* one pass cannot give both. Cache them in two runs"):
         load_pair(pair.base, str(tmp_path / "adapter"), [POST, "blocks.1.hook_mlp_out"])
 
 
