@@ -6,23 +6,24 @@ was interrupted, at one hook point or at several, in one process or in parts tha
 """
 
 import contextlib
+import signal
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from crosscoders import store
+from crosscoders import memory, store
 from crosscoders.background import Background
 from crosscoders.cache import ActivationCache
 from crosscoders.config import CacheConfig, Part
-from crosscoders.errors import InputError
+from crosscoders.errors import InputError, Stopped
 from crosscoders.folder import open_folder
 from crosscoders.pair import choose_device
 from crosscoders.progress import Progress, say
 from crosscoders.shards import ShardWriter, bytes_per_token
 from crosscoders.source import Plan, Tokens, concatenate, make_plan, open_source
 
-Report = Callable[[int], None]
-"""Is told the tokens of each forward pass."""
+SECONDS_BETWEEN_LINES = 30
 
 
 class Rates(NamedTuple):
@@ -73,17 +74,39 @@ def run_cache(config: CacheConfig, *, part: Part | None = None) -> CacheRun:
 
     Raises: as `cache_activations`.
     """
-    choose_device(config.device)
-    plan = make_plan(config)
-    n_tokens, n_bytes = config.n_tokens, config.n_tokens * bytes_per_token(config, plan.info.d_model)
-    piece = f"part {part} of " if part else ""
-    points = config.points()
-    say(
-        f"cache {config.base} and {config.tuned} at {', '.join(str(point.hook_point) for point in points)}: "
-        f"{piece}{n_tokens:,} tokens, {store.size_text(n_bytes * len(points))} to {config.out}"
-    )
-    rates = write_caches(config, plan, part)
-    return CacheRun({str(point.hook_point): point.out for point in points}, rates)
+    with _stopped_by_sigterm():
+        device = choose_device(config.device)
+        plan = make_plan(config)
+        points = config.points()
+        n_bytes = config.n_tokens * bytes_per_token(config, plan.info.d_model) * len(points)
+        needed = memory.require(
+            memory.cache_need(config, plan, n_points=len(points), device=device),
+            "Lower --batch-rows, --context-length or --shard-tokens, or name fewer hook points.",
+        )
+        say(
+            f"cache {config.base} and {config.tuned} at {', '.join(str(point.hook_point) for point in points)}: "
+            f"{f'part {part} of ' if part else ''}{config.n_tokens:,} tokens, {store.size_text(n_bytes)} to "
+            f"{config.out}; needs {needed}"
+        )
+        rates = write_caches(config, plan, part)
+        return CacheRun({str(point.hook_point): point.out for point in points}, rates)
+
+
+@contextlib.contextmanager
+def _stopped_by_sigterm() -> Iterator[None]:
+    """SIGTERM raises `Stopped` in the main thread; the handler that was there is restored."""
+
+    def stop(number: int, frame: object) -> None:
+        raise Stopped("stopped on request; whole shards are kept. Run the same command to go on.")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are somebody else's business
+        return
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def write_caches(config: CacheConfig, plan: Plan, part: Part | None) -> Rates:
@@ -129,28 +152,36 @@ def _write_shards(config: CacheConfig, plan: Plan, writers: list[ShardWriter], s
 
     def write(item: tuple[int, str, list[Tokens]]) -> None:
         number, hook_point, pieces = item
-        by_point[hook_point].write(number, concatenate(pieces))
+        tokens = concatenate(pieces)
+        pieces.clear()  # the pieces and the shard together would be two shards in memory
+        by_point[hook_point].write(number, tokens)
 
-    started = time.perf_counter()
+    def rates() -> Rates:
+        new = [shard for writer in writers for shard in writer.shards[missing_from[writer.hook_point] - first :]]
+        n_done = progress.done - start
+        return Rates(n_done, sum(shard["n_bytes"] for shard in new), time.perf_counter() - started, queue.wait_seconds)
+
+    first = writers[0].numbers.start
+    started = said = time.perf_counter()
     progress = Progress("cache", total=stop, start=start, unit="tok")
     with Background(write, depth=len(writers)) as queue:
 
         def counted() -> Iterator[dict[str, Tokens]]:
+            nonlocal said
             for found in source.read_points(start, stop):
                 queue.check()
                 progress.update(n_tokens(found))
+                if time.perf_counter() - said > SECONDS_BETWEEN_LINES:
+                    said = time.perf_counter()
+                    say(f"cached {progress.done:,} of {stop:,} tokens  {rates().text()}")
                 yield found
 
         for number, pieces in enumerate(in_shards(counted(), config.shard_tokens), start // config.shard_tokens):
-            for name, first in missing_from.items():
-                if number >= first:
+            for name, missing in missing_from.items():
+                if number >= missing:
                     queue.put((number, name, [piece[name] for piece in pieces]))
     progress.close()
-    seconds = time.perf_counter() - started
-    n_bytes = sum(
-        shard["n_bytes"] for w in writers for shard in w.shards[missing_from[w.hook_point] - w.numbers.start :]
-    )
-    return Rates(stop - start, n_bytes, seconds, queue.wait_seconds)
+    return rates()
 
 
 def n_tokens(found: dict[str, Tokens]) -> int:

@@ -67,8 +67,9 @@ def main(program: str, description: str, commands: list[Command], argv: list[str
     except (InputError, EnvironmentFault, CorruptData) as error:
         status = error.exit_status
         message = str(error)
-    except KeyboardInterrupt:
-        status, message = 130, "interrupted. Run the same command to go on."
+    except KeyboardInterrupt as stop:
+        status = getattr(stop, "exit_status", 130)
+        message = str(stop) or "interrupted. Run the same command to go on."
     except BrokenPipeError:
         return 0
     except Exception as error:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from crosscoders import metrics, store
 from crosscoders.cache import ActivationCache
-from crosscoders.caching import run_cache
+from crosscoders.caching import Rates, run_cache
 from crosscoders.cli import CacheSettings, EvalSettings, MergeSettings, TrainSettings
 from crosscoders.config import CacheConfig, TrainConfig, to_dict
 from crosscoders.errors import EnvironmentFault, InputError
@@ -29,12 +29,27 @@ def cache(settings: CacheSettings) -> dict[str, Any]:
     started = time.perf_counter()
     part = settings.chosen_part()
     made = run_cache(_only(CacheConfig, settings), part=part)
+    rates = made.rates
+    if rates.n_tokens:
+        say(f"cached {rates.n_tokens:,} tokens  {rates.text()}")
     if part:
         closing(started, f"part {part} in {settings.out}")
         say(f"next: crosscoders merge, with the folders of all {part.of} parts and --out CACHE")
-        return result("cache", to_dict(settings), [])
-    rows = _describe_caches(started, list(made.folders.values()))
+        return result("cache", to_dict(settings), _rate_rows(rates))
+    rows = _describe_caches(started, list(made.folders.values())) + _rate_rows(rates)
     return result("cache", to_dict(settings), rows)
+
+
+def _rate_rows(rates: Rates) -> list[dict[str, Any]]:
+    """Of this run; none when everything was there already."""
+    if not rates.n_tokens:
+        return []
+    n = rates.n_tokens
+    return [
+        row("cache.tokens_per_second", n / rates.seconds, "tokens/s", n),
+        row("cache.bytes_per_second", rates.n_bytes / rates.seconds, "bytes/s", n),
+        row("cache.wait_fraction", rates.wait_seconds / rates.seconds, "fraction", n),
+    ]
 
 
 def merge(settings: MergeSettings) -> dict[str, Any]:
@@ -89,7 +104,8 @@ def train_run(settings: TrainSettings) -> dict[str, Any]:
     say(
         f"train {config.crosscoder.dict_size:,} latents ({config.crosscoder.activation}) on {inputs['hook_point']} of "
         f"{inputs['base']['name']} and {inputs['tuned']['name']}{'' if settings.cache else ', live'}: "
-        f"{config.n_tokens:,} tokens, {config.n_steps / feed.stream.steps_per_epoch:.1f} epochs, to {out}"
+        f"{config.n_tokens:,} tokens, {config.n_steps / feed.stream.steps_per_epoch:.1f} epochs, to {out}; "
+        f"needs {feed.memory}"
     )
     trained = train_crosscoder(config, feed.stream, out, holdout=feed.holdout, inputs=feed.inputs, log=_wandb(settings))
     closing(started, f"crosscoder in {out}")

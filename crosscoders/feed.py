@@ -11,19 +11,20 @@ from typing import Any, NamedTuple
 from jaxtyping import Float
 from torch import Tensor
 
-from crosscoders import store
+from crosscoders import memory, store
 from crosscoders.cache import ActivationCache
 from crosscoders.cli import COMMANDS, TrainSettings
 from crosscoders.command import parse
 from crosscoders.config import CacheConfig
 from crosscoders.errors import InputError
-from crosscoders.pair import identity
-from crosscoders.source import Tokens, make_plan, open_source
+from crosscoders.pair import choose_device, identity
+from crosscoders.source import DTYPES, Tokens, make_plan, open_source
 from crosscoders.stream import BufferedStream, cached_stream, live_stream
 from crosscoders.training import Holdout
 
 EVAL_TOKENS = 4096
 """Tokens that an evaluation encodes together."""
+MEND = "Lower --crosscoder.dict-size, --batch-size or --buffer-tokens."
 RECORDED = ("hook_point", "base", "tuned", "tokenizer_hash", "template_hash", "groups", "dtype", "drop_bos")
 
 
@@ -34,6 +35,8 @@ class Feed(NamedTuple):
     holdout: Holdout | None
     inputs: dict[str, Any]
     """For run.json and the crosscoder's provenance."""
+    memory: str
+    """What it will need, in words."""
 
 
 def open_feed(settings: TrainSettings) -> Feed:
@@ -57,6 +60,7 @@ def _from_cache(settings: TrainSettings) -> Feed:
     opened = ActivationCache(str(settings.cache))
     n_train = _n_train(settings, len(opened))
     _require_same_pair(settings, opened.manifest)
+    needed = memory.require(_train_need(settings, opened.d_model, opened.manifest["dtype"]), MEND)
     stream = cached_stream(
         opened, batch_size=settings.batch_size, buffer_tokens=settings.buffer_tokens, seed=settings.seed,
         n_tokens=n_train,
@@ -67,7 +71,7 @@ def _from_cache(settings: TrainSettings) -> Feed:
         if n_train < len(opened)
         else None
     )
-    return Feed(stream, own, {"cache": inputs | {key: opened.manifest[key] for key in RECORDED}})
+    return Feed(stream, own, {"cache": inputs | {key: opened.manifest[key] for key in RECORDED}}, needed)
 
 
 def _from_models(settings: TrainSettings) -> Feed:
@@ -78,6 +82,12 @@ def _from_models(settings: TrainSettings) -> Feed:
     planned = plan.fingerprint(str(config.hook_point))
     planned |= {"groups": plan.rows.group_names, "drop_bos": config.drop_bos}
     _require_same_pair(settings, planned)
+    needed = memory.require(
+        _train_need(settings, plan.info.d_model, config.dtype).add(
+            memory.cache_need(config, plan, n_points=1, device=choose_device(config.device), shards=False)
+        ),
+        f"{MEND} Or store a cache first.",
+    )
     source = open_source(config, plan)
     stream = live_stream(
         source, n_tokens=n_train, batch_size=settings.batch_size, buffer_tokens=settings.buffer_tokens,
@@ -87,7 +97,12 @@ def _from_models(settings: TrainSettings) -> Feed:
     hashed = store.hash_json({key: identity(value) for key, value in planned.items()})
     inputs = {"hash": hashed, "n_tokens": config.n_tokens} | {key: planned[key] for key in RECORDED}
     own = (lambda: _in_eval_batches(source.read(n_train, config.n_tokens))) if n_train < config.n_tokens else None
-    return Feed(stream, own, {"cache": inputs})
+    return Feed(stream, own, {"cache": inputs}, needed)
+
+
+def _train_need(settings: TrainSettings, d_model: int, dtype: str) -> memory.Need:
+    device, itemsize = choose_device(settings.device), DTYPES[dtype].itemsize
+    return memory.train_need(settings, n_models=2, d_model=d_model, itemsize=itemsize, device=device)
 
 
 def _n_train(settings: TrainSettings, n_tokens: int) -> int:

@@ -222,6 +222,12 @@ def choose_device(device: str) -> torch.device:
     return chosen
 
 
+def model_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The type that a setting means; auto: bfloat16 on a GPU, float32 on a CPU."""
+    auto = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(name, auto)
+
+
 def load_pair(
     base: str,
     tuned: str,
@@ -244,9 +250,7 @@ def load_pair(
     hook_points = [hook_point] if isinstance(hook_point, str) else list(hook_point)
     chosen = choose_device(device)
     info = info or inspect_pair(base, tuned, hook_points, tokenizer=tokenizer)
-    chosen_dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(
-        dtype, torch.bfloat16 if chosen.type == "cuda" else torch.float32
-    )
+    chosen_dtype = model_dtype(dtype, chosen)
     with quiet_transformers():
         models = tuple(_load_model(info, is_tuned, hook_points, chosen, chosen_dtype) for is_tuned in (False, True))
     return ModelPair(info, (models[0], models[1]), hook_points, chosen)

@@ -15,6 +15,7 @@ class Progress:
     """A bar with rate and time left on a terminal, nothing elsewhere."""
 
     def __init__(self, label: str, *, total: int, start: int = 0, unit: str = "it") -> None:
+        self.done = start
         self._bar: tqdm[Any] = tqdm(
             total=total,
             initial=start,
@@ -26,6 +27,7 @@ class Progress:
         )
 
     def update(self, n: int) -> None:
+        self.done += n
         self._bar.update(n)
 
     def close(self) -> None:
