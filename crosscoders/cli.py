@@ -15,9 +15,21 @@ class CacheSettings(CacheConfig):
     part: str | None = None
     """i/n: make only the i-th of n parts, for job arrays; `crosscoders merge` puts them together."""
 
+    devices: str | None = None
+    """Several devices that work at once, each on a part that is merged at the end: cuda:0,cuda:1."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.chosen_part()
+        if self.devices is not None:
+            if self.part is not None:
+                raise InputError("part has no effect with devices, which make all parts. Give one of the two.")
+            if self.device != "auto":
+                raise InputError(f"device {self.device!r} has no effect with devices. Give one of the two.")
+
+    def chosen_devices(self) -> list[str] | None:
+        """The setting `devices` as a list."""
+        return self.devices.replace(" ", "").split(",") if self.devices is not None else None
 
     def chosen_part(self) -> Part | None:
         """The setting `part`, read."""

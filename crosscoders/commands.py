@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from crosscoders import metrics, store
 from crosscoders.cache import ActivationCache
-from crosscoders.caching import Rates, run_cache
+from crosscoders.caching import run_cache
 from crosscoders.cli import CacheSettings, EvalSettings, MergeSettings, TrainSettings
 from crosscoders.config import CacheConfig, TrainConfig, to_dict
 from crosscoders.errors import EnvironmentFault, InputError
@@ -20,6 +20,7 @@ from crosscoders.progress import say
 from crosscoders.provenance import environment, peak_memory_gib
 from crosscoders.reporting import Log, evaluation_rows, row
 from crosscoders.training import train as train_crosscoder
+from crosscoders.writing import Rates
 
 T = TypeVar("T")
 
@@ -28,7 +29,7 @@ def cache(settings: CacheSettings) -> dict[str, Any]:
     """`crosscoders cache`"""
     started = time.perf_counter()
     part = settings.chosen_part()
-    made = run_cache(_only(CacheConfig, settings), part=part)
+    made = run_cache(_only(CacheConfig, settings), part=part, devices=settings.chosen_devices())
     rates = made.rates
     if rates.n_tokens:
         say(f"cached {rates.n_tokens:,} tokens  {rates.text()}")

@@ -60,7 +60,7 @@ def _from_cache(settings: TrainSettings) -> Feed:
     opened = ActivationCache(str(settings.cache))
     n_train = _n_train(settings, len(opened))
     _require_same_pair(settings, opened.manifest)
-    needed = memory.require(_train_need(settings, opened.d_model, opened.manifest["dtype"]), MEND)
+    needed = memory.require([_train_need(settings, opened.d_model, opened.manifest["dtype"])], MEND)
     stream = cached_stream(
         opened, batch_size=settings.batch_size, buffer_tokens=settings.buffer_tokens, seed=settings.seed,
         n_tokens=n_train,
@@ -83,9 +83,10 @@ def _from_models(settings: TrainSettings) -> Feed:
     planned |= {"groups": plan.rows.group_names, "drop_bos": config.drop_bos}
     _require_same_pair(settings, planned)
     needed = memory.require(
-        _train_need(settings, plan.info.d_model, config.dtype).add(
-            memory.cache_need(config, plan, n_points=1, device=choose_device(config.device), shards=False)
-        ),
+        [
+            _train_need(settings, plan.info.d_model, config.dtype),
+            memory.cache_need(config, plan, n_points=1, device=choose_device(config.device), shards=False),
+        ],
         f"{MEND} Or store a cache first.",
     )
     source = open_source(config, plan)
@@ -141,8 +142,9 @@ def read_cache_config(path: str) -> CacheConfig:
         raise InputError(f"config file {path!r} does not exist. Check the path of --live.")
     command = next(command for command in COMMANDS if command.name == "cache")
     found = parse("crosscoders", command, ["--config", path, "--out", "-"]).settings
-    if found.part is not None:
-        raise InputError(f"part in {path!r} has no effect with --live. Remove it.")
+    for name in ("part", "devices"):
+        if getattr(found, name) is not None:
+            raise InputError(f"{name} in {path!r} has no effect with --live. Remove it.")
     if not isinstance(found.hook_point, str):
         raise InputError(f"{path!r} names {len(found.hook_point)} hook points; --live trains on one. Name one.")
     return CacheConfig(**{field.name: getattr(found, field.name) for field in fields(CacheConfig)})

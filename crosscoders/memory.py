@@ -28,10 +28,6 @@ class Need(NamedTuple):
     device: torch.device | None = None
     """Of `gpu`; None where everything is in RAM."""
 
-    def add(self, other: "Need") -> "Need":
-        """Both at once; on one GPU, or the first one's."""
-        return Need(self.ram + other.ram, self.gpu + other.gpu, self.device or other.device)
-
 
 def cache_need(config: CacheConfig, plan: Plan, *, n_points: int, device: torch.device, shards: bool = True) -> Need:
     """Of the models with their largest forward pass, and with `shards` of what waits to be written."""
@@ -111,15 +107,16 @@ def train_need(config: TrainConfig, *, n_models: int, d_model: int, itemsize: in
     return Need(PROCESS_BYTES + 16 * n_parameters + max(batch, state) + buffer)
 
 
-def require(need: Need, mend: str) -> str:
-    """Words for the opening line, such as `1.2 GB of memory (22.1 GB free)`.
+def require(needs: list[Need], mend: str) -> str:
+    """Check what is needed at once. Returns words for the opening line, such as `1.2 GB of memory (22.1 GB free)`.
 
     Raises:
         EnvironmentFault: it needs more than there is.
     """
-    found = [("memory", need.ram, free_ram())]
-    if need.device is not None:
-        found.append((f"memory on {need.device}", need.gpu, free_gpu(need.device)))
+    found = [("memory", sum(need.ram for need in needs), free_ram())]
+    for device in {str(need.device): need.device for need in needs if need.device is not None}.values():
+        wanted = sum(need.gpu for need in needs if need.device == device)
+        found.append((f"memory on {device}", wanted, free_gpu(device)))
     for where, wanted, free in found:
         if free is not None and wanted > free:
             raise EnvironmentFault(

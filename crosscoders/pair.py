@@ -115,6 +115,8 @@ def inspect_pair(base: str, tuned: str, hook_points: list[str], *, tokenizer: st
         InputError: a model is not there or is a git-lfs pointer, the widths differ, a layer is out of range, the
             tokenizers differ.
     """
+    for name in (base, tuned, *([tokenizer] if tokenizer else [])):
+        _require_no_lost_path(name)
     adapter = tuned if _is_adapter(tuned) else None
     base_config = _load(base, "config")
     tuned_config = base_config if adapter else _load(tuned, "config")
@@ -145,6 +147,26 @@ def inspect_pair(base: str, tuned: str, hook_points: list[str], *, tokenizer: st
     return PairInfo(base, tuned, adapter, chosen, base_text.hidden_size, n_layers)
 
 
+def _require_no_lost_path(name: str) -> None:
+    """Raise InputError for what can only be a path and leads nowhere, or is more likely one: asking the hub for it
+    takes half a minute of retries where there is no network."""
+    if Path(name).is_dir():
+        return
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/"):
+        raise InputError(
+            f"model folder {name!r} does not exist. Check the path, or give a hub id such as 'google/gemma-2-2b'."
+        )
+    parent = Path(name).parent
+    if "/" in name and parent.is_dir():
+        from huggingface_hub import try_to_load_from_cache
+
+        if not isinstance(try_to_load_from_cache(name, "config.json"), str):
+            raise InputError(
+                f"{str(parent)!r} is a folder here and has no model folder {Path(name).name!r}. "
+                "Check the path; for the hub's repository of that name, run from another folder."
+            )
+
+
 def _is_adapter(name: str) -> bool:
     if Path(name).is_dir():
         return (Path(name) / "adapter_config.json").is_file()
@@ -162,10 +184,6 @@ def _load(name: str, what: str) -> Any:
     import transformers
 
     auto = transformers.AutoConfig if what == "config" else transformers.AutoTokenizer
-    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
-        raise InputError(
-            f"model folder {name!r} does not exist. Check the path, or give a hub id such as 'google/gemma-2-2b'."
-        )
     try:
         return auto.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:

@@ -105,8 +105,10 @@ def test_a_gpu_that_is_too_small_is_named(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2_000_000_000, 8_000_000_000))
     need = memory.Need(1000, 3_000_000_000, torch.device("cuda:1"))
     with pytest.raises(EnvironmentFault, match=r"about 3.0 GB of memory on cuda:1, but 2.0 GB are free. Mend"):
-        memory.require(need, "Mend.")
-    assert "about 1.0 GB of memory on cuda:1 (2.0 GB free)" in memory.require(need._replace(gpu=10**9), "")
+        memory.require([need], "Mend.")
+    assert "about 1.0 GB of memory on cuda:1 (2.0 GB free)" in memory.require([need._replace(gpu=10**9)], "")
+    with pytest.raises(EnvironmentFault, match=r"about 2.2 GB of memory on cuda:1"):  # two processes on one GPU
+        memory.require([need._replace(gpu=11 * 10**8)] * 2, "")
 
 
 def test_the_opening_line_says_the_estimate(pair: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

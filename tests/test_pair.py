@@ -334,3 +334,38 @@ def test_weights_that_are_cut_off_and_tokenizers_too_large_are_refused(pair: Pai
     larger.add_tokens(["<one>", "<two>"])
     larger.save_pretrained(tmp_path / "larger")
     refuse(pair.config(tmp_path / "d", tokenizer=str(tmp_path / "larger")), "ids up to 321 but a model's end at 319")
+
+
+@pytest.mark.parametrize(
+    "name, match",
+    [
+        ("./runs/x", r"model folder './runs/x' does not exist. Check the path"),
+        ("a/b/c", r"model folder 'a/b/c' does not exist"),
+        ("runs/x/", r"model folder 'runs/x/' does not exist"),
+        ("runs/x", r"'runs' is a folder here and has no model folder 'x'. Check the path; for the hub's"),
+    ],
+)
+def test_a_mistyped_path_is_refused_without_asking_the_hub(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, match: str
+) -> None:
+    import transformers.utils
+
+    monkeypatch.setattr(transformers.utils, "cached_file", lambda *a, **k: pytest.fail("the hub was asked"))
+    monkeypatch.setattr("crosscoders.pair._load", lambda *a, **k: pytest.fail("the hub was asked"))
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for base, tuned, tokenizer in ((name, pair.tuned, None), (pair.base, name, None), (pair.base, pair.tuned, name)):
+        with pytest.raises(InputError, match=match):
+            inspect_pair(base, tuned, [POST], tokenizer=tokenizer)
+
+
+def test_a_hub_repository_in_the_local_store_is_no_lost_path(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    (tmp_path / "google").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda name, file: "/somewhere/config.json")
+    with pytest.raises(InputError, match="no config for model 'google/gemma"):  # it goes on to ask the library
+        inspect_pair("google/gemma", pair.tuned, [POST])

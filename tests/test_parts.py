@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,12 +11,23 @@ import pytest
 from conftest import Pair
 from test_cache import file_bytes
 
-from crosscoders import ActivationCache, CorruptData, EnvironmentFault, InputError, cache_activations, run_cache, store
+from crosscoders import (
+    ActivationCache,
+    CorruptData,
+    EnvironmentFault,
+    InputError,
+    cache_activations,
+    devices,
+    run_cache,
+    store,
+)
 from crosscoders import cli as crosscoders_cli
 from crosscoders.config import Part, parse_part
 from crosscoders.merging import merge_parts
 from crosscoders.pair import ModelPair
+from crosscoders.source import make_plan
 from crosscoders.tokens import PaddedBatch
+from crosscoders.writing import write_caches
 
 POINTS = ["blocks.0.hook_resid_post", "blocks.1.hook_resid_post", "blocks.2.hook_resid_pre", "blocks.1.hook_mlp_out"]
 
@@ -104,6 +116,95 @@ def test_lists_of_hook_points_that_make_no_sense_are_refused(pair: Pair, tmp_pat
         run_cache(pair.config(tmp_path, hook_point=[POINTS[0], "blocks.9.hook_resid_post"]))
     with pytest.raises(InputError, match="cache_activations makes one cache"):
         cache_activations(pair.config(tmp_path, hook_point=POINTS[:2]))
+
+
+# ------------------------------------------------------------------------------------------------------------ devices
+
+
+def test_two_devices_give_the_bytes_of_one(
+    pair: Pair, cache_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["cache", "--base", pair.base, "--tuned", pair.tuned, "--data", pair.data, "--n-tokens", "600",
+            "--batch-rows=4", "--shard-tokens=128", "--dtype=float32", "--hook-point", POINTS[1],
+            "--out", str(tmp_path / "cache"), "--devices", "cpu,cpu"]  # fmt: skip
+    cache_activations(pair.config(tmp_path / "cache"))
+    expected = moved_away(tmp_path / "cache")
+    assert crosscoders_cli.main(argv) == 0
+    assert "on 2 devices" in capsys.readouterr().err
+    assert file_bytes(tmp_path / "cache") == expected and not (tmp_path / "cache/parts").exists()
+    assert crosscoders_cli.main(argv) == 0
+    assert "is complete already" in capsys.readouterr().err
+
+
+def test_a_failure_on_one_device_ends_the_run_which_goes_on_to_the_same_bytes(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "START_METHOD", "fork")  # saves the import of torch in each process
+    config = pair.config(tmp_path / "cache", hook_point=POINTS[:2])
+    run_cache(config)
+    expected = [moved_away(tmp_path / "cache" / point) for point in POINTS[:2]]
+    second = tmp_path / "cache" / POINTS[0] / "parts/2-of-2"
+    with (
+        store.exclusive(second),  # so the second process cannot write
+        pytest.raises(EnvironmentFault, match=rf"^on cpu: {second} is being written by process {os.getpid()}"),
+    ):
+        run_cache(config, devices=["cpu", "cpu"])
+    for others in (["cpu"] * 3, None):
+        with pytest.raises(InputError, match=r"begun with 2 devices. Give as many --devices to go on"):
+            run_cache(config, devices=others)
+    write_caches(config, make_plan(config), Part(1, 2), device="cpu")
+    real = devices._work
+
+    def only_the_second(config: object, plan: object, part: Part, *others: object) -> None:
+        assert part == Part(2, 2), "a finished part is not started again"
+        real(config, plan, part, *others)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(devices, "_work", only_the_second)
+    run_cache(config, devices=["cpu", "cpu"])
+    assert [file_bytes(tmp_path / "cache" / point) for point in POINTS[:2]] == expected
+    assert not any((tmp_path / "cache" / point / "parts").exists() for point in POINTS[:2])
+
+
+def test_a_process_that_dies_is_named(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "START_METHOD", "fork")
+    monkeypatch.setattr(devices, "_work", lambda *arguments: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(EnvironmentFault, match=r"the process on cpu ended with status -9. Whole shards are kept"):
+        run_cache(pair.config(tmp_path / "cache"), devices=["cpu", "cpu"])
+
+
+def test_devices_that_are_not_there_or_contradict_are_one_line_before_anything_loads(
+    pair: Pair, cache_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("crosscoders.caching.make_plan", lambda config: pytest.fail("text was tokenised"))
+    argv = ["cache", "--base", pair.base, "--tuned", pair.tuned, "--data", pair.data, "--hook-point", POINTS[0],
+            "--out", str(tmp_path / "cache")]  # fmt: skip
+    for more, status, line in [
+        (["--devices", "cpu,cuda:97"], 3, "device 'cuda:97' is not there: this machine has"),
+        (["--devices", "cpu,,cpu"], 2, "device '' is unknown"),
+        (["--devices", "cpu,tpu:1"], 2, "device 'tpu:1' is unknown. Use auto, cpu, cuda or cuda:N"),
+        (["--devices", "cpu,cpu", "--part", "1/2"], 2, "part has no effect with devices"),
+        (["--devices", "cpu,cpu", "--device", "cpu"], 2, "device 'cpu' has no effect with devices"),
+        (["--device", "cuda:97"], 3, "device 'cuda:97' is not there"),
+    ]:
+        assert crosscoders_cli.main([*argv, *more]) == status
+        assert line in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_devices_do_not_take_over_what_one_process_has_begun(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, real = pair.config(tmp_path / "cache"), store.write_tensors
+
+    def failing(path: Path, tensors: object) -> store.Written:
+        if path.name == "shard-00002.safetensors":
+            raise EnvironmentFault("no space left (planted)")
+        return real(path, tensors)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(store, "write_tensors", failing)
+    with pytest.raises(EnvironmentFault, match="planted"):
+        run_cache(config)
+    with pytest.raises(InputError, match=r"was begun without --devices. Go on without it"):
+        run_cache(config, devices=["cpu", "cpu"])
 
 
 # -------------------------------------------------------------------------------------------------------------- parts

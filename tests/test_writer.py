@@ -15,7 +15,7 @@ import torch
 from conftest import Pair
 from test_cache import file_bytes
 
-from crosscoders import EnvironmentFault, caching, run_cache, store
+from crosscoders import EnvironmentFault, run_cache, store, writing
 from crosscoders import cli as crosscoders_cli
 from crosscoders.background import Background
 from crosscoders.source import Tokens
@@ -116,7 +116,7 @@ def test_forward_passes_are_cut_at_every_shard() -> None:
 
     edges = [0, 3, 4, 15, 15, 20, 22]
     passes = [tokens(a, b) for a, b in pairwise(edges)]
-    shards = [[piece["p"].token_ids for piece in pieces] for pieces in caching.in_shards(passes, 5)]
+    shards = [[piece["p"].token_ids for piece in pieces] for pieces in writing.in_shards(passes, 5)]
     assert [torch.cat(pieces).tolist() for pieces in shards] == [
         list(range(i, min(i + 5, 22))) for i in range(0, 22, 5)
     ]
@@ -126,7 +126,7 @@ def test_forward_passes_are_cut_at_every_shard() -> None:
 def test_rates_are_said_and_given_as_rows(
     pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(caching, "SECONDS_BETWEEN_LINES", 0)
+    monkeypatch.setattr(writing, "SECONDS_BETWEEN_LINES", 0)
     out = tmp_path / "cache"
     argv = ["cache", "--base", pair.base, "--tuned", pair.tuned, "--data", pair.data, "--n-tokens", "600", "--json"]
     argv += ["--hook-point", "blocks.1.hook_resid_post", "--shard-tokens", "128", "--out", str(out)]
