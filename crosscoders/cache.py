@@ -26,7 +26,7 @@ class ActivationCache:
         self.folder = open_folder(path)
         there = self.folder.sizes()
         if "manifest.json" not in there:
-            raise InputError(f"{str(path)!r} {_lacking(there)}")
+            raise InputError(f"{str(path)!r} {_lacking(there, self.folder.subfolders())}")
         self.manifest = self.folder.read_object("manifest.json", "format_version", "shards")
         found = self.manifest.get("format_version")
         if found != FORMAT_VERSION:
@@ -106,10 +106,13 @@ class ActivationCache:
                     yield tokens.slice(i, i + batch_size)
 
 
-def _lacking(there: dict[str, int]) -> str:
+def _lacking(there: dict[str, int], inner: list[str]) -> str:
     """Why a folder without a manifest is no cache, and what to do."""
     if "part.json" in there:
         return "is one part of a cache. Put all parts together with `crosscoders merge`."
     if "progress.json" in there:
         return "is not finished: it has no manifest.json. Run the same `crosscoders cache` command again; it goes on."
+    points = [name for name in inner if name.startswith("blocks.")]
+    if points:
+        return f"holds a folder for each of its hook points. Name one: {points[0]}."
     return "is not an activation cache: it has no manifest.json. Run `crosscoders cache` with that --out."

@@ -8,11 +8,12 @@ from typing import NamedTuple
 
 from crosscoders import memory, store
 from crosscoders.cache import ActivationCache
-from crosscoders.config import CacheConfig, Part
+from crosscoders.config import CacheConfig
 from crosscoders.devices import count_parts, require_parts, write_on_devices
 from crosscoders.errors import InputError
 from crosscoders.folder import open_folder
 from crosscoders.pair import choose_device
+from crosscoders.parts import Part
 from crosscoders.progress import say
 from crosscoders.shards import bytes_per_token
 from crosscoders.source import make_plan

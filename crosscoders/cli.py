@@ -4,8 +4,9 @@ from dataclasses import dataclass, field
 
 from crosscoders.command import Command
 from crosscoders.command import main as run_main
-from crosscoders.config import PRESETS, CacheConfig, Part, TrainConfig, parse_part, require_range
+from crosscoders.config import PRESETS, CacheConfig, TrainConfig, require_range
 from crosscoders.errors import InputError
+from crosscoders.parts import Part, parse_part
 
 
 @dataclass(frozen=True)
@@ -14,7 +15,6 @@ class CacheSettings(CacheConfig):
 
     part: str | None = None
     """i/n: make only the i-th of n parts, for job arrays; `crosscoders merge` puts them together."""
-
     devices: str | None = None
     """Several devices that work at once, each on a part that is merged at the end: cuda:0,cuda:1."""
 

@@ -4,9 +4,8 @@ A contradiction raises InputError when the dataclass is made, so it is found bef
 Published recipes are in `PRESETS`; their sources are in docs/math.md.
 """
 
-import re
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from crosscoders.errors import InputError
 
@@ -87,9 +86,9 @@ class CacheConfig:
             )
         if not self.hook_point:
             raise InputError("hook_point is empty. Give a name such as blocks.13.hook_resid_post, or a list of them.")
-        repeated = {name for name in self.hook_point if self.hook_point.count(name) > 1}
-        if isinstance(self.hook_point, list) and repeated:
-            raise InputError(f"hook_point names {min(repeated)!r} twice. Name each hook point once.")
+        for number, name in enumerate(self.hook_point if isinstance(self.hook_point, list) else []):
+            if name in self.hook_point[:number]:
+                raise InputError(f"hook_point names {name!r} twice. Name each hook point once.")
 
     def points(self) -> list["CacheConfig"]:
         """The config of each hook point alone; of a list, each has a folder of its own in `out`."""
@@ -103,43 +102,6 @@ class CacheConfig:
         if not listed:
             raise InputError("data is an empty list; name at least one file, folder or dataset id.")
         return [DataSource(path=item) if isinstance(item, str) else item for item in listed]
-
-
-class Part(NamedTuple):
-    """One of several disjoint pieces of a cache, each a range of whole shards."""
-
-    number: int
-    """Counted from 1."""
-    of: int
-
-    def __str__(self) -> str:
-        return f"{self.number}/{self.of}"
-
-    def shards(self, n_shards: int) -> range:
-        """The numbers of this part's shards.
-
-        Raises:
-            InputError: there are more parts than shards.
-        """
-        if self.of > n_shards:
-            raise InputError(
-                f"part {self} asks for {self.of} parts of a cache of {n_shards} shards. Use at most {n_shards} parts, "
-                "or a smaller --shard-tokens."
-            )
-        return range(n_shards * (self.number - 1) // self.of, n_shards * self.number // self.of)
-
-
-def parse_part(text: str) -> Part:
-    """`2/4` as a Part.
-
-    Raises:
-        InputError: not of that form, or out of range.
-    """
-    found = re.fullmatch(r"(\d+)/(\d+)", text)
-    part = Part(int(found[1]), int(found[2])) if found else None
-    if part is None or not 1 <= part.number <= part.of:
-        raise InputError(f"part {text!r} is not i/n with i from 1 to n. Write 1/4 for the first of four parts.")
-    return part
 
 
 # --------------------------------------------------------------------------------------------------------- training

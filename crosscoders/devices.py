@@ -7,6 +7,7 @@ devices. The first process that fails ends the run: the others are asked to stop
 import contextlib
 import multiprocessing
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from multiprocessing.connection import Connection, wait
@@ -16,14 +17,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from crosscoders.config import CacheConfig, Part
+from crosscoders.config import CacheConfig
 from crosscoders.errors import CorruptData, EnvironmentFault, InputError
 from crosscoders.folder import Folder, RemoteFolder, open_folder
 from crosscoders.merging import merge_point
+from crosscoders.parts import Part
 from crosscoders.progress import Progress, say
 from crosscoders.shards import ShardWriter
 from crosscoders.source import Plan
-from crosscoders.writing import Rates, part_folder, stopped_by_sigterm, write_caches
+from crosscoders.writing import SECONDS_BETWEEN_LINES, Rates, part_folder, stopped_by_sigterm, write_caches
 
 Processes = dict[Connection, tuple[str, BaseProcess]]
 """Device and process at the other end of each pipe."""
@@ -110,6 +112,7 @@ def _run_all(config: CacheConfig, plan: Plan, work: list[tuple[str, Part]]) -> R
             sender.close()
             processes[receiver] = device, started
         progress = Progress("cache", total=config.n_tokens, unit="tok")
+        began = told = time.perf_counter()
         found: list[Rates] = []
         running = dict(processes)
         while running:
@@ -130,6 +133,11 @@ def _run_all(config: CacheConfig, plan: Plan, work: list[tuple[str, Part]]) -> R
                     del running[end]
                 else:
                     progress.update(said)
+                    now = time.perf_counter()
+                    if now - told > SECONDS_BETWEEN_LINES:
+                        told = now
+                        rate = progress.done / (now - began)
+                        say(f"cached {progress.done:,} of {config.n_tokens:,} tokens  {rate:,.0f} tok/s")
         progress.close()
     # Wall time is that of the slowest; each waited for its own writer.
     return Rates(

@@ -98,13 +98,13 @@ class RemoteFolder(Folder):
             raise InputError(f"{url} has the protocol {protocol!r}, which fsspec does not know. Use s3, gs.") from None
         self.path = url.rstrip("/")
 
-    def _call(self, what: str, act: Callable[[], T]) -> T:
+    def _call(self, what: str, act: Callable[[], T], *, if_missing: T | None = None) -> T:
         """Failures of the other side, of whatever class its package uses, as one line."""
         try:
             return act()
-        except (InputError, EnvironmentFault, CorruptData, FileNotFoundError):
-            raise
         except Exception as error:
+            if isinstance(error, FileNotFoundError) and if_missing is not None:
+                return if_missing
             cause = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise EnvironmentFault(
                 f"{what} failed: {cause}. Finished shards are kept. "
@@ -120,10 +120,7 @@ class RemoteFolder(Folder):
             entries = self._fs.ls(self._root, detail=True)
             return {e["name"].rsplit("/", 1)[-1]: int(e["size"] or 0) for e in entries if e["type"] == kind}
 
-        try:
-            return self._call(f"listing {self}", listed)
-        except FileNotFoundError:
-            return {}
+        return self._call(f"listing {self}", listed, if_missing={})
 
     def sizes(self) -> dict[str, int]:
         return self._list("file")
@@ -179,7 +176,7 @@ class RemoteFolder(Folder):
                 )
 
     def remove(self, name: str) -> None:
-        with contextlib.suppress(FileNotFoundError):
+        if name in self.sizes():
             self._call(f"removing {self}/{name}", lambda: self._fs.rm_file(self._at(name)))
 
     def exclusive(self) -> AbstractContextManager[None]:

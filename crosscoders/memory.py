@@ -12,7 +12,7 @@ import torch
 
 from crosscoders import hooks, pair
 from crosscoders.config import CacheConfig, TrainConfig
-from crosscoders.errors import EnvironmentFault
+from crosscoders.errors import EnvironmentFault, InputError
 from crosscoders.source import DTYPES, Plan
 from crosscoders.store import size_text
 
@@ -57,13 +57,21 @@ def _parameters(config: CacheConfig, plan: Plan) -> tuple[int, int, int]:
 
 
 def parameter_count(name: str, n_layers: int | None) -> int:
-    """Parameters of a decoder, cut off above n_layers; None: the whole language model."""
+    """Parameters of a decoder, cut off above n_layers; None: the whole language model.
+
+    Raises:
+        InputError: the configuration makes no such model.
+    """
     import transformers
 
     limit = {} if n_layers is None else {"num_hidden_layers": n_layers}
     auto: Any = transformers.AutoModelForCausalLM if n_layers is None else transformers.AutoModel
-    with torch.device("meta"), pair.quiet_transformers():
-        model = auto.from_config(transformers.AutoConfig.from_pretrained(name, **limit))
+    try:
+        with torch.device("meta"), pair.quiet_transformers():
+            model = auto.from_config(transformers.AutoConfig.from_pretrained(name, **limit))
+    except (OSError, ValueError, RuntimeError) as error:
+        lines = str(error).splitlines() or [type(error).__name__]
+        raise InputError(f"the configuration of {name!r} makes no model: {lines[0]} Check its config.json.") from error
     return sum(parameter.numel() for parameter in model.parameters())
 
 

@@ -6,9 +6,9 @@ where the disk allows it and copied elsewhere, the sums of the parts' shards bec
 
 from typing import Any
 
-from crosscoders.config import Part, parse_part
 from crosscoders.errors import CorruptData, InputError
 from crosscoders.folder import Folder, open_folder
+from crosscoders.parts import Part, parse_part
 from crosscoders.shards import FINAL, build_manifest, first_difference, shard_name
 from crosscoders.store import Written
 

@@ -19,9 +19,8 @@ from torch import Tensor, nn
 
 from crosscoders import hooks, store
 from crosscoders.errors import CorruptData, EnvironmentFault, InputError
+from crosscoders.names import PROBE, is_adapter, load_auto, one_tokenizer, require_no_lost_path
 from crosscoders.tokens import PaddedBatch
-
-PROBE = "The quick brown fox, def f(x): return 42\n\tNäïve 数据 <end>"
 
 
 @dataclass(frozen=True)
@@ -116,10 +115,10 @@ def inspect_pair(base: str, tuned: str, hook_points: list[str], *, tokenizer: st
             tokenizers differ.
     """
     for name in (base, tuned, *([tokenizer] if tokenizer else [])):
-        _require_no_lost_path(name)
-    adapter = tuned if _is_adapter(tuned) else None
-    base_config = _load(base, "config")
-    tuned_config = base_config if adapter else _load(tuned, "config")
+        require_no_lost_path(name)
+    adapter = tuned if is_adapter(tuned) else None
+    base_config = load_auto(base, "config")
+    tuned_config = base_config if adapter else load_auto(tuned, "config")
     for name in (base, tuned):
         for file in Path(name).glob("*.safetensors") if Path(name).is_dir() else ():
             store.refuse_lfs_pointer(file)
@@ -137,7 +136,7 @@ def inspect_pair(base: str, tuned: str, hook_points: list[str], *, tokenizer: st
             f"{tuned!r} is an adapter: residual hook points read it unmerged and others merged, so one pass "
             "cannot give both. Cache them in two runs."
         )
-    chosen = _one_tokenizer(base, tuned, tokenizer, adapter)
+    chosen = one_tokenizer(base, tuned, tokenizer, adapter)
     n_ids = min(base_text.vocab_size, tuned_text.vocab_size)
     if max(chosen.get_vocab().values()) >= n_ids:
         raise InputError(
@@ -145,78 +144,6 @@ def inspect_pair(base: str, tuned: str, hook_points: list[str], *, tokenizer: st
             "Name the tokenizer that fits both with --tokenizer."
         )
     return PairInfo(base, tuned, adapter, chosen, base_text.hidden_size, n_layers)
-
-
-def _require_no_lost_path(name: str) -> None:
-    """Raise InputError for what can only be a path and leads nowhere, or is more likely one: asking the hub for it
-    takes half a minute of retries where there is no network."""
-    if Path(name).is_dir():
-        return
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/"):
-        raise InputError(
-            f"model folder {name!r} does not exist. Check the path, or give a hub id such as 'google/gemma-2-2b'."
-        )
-    parent = Path(name).parent
-    if "/" in name and parent.is_dir():
-        from huggingface_hub import try_to_load_from_cache
-
-        if not isinstance(try_to_load_from_cache(name, "config.json"), str):
-            raise InputError(
-                f"{str(parent)!r} is a folder here and has no model folder {Path(name).name!r}. "
-                "Check the path; for the hub's repository of that name, run from another folder."
-            )
-
-
-def _is_adapter(name: str) -> bool:
-    if Path(name).is_dir():
-        return (Path(name) / "adapter_config.json").is_file()
-    from transformers.utils import cached_file
-
-    try:
-        found = cached_file(name, "adapter_config.json", _raise_exceptions_for_missing_entries=False)
-    except OSError:
-        return False
-    return found is not None
-
-
-def _load(name: str, what: str) -> Any:
-    """A configuration or tokenizer, or one line that says why there is none."""
-    import transformers
-
-    auto = transformers.AutoConfig if what == "config" else transformers.AutoTokenizer
-    try:
-        return auto.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        lines = str(error).splitlines() or [type(error).__name__]
-        nowhere = "" if Path(name).is_dir() else ", and no local folder of that name"
-        raise InputError(
-            f"no {what} for model {name!r}{nowhere}: {lines[0]} "
-            "Give a local folder, or a hub id that you can reach "
-            "(gated models need HF_TOKEN and an accepted licence)."
-        ) from None
-
-
-def _one_tokenizer(base: str, tuned: str, chosen: str | None, adapter: str | None) -> Any:
-    """The tokenizer of the tuned model (its chat template is the right one), after comparing it with the base's."""
-    if chosen is not None:
-        return _load(chosen, "tokenizer")
-    base_tokenizer = _load(base, "tokenizer")
-    if adapter is not None and not (Path(adapter) / "tokenizer_config.json").is_file():
-        return base_tokenizer
-    tuned_tokenizer = _load(tuned, "tokenizer")
-    first, second = base_tokenizer.get_vocab(), tuned_tokenizer.get_vocab()
-    if first != second:
-        token = min(set(first.items()) ^ set(second.items()), key=lambda item: item[1])[0]
-        raise InputError(
-            f"the tokenizers differ: token {token!r} has id {first.get(token)} in {base!r} and {second.get(token)} in "
-            f"{tuned!r}. Both models must read the same ids; name one that fits both with --tokenizer."
-        )
-    if base_tokenizer(PROBE)["input_ids"] != tuned_tokenizer(PROBE)["input_ids"]:
-        raise InputError(
-            f"the tokenizers of {base!r} and {tuned!r} have one vocabulary but split text differently. "
-            "Name the one that fits both with --tokenizer."
-        )
-    return tuned_tokenizer if tuned_tokenizer.chat_template or not base_tokenizer.chat_template else base_tokenizer
 
 
 def choose_device(device: str) -> torch.device:

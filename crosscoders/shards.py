@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from crosscoders.config import CacheConfig, Part, to_dict
+from crosscoders.config import CacheConfig, to_dict
 from crosscoders.errors import InputError
 from crosscoders.folder import Folder
 from crosscoders.pair import identity
+from crosscoders.parts import Part
 from crosscoders.source import DTYPES, Plan, Tokens
 
 COLUMN_BYTES = 17

@@ -13,9 +13,10 @@ from typing import NamedTuple
 
 from crosscoders import store
 from crosscoders.background import Background
-from crosscoders.config import CacheConfig, Part
+from crosscoders.config import CacheConfig
 from crosscoders.errors import Stopped
 from crosscoders.folder import open_folder
+from crosscoders.parts import Part
 from crosscoders.progress import Progress, say
 from crosscoders.shards import ShardWriter, bytes_per_token
 from crosscoders.source import ActivationSource, Plan, Tokens, concatenate, open_source

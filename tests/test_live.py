@@ -10,8 +10,8 @@ from conftest import Pair
 
 from crosscoders import ActivationCache, run_cache
 from crosscoders import cli as crosscoders_cli
-from crosscoders.config import Part
 from crosscoders.merging import merge_parts
+from crosscoders.parts import Part
 from diffing import cli as diffing_cli
 
 TRAIN = (

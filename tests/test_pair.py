@@ -342,6 +342,7 @@ def test_weights_that_are_cut_off_and_tokenizers_too_large_are_refused(pair: Pai
         ("./runs/x", r"model folder './runs/x' does not exist. Check the path"),
         ("a/b/c", r"model folder 'a/b/c' does not exist"),
         ("runs/x/", r"model folder 'runs/x/' does not exist"),
+        ("my runs/x y", r"'my runs' is a folder here and has no model folder 'x y'"),
         ("runs/x", r"'runs' is a folder here and has no model folder 'x'. Check the path; for the hub's"),
     ],
 )
@@ -351,8 +352,9 @@ def test_a_mistyped_path_is_refused_without_asking_the_hub(
     import transformers.utils
 
     monkeypatch.setattr(transformers.utils, "cached_file", lambda *a, **k: pytest.fail("the hub was asked"))
-    monkeypatch.setattr("crosscoders.pair._load", lambda *a, **k: pytest.fail("the hub was asked"))
-    (tmp_path / "runs").mkdir()
+    monkeypatch.setattr("crosscoders.pair.load_auto", lambda *a, **k: pytest.fail("the hub was asked"))
+    for folder in ("runs", "my runs"):
+        (tmp_path / folder).mkdir()
     monkeypatch.chdir(tmp_path)
     for base, tuned, tokenizer in ((name, pair.tuned, None), (pair.base, name, None), (pair.base, pair.tuned, name)):
         with pytest.raises(InputError, match=match):

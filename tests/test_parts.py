@@ -22,9 +22,9 @@ from crosscoders import (
     store,
 )
 from crosscoders import cli as crosscoders_cli
-from crosscoders.config import Part, parse_part
 from crosscoders.merging import merge_parts
 from crosscoders.pair import ModelPair
+from crosscoders.parts import Part, parse_part
 from crosscoders.source import make_plan
 from crosscoders.tokens import PaddedBatch
 from crosscoders.writing import write_caches
@@ -69,7 +69,7 @@ def test_each_of_several_hook_points_has_the_bytes_of_a_cache_made_alone(
     assert made.folders == {point: str(out / point) for point in points}
     assert {point: file_bytes(out / point) for point in points} == alone
     assert len(passes) == len(set(passes)), "one pass of each batch feeds all hook points"
-    with pytest.raises(InputError, match="is not an activation cache"):
+    with pytest.raises(InputError, match=r"holds a folder for each of its hook points. Name one: blocks.0.hook_resid"):
         ActivationCache(out)
 
 

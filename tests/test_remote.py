@@ -12,9 +12,9 @@ from test_cache import file_bytes
 
 from crosscoders import ActivationCache, CorruptData, EnvironmentFault, InputError, cache_activations, run_cache
 from crosscoders import cli as crosscoders_cli
-from crosscoders.config import Part
 from crosscoders.folder import RemoteFolder
 from crosscoders.merging import merge_parts
+from crosscoders.parts import Part
 
 URL = "memory://bucket/cache"
 
