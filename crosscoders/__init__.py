@@ -7,7 +7,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from crosscoders.cache import ActivationCache, cache_activations
+    from crosscoders.cache import ActivationCache
+    from crosscoders.caching import cache_activations, run_cache
     from crosscoders.config import CacheConfig, CrosscoderConfig, DataSource, TrainConfig
     from crosscoders.errors import CorruptData, EnvironmentFault, InputError
     from crosscoders.formats import load_crosscoder
@@ -29,13 +30,14 @@ _HOMES = {
     "InputError": "errors",
     "ModelPair": "pair",
     "TrainConfig": "config",
-    "cache_activations": "cache",
+    "cache_activations": "caching",
     "cached_stream": "stream",
     "evaluate": "metrics",
     "live_stream": "stream",
     "load_crosscoder": "formats",
     "load_pair": "pair",
     "open_source": "source",
+    "run_cache": "caching",
     "tensor_stream": "stream",
     "train": "training",
 }
@@ -58,6 +60,7 @@ __all__ = [
     "load_crosscoder",
     "load_pair",
     "open_source",
+    "run_cache",
     "tensor_stream",
     "train",
 ]

@@ -6,10 +6,12 @@ module is imported, so `--help` and a config error answer without torch.
 
 import dataclasses
 import importlib
+import itertools
 import json
 import re
 import sys
 import traceback
+import typing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +29,7 @@ class Command(NamedTuple):
     """`module:function`; the function takes the settings and returns a JSON object, which `--json` prints. An entry
     `text` is for people and printed otherwise."""
     positional: str | None = None
-    """Setting that may be given without its flag."""
+    """Setting that may be given without its flag; a list takes all words before the first flag."""
     presets: dict[str, dict[str, Any]] | None = None
     """Named defaults for --preset."""
 
@@ -65,8 +67,9 @@ def main(program: str, description: str, commands: list[Command], argv: list[str
     except (InputError, EnvironmentFault, CorruptData) as error:
         status = error.exit_status
         message = str(error)
-    except KeyboardInterrupt:
-        status, message = 130, "interrupted. Run the same command to go on."
+    except KeyboardInterrupt as stop:
+        status = getattr(stop, "exit_status", 130)
+        message = str(stop) or "interrupted. Run the same command to go on."
     except BrokenPipeError:
         return 0
     except Exception as error:
@@ -107,6 +110,9 @@ def parse(program: str, command: Command, argv: list[str]) -> Parsed:
     parser.add_class_arguments(command.settings)
     argv = _with_underscores(argv)
     if command.positional and argv and not argv[0].startswith("-"):
+        if typing.get_origin(typing.get_type_hints(command.settings)[command.positional]) is list:
+            words = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
+            argv = [json.dumps(words), *argv[len(words) :]]
         argv = [f"--{command.positional}", *argv]
     _check_yaml(argv, parser)
     try:

@@ -1,101 +1,118 @@
 """What the commands of `crosscoders` do, each as one function of its settings that returns a JSON object."""
 
+import shlex
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import Any, TypeVar
 
 from crosscoders import metrics, store
-from crosscoders.cache import ActivationCache, cache_activations
-from crosscoders.cli import EvalSettings, TrainSettings
+from crosscoders.cache import ActivationCache
+from crosscoders.caching import run_cache
+from crosscoders.cli import CacheSettings, EvalSettings, MergeSettings, TrainSettings
 from crosscoders.config import CacheConfig, TrainConfig, to_dict
 from crosscoders.errors import EnvironmentFault, InputError
+from crosscoders.feed import open_feed
 from crosscoders.formats import load_crosscoder
+from crosscoders.merging import merge_parts
 from crosscoders.pair import choose_device, identity
 from crosscoders.progress import say
 from crosscoders.provenance import environment, peak_memory_gib
 from crosscoders.reporting import Log, evaluation_rows, row
-from crosscoders.stream import cached_stream
 from crosscoders.training import train as train_crosscoder
+from crosscoders.writing import Rates
+
+T = TypeVar("T")
 
 
-def cache(settings: CacheConfig) -> dict[str, Any]:
+def cache(settings: CacheSettings) -> dict[str, Any]:
     """`crosscoders cache`"""
     started = time.perf_counter()
-    made = cache_activations(settings)
-    norms = made.mean_norm
-    closing(started, f"{len(made):,} tokens, mean norm base {norms[0]:.2f} tuned {norms[1]:.2f}, in {made.path}")
-    say(f"next: crosscoders train --cache {made.path} --out RUN --preset paper-batchtopk")
-    rows = [row("cache.tokens", len(made), "tokens", len(made))]
-    rows += [
-        row(f"cache.mean_norm.{name}", value, "activation", len(made))
-        for name, value in zip(("base", "tuned"), norms, strict=True)
-    ]
+    part = settings.chosen_part()
+    made = run_cache(_only(CacheConfig, settings), part=part, devices=settings.chosen_devices())
+    rates = made.rates
+    if rates.n_tokens:
+        say(f"cached {rates.n_tokens:,} tokens  {rates.text()}")
+    if part:
+        closing(started, f"part {part} in {settings.out}")
+        say(f"next: crosscoders merge, with the folders of all {part.of} parts and --out CACHE")
+        return result("cache", to_dict(settings), _rate_rows(rates))
+    rows = _describe_caches(started, list(made.folders.values())) + _rate_rows(rates)
     return result("cache", to_dict(settings), rows)
+
+
+def _rate_rows(rates: Rates) -> list[dict[str, Any]]:
+    """Of this run; none when everything was there already."""
+    if not rates.n_tokens:
+        return []
+    n = rates.n_tokens
+    return [
+        row("cache.tokens_per_second", n / rates.seconds, "tokens/s", n),
+        row("cache.bytes_per_second", rates.n_bytes / rates.seconds, "bytes/s", n),
+        row("cache.wait_fraction", rates.wait_seconds / rates.seconds, "fraction", n),
+    ]
+
+
+def merge(settings: MergeSettings) -> dict[str, Any]:
+    """`crosscoders merge`"""
+    started = time.perf_counter()
+    if not settings.parts:
+        raise InputError("parts is empty. Name the folders of all parts.")
+    rows = _describe_caches(started, merge_parts(settings.parts, settings.out))
+    say("the folders of the parts can be removed.")
+    return result("merge", to_dict(settings), rows)
+
+
+def _describe_caches(started: float, folders: list[str]) -> list[dict[str, Any]]:
+    """Say what was made, and the rows of `--json`; those of several hook points carry their names."""
+    rows = []
+    for folder in folders:
+        made = ActivationCache(folder)
+        norms = made.mean_norm
+        closing(started, f"{len(made):,} tokens, mean norm base {norms[0]:.2f} tuned {norms[1]:.2f}, in {made.path}")
+        where = f".{made.manifest['hook_point']}" if len(folders) > 1 else ""
+        rows.append(row(f"cache{where}.tokens", len(made), "tokens", len(made)))
+        rows += [
+            row(f"cache{where}.mean_norm.{name}", value, "activation", len(made))
+            for name, value in zip(("base", "tuned"), norms, strict=True)
+        ]
+    say(f"next: crosscoders train --cache {shlex.quote(folders[0])} --out RUN --preset paper-batchtopk")
+    return rows
+
+
+def _only(kind: type[T], settings: Any) -> T:
+    """The part of a command's settings that is a config of the library."""
+    return kind(**{field.name: getattr(settings, field.name) for field in fields(kind)})  # type: ignore[arg-type]
 
 
 def train(settings: TrainSettings) -> dict[str, Any]:
     """`crosscoders train`"""
     found = train_run(settings)
-    say(f"next: diffing scale {settings.out} --cache {settings.cache}")
+    if settings.cache is None:
+        say(f"next: crosscoders cache --config {shlex.quote(str(settings.live))} --out CACHE")
+    cache = shlex.quote(settings.cache) if settings.cache is not None else "CACHE"
+    say(f"next: diffing scale {shlex.quote(settings.out)} --cache {cache}")
     return found
 
 
 def train_run(settings: TrainSettings) -> dict[str, Any]:
-    """Open the cache, train, and return the JSON object."""
+    """Open the cache or the models, train, and return the JSON object."""
     started = time.perf_counter()
-    config = TrainConfig(**{f.name: getattr(settings, f.name) for f in fields(TrainConfig)})
-    opened = ActivationCache(settings.cache)
-    holdout, n_train = _holdout(settings, opened)
-    stream = cached_stream(
-        opened, batch_size=config.batch_size, buffer_tokens=config.buffer_tokens, seed=config.seed, n_tokens=n_train
-    )
+    config = _only(TrainConfig, settings)
+    feed = open_feed(settings)
     out = Path(settings.out)
+    inputs = feed.inputs["cache"]
     say(
-        f"train {config.crosscoder.dict_size:,} latents ({config.crosscoder.activation}) on "
-        f"{opened.manifest['hook_point']} of {opened.manifest['base']['name']} and {opened.manifest['tuned']['name']}: "
-        f"{config.n_tokens:,} tokens, {config.n_steps / stream.steps_per_epoch:.1f} epochs, to {out}"
+        f"train {config.crosscoder.dict_size:,} latents ({config.crosscoder.activation}) on {inputs['hook_point']} of "
+        f"{inputs['base']['name']} and {inputs['tuned']['name']}{'' if settings.cache else ', live'}: "
+        f"{config.n_tokens:,} tokens, {config.n_steps / feed.stream.steps_per_epoch:.1f} epochs, to {out}; "
+        f"needs {feed.memory}"
     )
-    inputs = cache_inputs(opened)
-    if settings.eval_cache is not None:
-        inputs["eval_cache"] = {"hash": ActivationCache(settings.eval_cache).manifest_hash}
-    trained = train_crosscoder(config, stream, out, holdout=holdout, inputs=inputs, log=_wandb(settings))
+    trained = train_crosscoder(config, feed.stream, out, holdout=feed.holdout, inputs=feed.inputs, log=_wandb(settings))
     closing(started, f"crosscoder in {out}")
-    found = store.read_object(out / "eval.json", "rows")["rows"] if holdout else []
+    found = store.read_object(out / "eval.json", "rows")["rows"] if feed.holdout else []
     found.append(row("train.tokens", config.n_tokens, "tokens", config.n_tokens))
     return result("train", {**to_dict(config), "crosscoder": to_dict(trained.config)}, found)
-
-
-def _holdout(settings: TrainSettings, opened: ActivationCache) -> tuple[Callable[[], Iterator[Tensor]] | None, int]:
-    """A maker of held-out batches, and how many tokens are left for training."""
-    if settings.eval_cache is not None:
-        if settings.holdout_tokens:
-            raise InputError("holdout_tokens has no effect with eval_cache. Give one of the two.")
-        other = ActivationCache(settings.eval_cache)
-        _require_same_source(opened, other)
-        return lambda: (tokens.activations for tokens in other.batches(4096)), len(opened)
-    if not settings.holdout_tokens:
-        return None, len(opened)
-    if settings.holdout_tokens < 32:
-        raise InputError(f"holdout_tokens = {settings.holdout_tokens} is too few to evaluate on. Give 1,000 or more.")
-    n_train = len(opened) - settings.holdout_tokens
-    if n_train < settings.batch_size:
-        raise InputError(
-            f"holdout_tokens = {settings.holdout_tokens} leaves {n_train} of {len(opened)} tokens to train on. "
-            "Lower it."
-        )
-    return lambda: (tokens.activations for tokens in opened.batches(4096, n_train)), n_train
-
-
-def _require_same_source(opened: ActivationCache, other: ActivationCache) -> None:
-    for key in ("hook_point", "d_model", "base", "tuned"):
-        if identity(opened.manifest[key]) != identity(other.manifest[key]):
-            raise InputError(
-                f"eval_cache {str(other.path)!r} has another {key} than {str(opened.path)!r}. Cache the same pair."
-            )
 
 
 def require_same_source(crosscoder: str | Path, opened: ActivationCache) -> None:
@@ -130,6 +147,8 @@ def _wandb(settings: TrainSettings) -> Log | None:
 
 def evaluate(settings: EvalSettings) -> dict[str, Any]:
     """`crosscoders eval`"""
+    if settings.out is not None and Path(settings.out).is_dir():
+        raise InputError(f"--out {settings.out!r} is a folder; the results are one JSON file. Name a file in it.")
     opened = ActivationCache(settings.cache)
     require_same_source(settings.run, opened)
     crosscoder = load_crosscoder(settings.run, device=str(choose_device(settings.device)))
@@ -141,20 +160,6 @@ def evaluate(settings: EvalSettings) -> dict[str, Any]:
     if settings.out:
         store.write_json(Path(settings.out), described)
     return described
-
-
-def cache_inputs(opened: ActivationCache) -> dict[str, Any]:
-    """What of a cache is recorded beside every result made from it."""
-    manifest = opened.manifest
-    kept = ("hook_point", "base", "tuned", "tokenizer_hash", "template_hash", "groups", "dtype", "drop_bos")
-    return {
-        "cache": {
-            "path": str(opened.path),
-            "hash": opened.manifest_hash,
-            "n_tokens": len(opened),
-            **{key: manifest[key] for key in kept},
-        }
-    }
 
 
 def result(name: str, config: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:

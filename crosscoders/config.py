@@ -4,7 +4,7 @@ A contradiction raises InputError when the dataclass is made, so it is found bef
 Published recipes are in `PRESETS`; their sources are in docs/math.md.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from crosscoders.errors import InputError
@@ -44,8 +44,9 @@ class CacheConfig:
     """Base model: local folder or hub id."""
     tuned: str
     """Tuned model: local folder, hub id, or a PEFT adapter of the base model."""
-    hook_point: str
-    """Where activations are read, a TransformerLens name such as blocks.13.hook_resid_post."""
+    hook_point: str | list[str]
+    """Where activations are read, a TransformerLens name such as blocks.13.hook_resid_post. A list of them is read in
+    one pass, and each makes a cache of its own in OUT/<hook_point>."""
     data: str | list[str | DataSource]
     """Documents: a path or `datasets` id, or a list of them, or of {path, text_column, weight, ...}."""
     out: str
@@ -83,6 +84,17 @@ class CacheConfig:
                 f"data {self.data!r} is not a list of paths or of {{path, name, split, text_column, messages_column, "
                 "group, weight}. Check its keys and quotes."
             )
+        if not self.hook_point:
+            raise InputError("hook_point is empty. Give a name such as blocks.13.hook_resid_post, or a list of them.")
+        for number, name in enumerate(self.hook_point if isinstance(self.hook_point, list) else []):
+            if name in self.hook_point[:number]:
+                raise InputError(f"hook_point names {name!r} twice. Name each hook point once.")
+
+    def points(self) -> list["CacheConfig"]:
+        """The config of each hook point alone; of a list, each has a folder of its own in `out`."""
+        if isinstance(self.hook_point, str):
+            return [self]
+        return [replace(self, hook_point=name, out=f"{self.out.rstrip('/')}/{name}") for name in self.hook_point]
 
     def sources(self) -> list[DataSource]:
         """The data setting as a list of sources."""

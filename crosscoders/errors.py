@@ -23,6 +23,12 @@ class CorruptData(RuntimeError):
     exit_status = 4
 
 
+class Stopped(KeyboardInterrupt):
+    """SIGTERM came. Like Ctrl-C it is raised wherever the main thread stands."""
+
+    exit_status = 143
+
+
 def nearest(word: str, choices: list[str]) -> str:
     """The end of a sentence: `; did you mean 'x'?` for the closest choice, or `.` when nothing is close."""
     import difflib

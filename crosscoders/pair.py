@@ -19,9 +19,8 @@ from torch import Tensor, nn
 
 from crosscoders import hooks, store
 from crosscoders.errors import CorruptData, EnvironmentFault, InputError
+from crosscoders.names import PROBE, is_adapter, load_auto, one_tokenizer, require_no_lost_path
 from crosscoders.tokens import PaddedBatch
-
-PROBE = "The quick brown fox, def f(x): return 42\n\tNäïve 数据 <end>"
 
 
 @dataclass(frozen=True)
@@ -59,11 +58,14 @@ class ModelPair:
 
     def activations(self, batch: PaddedBatch, hook_point: str) -> Float[Tensor, "rows seq n_models d_model"]:
         """Activations of both models on one padded batch, base first."""
-        ids = torch.from_numpy(batch.ids).to(self.device)
-        mask = torch.from_numpy(batch.attention_mask).to(self.device)
-        return torch.stack(
-            [hooks.run_to(model, self.hook_points, ids, mask)[hook_point] for model in self.models], dim=2
-        )
+        return self.activations_at(batch)[hook_point]
+
+    def activations_at(self, batch: PaddedBatch) -> dict[str, Float[Tensor, "rows seq n_models d_model"]]:
+        """The same at every hook point, from one forward pass of each model."""
+        ids = torch.from_numpy(batch.ids).to(self.device, non_blocking=True)
+        mask = torch.from_numpy(batch.attention_mask).to(self.device, non_blocking=True)
+        base, tuned = (hooks.run_to(model, self.hook_points, ids, mask) for model in self.models)
+        return {name: torch.stack([base.pop(name), tuned.pop(name)], dim=2) for name in self.hook_points}
 
 
 def identity(entry: Any) -> Any:
@@ -112,9 +114,11 @@ def inspect_pair(base: str, tuned: str, hook_points: list[str], *, tokenizer: st
         InputError: a model is not there or is a git-lfs pointer, the widths differ, a layer is out of range, the
             tokenizers differ.
     """
-    adapter = tuned if _is_adapter(tuned) else None
-    base_config = _load(base, "config")
-    tuned_config = base_config if adapter else _load(tuned, "config")
+    for name in (base, tuned, *([tokenizer] if tokenizer else [])):
+        require_no_lost_path(name)
+    adapter = tuned if is_adapter(tuned) else None
+    base_config = load_auto(base, "config")
+    tuned_config = base_config if adapter else load_auto(tuned, "config")
     for name in (base, tuned):
         for file in Path(name).glob("*.safetensors") if Path(name).is_dir() else ():
             store.refuse_lfs_pointer(file)
@@ -127,7 +131,12 @@ def inspect_pair(base: str, tuned: str, hook_points: list[str], *, tokenizer: st
     n_layers = min(base_text.num_hidden_layers, tuned_text.num_hidden_layers)
     for hook_point in hook_points:
         hooks.require_layer(hook_point, n_layers, base)
-    chosen = _one_tokenizer(base, tuned, tokenizer, adapter)
+    if adapter and len({hooks.is_residual(hook_point) for hook_point in hook_points}) > 1:
+        raise InputError(
+            f"{tuned!r} is an adapter: residual hook points read it unmerged and others merged, so one pass "
+            "cannot give both. Cache them in two runs."
+        )
+    chosen = one_tokenizer(base, tuned, tokenizer, adapter)
     n_ids = min(base_text.vocab_size, tuned_text.vocab_size)
     if max(chosen.get_vocab().values()) >= n_ids:
         raise InputError(
@@ -135,62 +144,6 @@ def inspect_pair(base: str, tuned: str, hook_points: list[str], *, tokenizer: st
             "Name the tokenizer that fits both with --tokenizer."
         )
     return PairInfo(base, tuned, adapter, chosen, base_text.hidden_size, n_layers)
-
-
-def _is_adapter(name: str) -> bool:
-    if Path(name).is_dir():
-        return (Path(name) / "adapter_config.json").is_file()
-    from transformers.utils import cached_file
-
-    try:
-        found = cached_file(name, "adapter_config.json", _raise_exceptions_for_missing_entries=False)
-    except OSError:
-        return False
-    return found is not None
-
-
-def _load(name: str, what: str) -> Any:
-    """A configuration or tokenizer, or one line that says why there is none."""
-    import transformers
-
-    auto = transformers.AutoConfig if what == "config" else transformers.AutoTokenizer
-    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
-        raise InputError(
-            f"model folder {name!r} does not exist. Check the path, or give a hub id such as 'google/gemma-2-2b'."
-        )
-    try:
-        return auto.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        lines = str(error).splitlines() or [type(error).__name__]
-        nowhere = "" if Path(name).is_dir() else ", and no local folder of that name"
-        raise InputError(
-            f"no {what} for model {name!r}{nowhere}: {lines[0]} "
-            "Give a local folder, or a hub id that you can reach "
-            "(gated models need HF_TOKEN and an accepted licence)."
-        ) from None
-
-
-def _one_tokenizer(base: str, tuned: str, chosen: str | None, adapter: str | None) -> Any:
-    """The tokenizer of the tuned model (its chat template is the right one), after comparing it with the base's."""
-    if chosen is not None:
-        return _load(chosen, "tokenizer")
-    base_tokenizer = _load(base, "tokenizer")
-    if adapter is not None and not (Path(adapter) / "tokenizer_config.json").is_file():
-        return base_tokenizer
-    tuned_tokenizer = _load(tuned, "tokenizer")
-    first, second = base_tokenizer.get_vocab(), tuned_tokenizer.get_vocab()
-    if first != second:
-        token = min(set(first.items()) ^ set(second.items()), key=lambda item: item[1])[0]
-        raise InputError(
-            f"the tokenizers differ: token {token!r} has id {first.get(token)} in {base!r} and {second.get(token)} in "
-            f"{tuned!r}. Both models must read the same ids; name one that fits both with --tokenizer."
-        )
-    if base_tokenizer(PROBE)["input_ids"] != tuned_tokenizer(PROBE)["input_ids"]:
-        raise InputError(
-            f"the tokenizers of {base!r} and {tuned!r} have one vocabulary but split text differently. "
-            "Name the one that fits both with --tokenizer."
-        )
-    return tuned_tokenizer if tuned_tokenizer.chat_template or not base_tokenizer.chat_template else base_tokenizer
 
 
 def choose_device(device: str) -> torch.device:
@@ -212,6 +165,12 @@ def choose_device(device: str) -> torch.device:
             f"device {device!r} is not there: this machine has {torch.cuda.device_count()} GPUs. Use --device cpu."
         )
     return chosen
+
+
+def model_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The type that a setting means; auto: bfloat16 on a GPU, float32 on a CPU."""
+    auto = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(name, auto)
 
 
 def load_pair(
@@ -236,9 +195,7 @@ def load_pair(
     hook_points = [hook_point] if isinstance(hook_point, str) else list(hook_point)
     chosen = choose_device(device)
     info = info or inspect_pair(base, tuned, hook_points, tokenizer=tokenizer)
-    chosen_dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(
-        dtype, torch.bfloat16 if chosen.type == "cuda" else torch.float32
-    )
+    chosen_dtype = model_dtype(dtype, chosen)
     with quiet_transformers():
         models = tuple(_load_model(info, is_tuned, hook_points, chosen, chosen_dtype) for is_tuned in (False, True))
     return ModelPair(info, (models[0], models[1]), hook_points, chosen)

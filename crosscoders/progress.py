@@ -14,7 +14,8 @@ def say(line: str) -> None:
 class Progress:
     """A bar with rate and time left on a terminal, nothing elsewhere."""
 
-    def __init__(self, label: str, *, total: int, start: int = 0, unit: str = "it") -> None:
+    def __init__(self, label: str, *, total: int, start: int = 0, unit: str = "it", hidden: bool = False) -> None:
+        self.done = start
         self._bar: tqdm[Any] = tqdm(
             total=total,
             initial=start,
@@ -22,10 +23,11 @@ class Progress:
             unit_scale=True,
             desc=label,
             leave=False,
-            disable=not sys.stderr.isatty(),
+            disable=hidden or not sys.stderr.isatty(),
         )
 
     def update(self, n: int) -> None:
+        self.done += n
         self._bar.update(n)
 
     def close(self) -> None:

@@ -42,6 +42,18 @@ def checksum(data: bytes | mmap.mmap) -> str:
     return str(xxhash.xxh3_128_hexdigest(data))
 
 
+def written(path: Path) -> Written:
+    """Size and checksum of a file, read in blocks of 8 MiB."""
+    import xxhash
+
+    digest, n_bytes = xxhash.xxh3_128(), 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 23):
+            digest.update(block)
+            n_bytes += len(block)
+    return Written(n_bytes, str(digest.hexdigest()))
+
+
 def hash_file(path: Path) -> str:
     """sha256 of a file, read in blocks of 8 MiB."""
     import hashlib
@@ -88,6 +100,31 @@ def write_bytes(path: Path, data: bytes) -> Written:
     return Written(len(data), checksum(data))
 
 
+def link_or_copy(source: Path, path: Path, expected: Written) -> None:
+    """Publish a finished file under a second name; it is copied and checked where the disk cannot link.
+
+    Raises:
+        EnvironmentFault: no space left, or the folder cannot be written.
+        CorruptData: what was copied is not what was expected.
+    """
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+            if written(temporary) != expected:
+                raise CorruptData(f"{source} does not match its checksum. Make its folder again.") from None
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise EnvironmentFault(f"cannot write {path}: {error.strerror}. Choose another --out.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def _sync_folder(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -109,11 +146,16 @@ def read_json(path: Path) -> Any:
         CorruptData: it is not JSON.
     """
     try:
-        return json.loads(path.read_bytes())
+        return _parse(path.read_bytes(), str(path))
     except FileNotFoundError:
         raise InputError(f"there is no {path}. Check the folder's name.") from None
+
+
+def _parse(data: bytes, name: str) -> Any:
+    try:
+        return json.loads(data)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CorruptData(f"{path} is not valid JSON ({error}). Restore it, or make it again.") from None
+        raise CorruptData(f"{name} is not valid JSON ({error}). Restore it, or make it again.") from None
 
 
 def read_object(path: Path, *keys: str) -> dict[str, Any]:
@@ -123,11 +165,19 @@ def read_object(path: Path, *keys: str) -> dict[str, Any]:
         InputError: there is no such file.
         CorruptData: it is not JSON, no object, or lacks a key.
     """
-    found = read_json(path)
+    return _with_keys(read_json(path), str(path), *keys)
+
+
+def parse_object(data: bytes, name: str, *keys: str) -> dict[str, Any]:
+    """The same from bytes that were read elsewhere; `name` is for the message."""
+    return _with_keys(_parse(data, name), name, *keys)
+
+
+def _with_keys(found: Any, name: str, *keys: str) -> dict[str, Any]:
     missing = [key for key in keys if not isinstance(found, dict) or key not in found]
     if missing or not isinstance(found, dict):
         raise CorruptData(
-            f"{path} has no {missing[0] if missing else 'object'!r}, so it is damaged. Restore it, or make it again."
+            f"{name} has no {missing[0] if missing else 'object'!r}, so it is damaged. Restore it, or make it again."
         )
     return found
 

@@ -1,5 +1,6 @@
 """What the commands of `diffing` do, each as one function of its settings that returns a JSON object."""
 
+import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ def scale(settings: ScaleSettings) -> dict[str, Any]:
     counts = {verdict: int((table["verdict"] == verdict).sum()) for verdict in VERDICTS}
     say("  ".join(f"{verdict} {n}" for verdict, n in counts.items() if n) + f"  of {len(table):,} latents")
     closing(started, f"latent table in {run / 'latents.json'}")
-    say(f"next: diffing report {run}")
+    say(f"next: diffing report {shlex.quote(str(run))}")
     rows = [row(f"scale.verdict.{verdict}.count", n, "latents", len(table)) for verdict, n in counts.items()]
     return result("scale", to_dict(settings), rows)
 
@@ -41,7 +42,7 @@ def _trained_on(run: Path) -> str:
             f"{str(run)!r} is not a run folder (no run.json), so its cache is unknown. Name it: --cache CACHE"
         )
     inputs = store.read_object(run / "run.json", "inputs")["inputs"]
-    if "cache" not in inputs:
+    if "path" not in inputs.get("cache", {}):
         raise InputError(f"{str(run)!r} was not trained on a cache. Name one: --cache CACHE")
     return str(inputs["cache"]["path"])
 

@@ -77,7 +77,7 @@ class Pair:
         self.base, self.tuned = str(folder / "base"), str(folder / "tuned")
         self.data = str(folder / "data.jsonl")
 
-    def config(self, out: Path, **changes: object) -> CacheConfig:
+    def config(self, out: Path | str, **changes: object) -> CacheConfig:
         settings: dict[str, object] = {
             "base": self.base, "tuned": self.tuned, "hook_point": "blocks.1.hook_resid_post", "data": self.data,
             "out": str(out), "n_tokens": 600, "shard_tokens": 128, "batch_rows": 4, "dtype": "float32",

@@ -234,14 +234,14 @@ def test_a_non_finite_activation_names_model_document_and_position(
 ) -> None:
     from crosscoders.pair import ModelPair
 
-    real = ModelPair.activations
+    real = ModelPair.activations_at
 
-    def poisoned(self: ModelPair, batch: object, hook_point: str) -> torch.Tensor:
-        x = real(self, batch, hook_point)  # type: ignore[arg-type]
-        x[1, 4, 1, 0] = float("inf")
-        return x
+    def poisoned(self: ModelPair, batch: object) -> dict[str, torch.Tensor]:
+        found = real(self, batch)  # type: ignore[arg-type]
+        found["blocks.1.hook_resid_post"][1, 4, 1, 0] = float("inf")
+        return found
 
-    monkeypatch.setattr(ModelPair, "activations", poisoned)
+    monkeypatch.setattr(ModelPair, "activations_at", poisoned)
     with pytest.raises(CorruptData, match=r"tuned' gives a non-finite activation at .* document \d+, position 4\."):
         cache_activations(pair.config(tmp_path / "cache"))
 

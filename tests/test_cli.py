@@ -270,3 +270,22 @@ def test_numbers_out_of_range_are_refused(
     start = ["train", "--cache", str(cache_folder), "--out", str(tmp_path / "r")]
     assert crosscoders_cli.main([*start, *TRAIN, *argv]) == 2
     assert line in error_line(capsys)
+
+
+def test_a_folder_as_the_file_of_results_is_refused_before_the_work(
+    trained: Path,
+    cache_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("crosscoders.commands.load_crosscoder", lambda *a, **k: pytest.fail("it was loaded"))
+    argv = ["eval", str(trained), "--cache", str(cache_folder), "--out", str(tmp_path)]
+    assert crosscoders_cli.main(argv) == 2
+    assert f"--out {str(tmp_path)!r} is a folder; the results are one JSON file" in error_line(capsys)
+
+
+def test_next_lines_quote_odd_paths(cache_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = str(tmp_path / "a run; rm")
+    assert crosscoders_cli.main(["train", "--cache", str(cache_folder), "--out", run, *TRAIN]) == 0
+    assert f"next: diffing scale '{run}' --cache {cache_folder}" in capsys.readouterr().err

@@ -208,7 +208,12 @@ def test_every_command_and_flag_in_the_documents_exists(document: str) -> None:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
-def test_command_lines_in_the_documents_are_accepted_with_their_values(document: str) -> None:
+def test_command_lines_in_the_documents_are_accepted_with_their_values(
+    document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for block in blocks(read(document), "yaml"):  # the first line is a comment with the file's name
+        Path(block.split("\n")[0].removeprefix("# ")).write_text(block)
     assert not faults(wrong_settings, command_lines(read(document)))
 
 

@@ -196,6 +196,8 @@ def test_a_peft_adapter_as_the_tuned_model_equals_its_merged_model(pair: Pair, t
     torch.testing.assert_close(seen[0], seen[1], rtol=1e-4, atol=1e-5)
     plain = run_to(by_adapter.models[0], [POST], ids, torch.ones_like(ids))[POST]
     assert (seen[0] - plain).abs().max() > 1e-3
+    with pytest.raises(InputError, match=r"is an adapter: .* one pass cannot give both. Cache them in two runs"):
+        load_pair(pair.base, str(tmp_path / "adapter"), [POST, "blocks.1.hook_mlp_out"])
 
 
 def test_capture_and_replace_leave_no_hook_behind_even_after_an_error(pair: Pair) -> None:
@@ -332,3 +334,40 @@ def test_weights_that_are_cut_off_and_tokenizers_too_large_are_refused(pair: Pai
     larger.add_tokens(["<one>", "<two>"])
     larger.save_pretrained(tmp_path / "larger")
     refuse(pair.config(tmp_path / "d", tokenizer=str(tmp_path / "larger")), "ids up to 321 but a model's end at 319")
+
+
+@pytest.mark.parametrize(
+    "name, match",
+    [
+        ("./runs/x", r"model folder './runs/x' does not exist. Check the path"),
+        ("a/b/c", r"model folder 'a/b/c' does not exist"),
+        ("runs/x/", r"model folder 'runs/x/' does not exist"),
+        ("my runs/x y", r"'my runs' is a folder here and has no model folder 'x y'"),
+        ("runs/x", r"'runs' is a folder here and has no model folder 'x'. Check the path; for the hub's"),
+    ],
+)
+def test_a_mistyped_path_is_refused_without_asking_the_hub(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, match: str
+) -> None:
+    import transformers.utils
+
+    monkeypatch.setattr(transformers.utils, "cached_file", lambda *a, **k: pytest.fail("the hub was asked"))
+    monkeypatch.setattr("crosscoders.pair.load_auto", lambda *a, **k: pytest.fail("the hub was asked"))
+    for folder in ("runs", "my runs"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path)
+    for base, tuned, tokenizer in ((name, pair.tuned, None), (pair.base, name, None), (pair.base, pair.tuned, name)):
+        with pytest.raises(InputError, match=match):
+            inspect_pair(base, tuned, [POST], tokenizer=tokenizer)
+
+
+def test_a_hub_repository_in_the_local_store_is_no_lost_path(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    (tmp_path / "google").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda name, file: "/somewhere/config.json")
+    with pytest.raises(InputError, match="no config for model 'google/gemma"):  # it goes on to ask the library
+        inspect_pair("google/gemma", pair.tuned, [POST])

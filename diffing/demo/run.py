@@ -11,7 +11,8 @@ from typing import Any
 import pandas
 
 from crosscoders import commands, store
-from crosscoders.cache import ActivationCache, cache_activations
+from crosscoders.cache import ActivationCache
+from crosscoders.caching import cache_activations
 from crosscoders.cli import TrainSettings
 from crosscoders.command import parse
 from crosscoders.config import CacheConfig, DataSource, to_dict
