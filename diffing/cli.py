@@ -1,6 +1,7 @@
-"""`diffing scale | report | demo`. Settings and messages only; the work is in the modules that the commands name."""
+"""`diffing scale | causal | report | demo`. Settings and messages only; the commands name the modules that work."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from crosscoders.command import Command
 from crosscoders.command import main as run_main
@@ -24,6 +25,47 @@ class ScaleSettings:
 
     def __post_init__(self) -> None:
         require_range(self, 1, None, "n_tokens", "n_examples")
+
+
+@dataclass(frozen=True)
+class CausalSettings:
+    """Patch chosen latents from one model into the other and measure how far its predictions follow."""
+
+    run: str
+    """Run folder, after `diffing scale`."""
+    cache: str | None = None
+    """Folder of `crosscoders cache`, whose models and chats are used; best one of held-out documents. Default: the one
+    that the run was trained on."""
+    data: str | None = None
+    """Other chats: file, folder or `datasets` id with a messages column."""
+    n_documents: int = 512
+    """Chats with a response to measure on."""
+    n_latents: int | list[int] = 32
+    """Sizes of the sets by Latent Scaling, by norm and at random."""
+    random_draws: int = 10
+    """Random sets of each size, from latents that are alive."""
+    match_frequency: bool = False
+    """Draw random latents that are as frequent as those chosen by Latent Scaling."""
+    latents: list[int] | None = None
+    """A set of your own."""
+    first_tokens: int = 9
+    """Tokens of each response that are also counted apart."""
+    batch_rows: int = 8
+    """Chats in one forward pass."""
+    model_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type in which the models run; auto: bfloat16 on a GPU, float32 on a CPU."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    seed: int = 0
+    """Seed of random sets and of bootstrap resamples."""
+
+    def __post_init__(self) -> None:
+        require_range(self, 1, None, "n_documents", "random_draws", "first_tokens", "batch_rows")
+        require_range(self, 0, 2**63 - 1, "seed")
+
+    def top(self) -> list[int]:
+        """n_latents as a list."""
+        return [self.n_latents] if isinstance(self.n_latents, int) else self.n_latents
 
 
 @dataclass(frozen=True)
@@ -56,6 +98,13 @@ COMMANDS = [
         "Latent Scaling, verdicts and examples for every latent of a run.",
         ScaleSettings,
         "diffing.commands:scale",
+        "run",
+    ),
+    Command(
+        "causal",
+        "Share of the KL between the models that chosen latents close.",
+        CausalSettings,
+        "diffing.commands:causal",
         "run",
     ),
     Command(

@@ -11,7 +11,9 @@ from crosscoders.config import to_dict
 from crosscoders.errors import InputError
 from crosscoders.progress import say
 from crosscoders.reporting import row
-from diffing.cli import DemoSettings, ReportSettings, ScaleSettings
+from diffing.causal import measure_run
+from diffing.causal_summary import rows, summary
+from diffing.cli import CausalSettings, DemoSettings, ReportSettings, ScaleSettings
 from diffing.report import write_report
 from diffing.table import scale_run
 from diffing.verdict import VERDICTS
@@ -20,19 +22,38 @@ from diffing.verdict import VERDICTS
 def scale(settings: ScaleSettings) -> dict[str, Any]:
     """`diffing scale`"""
     started = time.perf_counter()
-    run = Path(settings.run)
-    if not run.is_dir():
-        raise InputError(f"{settings.run!r} is not a folder; the results are written into it. Name a run folder.")
-    cache = ActivationCache(settings.cache if settings.cache is not None else _trained_on(run))
-    require_same_source(run, cache)
+    run, cache = _opened(settings.run, settings.cache)
     say(f"scale {run} on {min(settings.n_tokens or len(cache), len(cache)):,} tokens of {cache.path}")
     table = scale_run(run, cache, n_tokens=settings.n_tokens, n_examples=settings.n_examples, device=settings.device)
     counts = {verdict: int((table["verdict"] == verdict).sum()) for verdict in VERDICTS}
     say("  ".join(f"{verdict} {n}" for verdict, n in counts.items() if n) + f"  of {len(table):,} latents")
     closing(started, f"latent table in {run / 'latents.json'}")
     say(f"next: diffing report {run}")
-    rows = [row(f"scale.verdict.{verdict}.count", n, "latents", len(table)) for verdict, n in counts.items()]
-    return result("scale", to_dict(settings), rows)
+    found = [row(f"scale.verdict.{verdict}.count", n, "latents", len(table)) for verdict, n in counts.items()]
+    return result("scale", to_dict(settings), found)
+
+
+def causal(settings: CausalSettings) -> dict[str, Any]:
+    """`diffing causal`"""
+    started = time.perf_counter()
+    run, cache = _opened(settings.run, settings.cache)
+    say(f"causal {run} at {cache.manifest['hook_point']} of the models of {cache.path}")
+    measured = measure_run(run, cache, settings)
+    found = rows(measured, first_tokens=settings.first_tokens, seed=settings.seed)
+    described = result("causal", to_dict(settings), found)
+    store.write_json(run / "causal.json", described)
+    closing(started, f"{len(found)} rows in {run / 'causal.json'}")
+    return described | {"text": summary(found, settings.first_tokens)}
+
+
+def _opened(run: str, cache: str | None) -> tuple[Path, ActivationCache]:
+    """A run folder and a cache of the same pair; default: the one that the run was trained on."""
+    folder = Path(run)
+    if not folder.is_dir():
+        raise InputError(f"{run!r} is not a folder; the results are written into it. Name a run folder.")
+    opened = ActivationCache(cache if cache is not None else _trained_on(folder))
+    require_same_source(folder, opened)
+    return folder, opened
 
 
 def _trained_on(run: Path) -> str:

@@ -14,7 +14,7 @@ import pandas
 
 from crosscoders import store
 from crosscoders.cache import ActivationCache
-from crosscoders.errors import InputError
+from crosscoders.errors import CorruptData, InputError
 from crosscoders.formats import load_crosscoder
 from crosscoders.model import Crosscoder
 from crosscoders.pair import choose_device, inspect_pair
@@ -124,6 +124,26 @@ def write_table(run: Path, table: pandas.DataFrame, scales: LatentScales, cache:
         "columns": columns,
     }
     store.write_json(run / "latents.json", described)
+
+
+def read_table(run: Path) -> pandas.DataFrame:
+    """The latent table that `diffing scale` wrote.
+
+    Raises:
+        InputError: there is none.
+        CorruptData: it cannot be read, or has another number of latents than latents.json.
+    """
+    if not (run / "latents.json").is_file():
+        raise InputError(f"{str(run)!r} has no latent table (latents.json). Make it first: diffing scale {run}")
+    listed = store.read_object(run / "latents.json", "columns")["columns"]
+    try:
+        table = pandas.read_parquet(run / "latents.parquet")
+    except (OSError, ValueError) as error:
+        cause = str(error).splitlines()[0]
+        raise CorruptData(f"{run / 'latents.parquet'} cannot be read ({cause}). Run diffing scale again.") from None
+    if table.index.tolist() != listed.get("latent"):
+        raise CorruptData(f"{run / 'latents.parquet'} and latents.json list other latents. Run diffing scale again.")
+    return table
 
 
 def cache_tokenizer(cache: ActivationCache) -> Any:
