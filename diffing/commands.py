@@ -27,9 +27,19 @@ def scale(settings: ScaleSettings) -> dict[str, Any]:
     table = scale_run(run, cache, n_tokens=settings.n_tokens, n_examples=settings.n_examples, device=settings.device)
     counts = {verdict: int((table["verdict"] == verdict).sum()) for verdict in VERDICTS}
     say("  ".join(f"{verdict} {n}" for verdict, n in counts.items() if n) + f"  of {len(table):,} latents")
+    twins = store.read_object(run / "twins.json", "twins", "control")
+    if twins["twins"]:
+        say(
+            f"{len(twins['twins'])} twins: a tuned-only and a base-only latent with one direction, {run / 'twins.json'}"
+        )
     closing(started, f"latent table in {run / 'latents.json'}")
     say(f"next: diffing report {run}")
     found = [row(f"scale.verdict.{verdict}.count", n, "latents", len(table)) for verdict, n in counts.items()]
+    found.append(row("scale.twins.count", len(twins["twins"]), "pairs", len(table)))
+    for name in ("twins", "control"):
+        apart = [pair["divergence"] for pair in twins[name]]
+        if apart:
+            found.append(row(f"scale.{name}.divergence", sum(apart) / len(apart), "fraction", len(apart)))
     return result("scale", to_dict(settings), found)
 
 

@@ -1,7 +1,8 @@
 """Step 4 of the data flow: run folder + cache -> one row of evidence per latent.
 
-`scale_run` is what `diffing scale` does: one pass over the cache gives Latent Scaling and context shares, a second
-one the examples of the latents that rank first. Files: RUN/latents.json, RUN/examples.json, RUN/latents.parquet.
+`scale_run` is what `diffing scale` does: one pass over the cache gives Latent Scaling and context shares, another one
+the examples of the latents that rank first, and a third the divergence of twins where there are any. Files:
+RUN/latents.json, RUN/examples.json, RUN/twins.json, RUN/latents.parquet.
 """
 
 import io
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pandas
+import torch
 
 from crosscoders import store
 from crosscoders.cache import ActivationCache
@@ -22,6 +24,7 @@ from crosscoders.progress import Progress, say
 from diffing.contexts import TEMPLATE, ContextSums, examples
 from diffing.decoder_norms import decoder_cosine, norm_class
 from diffing.latent_scaling import LatentScales, ScalingSums
+from diffing.twins import Pairs, add_twins, divergence, false_pairs, twin_pairs
 from diffing.verdict import Thresholds, ranks, specificity, verdicts
 
 FORMAT_VERSION = 1
@@ -39,6 +42,8 @@ def scale_run(
     require_fit(crosscoder, cache)
     scales, contexts = scale_cache(crosscoder, cache, n_tokens=n_tokens)
     table = latent_table(crosscoder, scales, contexts)
+    table, twins = with_twins(crosscoder, table, cache, scales.n_tokens)
+    store.write_json(run / "twins.json", {"format_version": FORMAT_VERSION, **twins})
     parquet = io.BytesIO()
     table.to_parquet(parquet)
     store.write_bytes(run / "latents.parquet", parquet.getvalue())
@@ -46,8 +51,26 @@ def scale_run(
     say(f"examples of the {len(chosen)} latents that rank first")
     found = examples(crosscoder, cache, chosen, cache_tokenizer(cache), n_tokens=n_tokens)
     store.write_json(run / "examples.json", {"format_version": FORMAT_VERSION, "latents": found})
-    write_table(run, table, scales, cache)  # last: its presence says that all three files are there
+    write_table(run, table, scales, cache)  # last: its presence says that the other files are there
     return table
+
+
+def with_twins(
+    crosscoder: Crosscoder, table: pandas.DataFrame, cache: ActivationCache, n_tokens: int
+) -> tuple[pandas.DataFrame, dict[str, list[dict[str, Any]]]]:
+    """The table with the columns of `twins.add_twins`, and all twins and false twins with their divergence."""
+    pairs = twin_pairs(crosscoder, table)
+    control = false_pairs(crosscoder, table, pairs)
+    both = Pairs(*(torch.cat(sides) for sides in zip(pairs, control, strict=True)))
+    batches = (tokens.activations for tokens in cache.batches(4096, 0, n_tokens)) if len(both.tuned) else ()
+    divergences = divergence(crosscoder, table, both, batches)
+    n = len(pairs.tuned)
+    columns = (both.tuned.tolist(), both.base.tolist(), both.cosine.tolist(), divergences.tolist())
+    listed = [
+        {"tuned": i, "base": j, "cosine": cosine, "divergence": apart}
+        for i, j, cosine, apart in zip(*columns, strict=True)
+    ]
+    return add_twins(table, pairs, divergences[:n]), {"twins": listed[:n], "control": listed[n:]}
 
 
 def require_fit(crosscoder: Crosscoder, cache: ActivationCache) -> None:
@@ -114,7 +137,7 @@ def write_table(run: Path, table: pandas.DataFrame, scales: LatentScales, cache:
     """RUN/latents.json: the table by columns, undefined numbers as null."""
     columns = {"latent": table.index.tolist()}
     for name in table.columns:
-        columns[name] = [None if isinstance(v, float) and not math.isfinite(v) else v for v in table[name].tolist()]
+        columns[name] = [_plain(value) for value in table[name].tolist()]
     described: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "n_tokens": scales.n_tokens,
@@ -124,6 +147,10 @@ def write_table(run: Path, table: pandas.DataFrame, scales: LatentScales, cache:
         "columns": columns,
     }
     store.write_json(run / "latents.json", described)
+
+
+def _plain(value: Any) -> Any:
+    return None if value is pandas.NA or (isinstance(value, float) and not math.isfinite(value)) else value
 
 
 def read_table(run: Path) -> pandas.DataFrame:
