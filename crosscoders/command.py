@@ -27,7 +27,7 @@ class Command(NamedTuple):
     """`module:function`; the function takes the settings and returns a JSON object, which `--json` prints. An entry
     `text` is for people and printed otherwise."""
     positional: str | None = None
-    """Setting that may be given without its flag."""
+    """Setting that may be given without its flag; where it is a list, any number of values."""
     presets: dict[str, dict[str, Any]] | None = None
     """Named defaults for --preset."""
 
@@ -107,6 +107,9 @@ def parse(program: str, command: Command, argv: list[str]) -> Parsed:
     parser.add_class_arguments(command.settings)
     argv = _with_underscores(argv)
     if command.positional and argv and not argv[0].startswith("-"):
+        if next(f for f in dataclasses.fields(command.settings) if f.name == command.positional).type == list[str]:
+            n = next((i for i, arg in enumerate(argv) if arg.startswith("-")), len(argv))
+            argv = [json.dumps(argv[:n]), *argv[n:]]
         argv = [f"--{command.positional}", *argv]
     _check_yaml(argv, parser)
     try:

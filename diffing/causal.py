@@ -27,7 +27,7 @@ from crosscoders.config import CacheConfig, DataSource
 from crosscoders.errors import InputError
 from crosscoders.formats import load_crosscoder
 from crosscoders.model import Crosscoder
-from crosscoders.pair import ModelPair, choose_device, inspect_pair, load_pair
+from crosscoders.pair import ModelPair, PairInfo, choose_device, inspect_pair, load_pair
 from crosscoders.progress import Progress, say
 from diffing.causal_data import Chat, ChatBatch, batches, read_chats
 from diffing.causal_model import ResumableModel, State
@@ -76,18 +76,21 @@ def measure_run(run: Path, cache: ActivationCache, settings: "CausalSettings") -
         for direction, target in DIRECTIONS.items()
     }
     config = cached_config(cache, settings.data)
-    info = inspect_pair(config.base, config.tuned, [config.hook_point], tokenizer=config.tokenizer)
+    info = inspect_cached(cache)
     chats = read_chats(config, info.tokenizer, settings.n_documents)
-    pair = load_pair(
-        config.base,
-        config.tuned,
-        config.hook_point,
-        device=settings.device,
-        dtype=settings.model_dtype,
-        info=info,
-        whole=True,
-    )
+    pair = load_whole(info, config.hook_point, settings.device, settings.model_dtype)
     return measure(crosscoder, pair, chats, sets, batch_rows=settings.batch_rows, first_tokens=settings.first_tokens)
+
+
+def inspect_cached(cache: ActivationCache) -> PairInfo:
+    """The pair that a cache was made with, checked without its weights."""
+    config = cached_config(cache)
+    return inspect_pair(config.base, config.tuned, [config.hook_point], tokenizer=config.tokenizer)
+
+
+def load_whole(info: PairInfo, hook_point: str, device: str, dtype: str) -> ModelPair:
+    """Both models with their unembedding."""
+    return load_pair(info.base, info.tuned, hook_point, device=device, dtype=dtype, info=info, whole=True)
 
 
 def cached_config(cache: ActivationCache, data: str | None = None) -> CacheConfig:

@@ -1,6 +1,6 @@
-"""`diffing scale | causal | report | demo`. Settings and messages only; the commands name the modules that work."""
+"""`diffing scale | causal | steer | lens | stability | report | demo`. Settings and messages only."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from crosscoders.command import Command
@@ -69,6 +69,66 @@ class CausalSettings:
 
 
 @dataclass(frozen=True)
+class SteerSettings:
+    """Add a latent's decoder to a model while it answers."""
+
+    run: str
+    """Run folder, after `diffing scale`."""
+    latent: int
+    """Number of the latent."""
+    prompt: str
+    """User message, or text to go on with where the models have no chat template."""
+    cache: str | None = None
+    """Folder of `crosscoders cache`, whose models are used. Default: the one that the run was trained on."""
+    strengths: list[float] = field(default_factory=lambda: [0.0, 1.0])
+    """Strengths, in units of the latent's largest activation in the table; 0 changes nothing."""
+    decoder: Literal["base", "tuned"] = "tuned"
+    """Whose decoder is added."""
+    model: Literal["base", "tuned"] = "base"
+    """Which model answers."""
+    max_new_tokens: int = 32
+    """Longest answer, in tokens."""
+    model_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type in which the models run; auto: bfloat16 on a GPU, float32 on a CPU."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+
+    def __post_init__(self) -> None:
+        require_range(self, 1, None, "max_new_tokens")
+
+
+@dataclass(frozen=True)
+class LensSettings:
+    """The tokens that decoders write for, read with each model's final norm and unembedding."""
+
+    run: str
+    """Run folder, after `diffing scale`."""
+    cache: str | None = None
+    """Folder of `crosscoders cache`, whose models are used. Default: the one that the run was trained on."""
+    latents: list[int] | None = None
+    """Latents to read; default: the first 32 by rank."""
+    top: int = 8
+    """Tokens for each decoder."""
+    model_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type in which the models run; auto: bfloat16 on a GPU, float32 on a CPU."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+
+    def __post_init__(self) -> None:
+        require_range(self, 1, None, "top")
+
+
+@dataclass(frozen=True)
+class StabilitySettings:
+    """Which latents come back in other training runs of the same pair."""
+
+    runs: list[str]
+    """Two or more run folders, after `diffing scale`."""
+    seed: int = 0
+    """Seed of the permuted control."""
+
+
+@dataclass(frozen=True)
 class ReportSettings:
     """One self-contained HTML page and one JSON file about a run."""
 
@@ -106,6 +166,27 @@ COMMANDS = [
         CausalSettings,
         "diffing.commands:causal",
         "run",
+    ),
+    Command(
+        "steer",
+        "Add a latent's decoder to a model while it answers.",
+        SteerSettings,
+        "diffing.commands:steer",
+        "run",
+    ),
+    Command(
+        "lens",
+        "Tokens that the decoders of latents write for.",
+        LensSettings,
+        "diffing.commands:lens",
+        "run",
+    ),
+    Command(
+        "stability",
+        "Which latents come back in other training runs of the same pair.",
+        StabilitySettings,
+        "diffing.commands:stability",
+        "runs",
     ),
     Command(
         "report",

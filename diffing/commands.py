@@ -9,13 +9,29 @@ from crosscoders.cache import ActivationCache
 from crosscoders.commands import closing, require_same_source, result
 from crosscoders.config import to_dict
 from crosscoders.errors import InputError
+from crosscoders.formats import load_crosscoder
+from crosscoders.hooks import is_residual
 from crosscoders.progress import say
 from crosscoders.reporting import row
-from diffing.causal import measure_run
+from diffing.causal import inspect_cached, load_whole, measure_run
+from diffing.causal_sets import checked
 from diffing.causal_summary import rows, summary
-from diffing.cli import CausalSettings, DemoSettings, ReportSettings, ScaleSettings
+from diffing.cli import (
+    CausalSettings,
+    DemoSettings,
+    LensSettings,
+    ReportSettings,
+    ScaleSettings,
+    StabilitySettings,
+    SteerSettings,
+)
+from diffing.latent_scaling import MODELS
+from diffing.lens import logit_lens
 from diffing.report import write_report
-from diffing.table import scale_run
+from diffing.stability import read_runs
+from diffing.stability import stability as survival_rows
+from diffing.steering import answer, steered, steering_vector
+from diffing.table import read_table, scale_run
 from diffing.verdict import VERDICTS
 
 
@@ -54,6 +70,51 @@ def causal(settings: CausalSettings) -> dict[str, Any]:
     store.write_json(run / "causal.json", described)
     closing(started, f"{len(found)} rows in {run / 'causal.json'}")
     return described | {"text": summary(found, settings.first_tokens)}
+
+
+def steer(settings: SteerSettings) -> dict[str, Any]:
+    """`diffing steer`"""
+    run, cache = _opened(settings.run, settings.cache)
+    hook_point = cache.manifest["hook_point"]
+    if not is_residual(hook_point):
+        raise InputError(f"steering needs a residual-stream hook point; this crosscoder reads {hook_point!r}.")
+    table, crosscoder = read_table(run), load_crosscoder(run)
+    (latent,) = checked([settings.latent], len(table))
+    largest = float(table["max_activation"][latent])
+    pair = load_whole(inspect_cached(cache), hook_point, settings.device, settings.model_dtype)
+    model, side = pair.models[MODELS.index(settings.model)], MODELS.index(settings.decoder)
+    answers, lines = (
+        [],
+        [f"latent {latent}, {settings.decoder} decoder, in the {settings.model} model; strength: answer"],
+    )
+    for strength in settings.strengths:
+        vector = steering_vector(crosscoder, latent, side=side, activation=strength * largest)
+        with steered(model, hook_point, vector):
+            text = answer(model, pair.info.tokenizer, settings.prompt, max_new_tokens=settings.max_new_tokens)
+        answers.append({"strength": strength, "answer": text})
+        lines.append(f"{strength:>6g}: {text!r}")
+    return result("steer", to_dict(settings), []) | {"answers": answers, "text": "\n".join(lines)}
+
+
+def lens(settings: LensSettings) -> dict[str, Any]:
+    """`diffing lens`"""
+    run, cache = _opened(settings.run, settings.cache)
+    table, crosscoder = read_table(run), load_crosscoder(run)
+    chosen = table.nsmallest(32, "rank").index.tolist() if settings.latents is None else settings.latents
+    latents = list(checked(chosen, len(table)))
+    pair = load_whole(inspect_cached(cache), cache.manifest["hook_point"], settings.device, settings.model_dtype)
+    found = logit_lens(crosscoder, pair, latents, n_tokens=settings.top)
+    lines = [f"{j:>6}  {name:<6}{' '.join(map(repr, tokens))}" for j in found for name, tokens in found[j].items()]
+    described = result("lens", to_dict(settings), []) | {"latents": found}
+    store.write_json(run / "lens.json", described)
+    return described | {"text": "\n".join(lines)}
+
+
+def stability(settings: StabilitySettings) -> dict[str, Any]:
+    """`diffing stability`"""
+    found = survival_rows(read_runs(settings.runs), seed=settings.seed)
+    lines = [f"{entry['name']:<44}{entry['value']:>8.1%}  n {entry['n']:,}" for entry in found]
+    return result("stability", to_dict(settings), found) | {"text": "\n".join(lines)}
 
 
 def _opened(run: str, cache: str | None) -> tuple[Path, ActivationCache]:
