@@ -1,8 +1,8 @@
 """Step 4 of the data flow: run folder + cache -> one row of evidence per latent.
 
 `scale_run` is what `diffing scale` does: one pass over the cache gives Latent Scaling and context shares, another one
-the examples of the latents that rank first, and a third the divergence of twins where there are any. Files:
-RUN/latents.json, RUN/examples.json, RUN/twins.json, RUN/latents.parquet.
+the examples of the latents that rank first, and a third the divergence of twins where there are any. Files in RUN:
+latents.json, latents.parquet, examples.json, positions.json, twins.json.
 """
 
 import io
@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import pandas
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from crosscoders import store
 from crosscoders.cache import ActivationCache
@@ -24,6 +26,7 @@ from crosscoders.progress import Progress, say
 from diffing.contexts import TEMPLATE, ContextSums, examples
 from diffing.decoder_norms import decoder_cosine, norm_class
 from diffing.latent_scaling import LatentScales, ScalingSums
+from diffing.response_positions import PLACES, PositionSums
 from diffing.twins import Pairs, add_twins, divergence, false_pairs, twin_pairs
 from diffing.verdict import Thresholds, ranks, specificity, verdicts
 
@@ -40,8 +43,10 @@ def scale_run(
     """
     crosscoder = load_crosscoder(run, device=str(choose_device(device)))
     require_fit(crosscoder, cache)
-    scales, contexts = scale_cache(crosscoder, cache, n_tokens=n_tokens)
-    table = latent_table(crosscoder, scales, contexts)
+    scales, contexts, shares = scale_cache(crosscoder, cache, n_tokens=n_tokens)
+    table = with_positions(latent_table(crosscoder, scales, contexts), shares)
+    listed = {str(latent): [round(v, 6) for v in row] for latent, row in enumerate(shares.tolist())}
+    store.write_json(run / "positions.json", {"format_version": FORMAT_VERSION, "places": PLACES, "shares": listed})
     table, twins = with_twins(crosscoder, table, cache, scales.n_tokens)
     store.write_json(run / "twins.json", {"format_version": FORMAT_VERSION, **twins})
     parquet = io.BytesIO()
@@ -88,18 +93,22 @@ def require_fit(crosscoder: Crosscoder, cache: ActivationCache) -> None:
 
 def scale_cache(
     crosscoder: Crosscoder, cache: ActivationCache, *, n_tokens: int | None = None, batch_size: int = 4096
-) -> tuple[LatentScales, ContextSums]:
-    """Latent Scaling and context shares over the first `n_tokens` of a cache (default: all), in one pass."""
+) -> tuple[LatentScales, ContextSums, Float[Tensor, "dict_size places"]]:
+    """Latent Scaling, context shares and shares by `response_positions.PLACES`, over the first `n_tokens` of a cache
+    (default: all), in one pass."""
     n_tokens = min(n_tokens or len(cache), len(cache))
     batch_size = max(1, min(batch_size, math.ceil(n_tokens / 32)))  # at least 32 batches, the blocks of the jackknife
     scaling = ScalingSums(crosscoder)
     contexts = ContextSums(crosscoder.config.dict_size, cache.manifest["groups"])
+    positions = PositionSums(crosscoder.config.dict_size)
     progress = Progress("scale", total=n_tokens, unit="tok")
     for tokens in cache.batches(batch_size, 0, n_tokens):
-        contexts.add(scaling.add(tokens.activations), tokens)
+        latents = scaling.add(tokens.activations)
+        contexts.add(latents, tokens)
+        positions.add(latents, tokens)
         progress.update(len(tokens.token_ids))
     progress.close()
-    return scaling.result(), contexts
+    return scaling.result(), contexts, positions.shares()
 
 
 def latent_table(crosscoder: Crosscoder, scales: LatentScales, contexts: ContextSums | None = None) -> pandas.DataFrame:
@@ -131,6 +140,15 @@ def latent_table(crosscoder: Crosscoder, scales: LatentScales, contexts: Context
         for i, name in enumerate(contexts.names[:-1]):
             table[f"share_{name}"] = shares[:, i]
     return table
+
+
+def with_positions(table: pandas.DataFrame, shares: Float[Tensor, "dict_size places"]) -> pandas.DataFrame:
+    """The table with template_share_before_response (the last 8 tokens before one) and response_share_first_9."""
+    before, first = PLACES.index("template_other"), PLACES.index("response_later")
+    return table.assign(
+        template_share_before_response=shares[:, :before].sum(dim=1).numpy(),
+        response_share_first_9=shares[:, before + 1 : first].sum(dim=1).numpy(),
+    )
 
 
 def write_table(run: Path, table: pandas.DataFrame, scales: LatentScales, cache: ActivationCache) -> None:

@@ -464,7 +464,7 @@ def run(crosscoder: Crosscoder, cache_folder: Path, tmp_path_factory: pytest.Tem
     """A run folder with a latent table; do not write to it."""
     folder, cache = tmp_path_factory.mktemp("causal") / "run", ActivationCache(cache_folder)
     crosscoder.save(folder, provenance=cache_inputs(cache))
-    scales, contexts = scale_cache(crosscoder, cache)
+    scales, contexts, _ = scale_cache(crosscoder, cache)
     table = latent_table(crosscoder, scales, contexts)
     table.to_parquet(folder / "latents.parquet")
     write_table(folder, table, scales, cache)
