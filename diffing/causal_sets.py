@@ -120,6 +120,12 @@ def alive_latents(table: pandas.DataFrame) -> Int[np.ndarray, " alive"]:
     return np.flatnonzero(table["n_active"].to_numpy() >= Thresholds().min_active)
 
 
+def _towards(table: pandas.DataFrame, target: int) -> Float[np.ndarray, " latents"]:
+    """Relative decoder norm seen from the target: 1 where only the target has the latent."""
+    norm = table["relative_decoder_norm"].to_numpy()
+    return norm if target == 1 else 1 - norm
+
+
 def orders(table: pandas.DataFrame, target: int) -> dict[str, Int[np.ndarray, " alive"]]:
     """Alive latents, most specific to model `target` first, by Latent Scaling and by norm.
 
@@ -130,8 +136,7 @@ def orders(table: pandas.DataFrame, target: int) -> dict[str, Int[np.ndarray, " 
     """
     alive = alive_latents(table)
     rows, suffix = table.iloc[alive], "" if target == 1 else "_mirror"
-    norm = rows["relative_decoder_norm"].to_numpy()
-    towards = norm if target == 1 else 1 - norm
+    towards = _towards(rows, target)
     error, reconstruction = rows[f"nu_error{suffix}"].abs().rank(), rows[f"nu_reconstruction{suffix}"].abs().rank()
     scaling = np.lexsort(((error + reconstruction).to_numpy(), towards < 0.5))
     return {"scaling": alive[scaling], "norm": alive[np.argsort(-towards, kind="stable")]}
@@ -175,11 +180,13 @@ def choose_sets(
         InputError: a latent number out of range or twice, an empty list, more latents than are alive.
     """
     n_alive = len(alive_latents(table))
+    n_leaning = int((_towards(table.iloc[alive_latents(table)], target) >= 0.5).sum())  # the first ones of both orders
     found = [PatchSet(kind, kind) for kind in WHOLE]
     ordered = orders(table, target)
     for score, order in ordered.items():
-        found.append(PatchSet(f"best_half.{score}", "latents", tuple(order[: len(order) // 2].tolist())))
-        found.append(PatchSet(f"worst_half.{score}", "latents", tuple(order[len(order) // 2 :].tolist())))
+        best, worst = order[: n_leaning // 2], order[n_leaning // 2 : n_leaning]
+        found.append(PatchSet(f"best_half.{score}", "latents", tuple(best.tolist())))
+        found.append(PatchSet(f"worst_half.{score}", "latents", tuple(worst.tolist())))
     for n in n_latents:
         if not 1 <= n <= n_alive:
             raise InputError(f"n_latents is {n}; give a number from 1 to {n_alive}, the alive latents of the table.")

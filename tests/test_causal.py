@@ -228,6 +228,14 @@ def test_orders_are_those_of_a_worked_example_and_mirror_when_the_models_swap() 
         assert order.tolist() == found[score].tolist()
 
 
+def test_halves_are_those_of_the_latents_that_lean_to_the_target() -> None:
+    norm = [0.9, 0.8, 0.7, 0.6, 0.3, 0.2]
+    table = table_of(n_active=[99.0] * 6, relative_decoder_norm=norm, nu_error=[0.9, 0.1, 0.8, 0.2, 0.0, 0.0])
+    sets = {s.name: set(s.latents) for s in choose_sets(table, 1, n_latents=[1], draws=1, seed=0)}
+    assert sets["best_half.norm"] == {0, 1} and sets["worst_half.norm"] == {2, 3}
+    assert sets["best_half.scaling"] == {1, 3} and sets["worst_half.scaling"] == {0, 2}
+
+
 def test_random_sets_are_alive_distinct_seeded_and_as_frequent_as_asked() -> None:
     table = table_of(n_active=[float(n) for n in range(200)])
     drawn = random_sets(table, 20, draws=5, seed=0)
