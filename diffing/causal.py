@@ -54,7 +54,7 @@ class Measured(NamedTuple):
     n_tokens: Int[np.ndarray, "windows documents"]
 
 
-def measure_run(run: Path, cache: ActivationCache, settings: "CausalSettings") -> dict[str, Measured]:
+def measure_run(run: Path, cache: ActivationCache, settings: CausalSettings) -> dict[str, Measured]:
     """Measure a finished run on the chats behind `cache`, or on other chats that the settings name.
 
     Raises:

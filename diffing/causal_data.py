@@ -56,9 +56,11 @@ def read_chats(config: CacheConfig, tokenizer: Any, n_documents: int) -> list[Ch
             raise InputError(
                 "the tokenizer has no chat template, so responses cannot be told. Cache with --chat-template."
             )
-        ids, roles = (
-            np.array(part[: config.context_length]) for part in tokenize_chat(tokenizer, document.content, template)
-        )
+        try:
+            parts = tokenize_chat(tokenizer, document.content, template)
+        except InputError as error:
+            raise InputError(f"{document.where}: {error}") from None
+        ids, roles = (np.array(part[: config.context_length]) for part in parts)
         if (roles[1:] == RESPONSE).any():
             found.append(Chat(ids, roles, ~np.isin(ids, dropped)))
         if len(found) == n_documents:
@@ -72,8 +74,9 @@ def read_chats(config: CacheConfig, tokenizer: Any, n_documents: int) -> list[Ch
 
 
 def batches(chats: list[Chat], batch_rows: int, pad_id: int) -> list[ChatBatch]:
-    """All chats, those of similar length together, so that padding is rare."""
-    order = sorted(range(len(chats)), key=lambda i: len(chats[i].ids))
+    """All chats, those of similar length together, so that padding is rare; the longest first, so that memory runs out
+    at once or not at all."""
+    order = sorted(range(len(chats)), key=lambda i: -len(chats[i].ids))
     groups = [order[i : i + batch_rows] for i in range(0, len(order), batch_rows)]
     return [_pad([chats[i] for i in group], group, pad_id) for group in groups]
 

@@ -72,8 +72,17 @@ class Exchange:
 
     @torch.no_grad()
     def take_apart(self, x: Float[Tensor, "tokens n_models d_model"], is_template: Bool[Tensor, " tokens"]) -> Parts:
-        """Encode and reconstruct, with the inference gate."""
+        """Encode and reconstruct, with the inference gate.
+
+        Raises:
+            InputError: the width is not that of the crosscoder.
+        """
         crosscoder, entries, x_hat = self.crosscoder, [], []
+        if x.shape[1:] != crosscoder.b_dec.shape:
+            raise InputError(
+                f"the models have activations of width {x.shape[2]} at this hook point but the crosscoder reads "
+                f"{crosscoder.b_dec.shape[1]}. Use the pair and hook point that it was trained on."
+            )
         x = x.to(crosscoder.b_enc.device).float()
         for chunk in x.split(_CHUNK):
             found = sparse.active(crosscoder.pre_acts(crosscoder.normalise(chunk)), crosscoder.gate_at())
@@ -187,7 +196,7 @@ def choose_sets(
         best, worst = order[: n_leaning // 2], order[n_leaning // 2 : n_leaning]
         found.append(PatchSet(f"best_half.{score}", "latents", tuple(best.tolist())))
         found.append(PatchSet(f"worst_half.{score}", "latents", tuple(worst.tolist())))
-    for n in n_latents:
+    for n in dict.fromkeys(n_latents):
         if not 1 <= n <= n_alive:
             raise InputError(f"n_latents is {n}; give a number from 1 to {n_alive}, the alive latents of the table.")
         found += [

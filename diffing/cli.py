@@ -6,6 +6,7 @@ from typing import Literal
 from crosscoders.command import Command
 from crosscoders.command import main as run_main
 from crosscoders.config import require_range
+from crosscoders.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,8 @@ class SteerSettings:
 
     def __post_init__(self) -> None:
         require_range(self, 1, None, "max_new_tokens")
+        if not self.strengths:
+            raise InputError("strengths is an empty list. Name at least one, such as 1.0.")
 
 
 @dataclass(frozen=True)

@@ -45,9 +45,7 @@ def scale(settings: ScaleSettings) -> dict[str, Any]:
     say("  ".join(f"{verdict} {n}" for verdict, n in counts.items() if n) + f"  of {len(table):,} latents")
     twins = store.read_object(run / "twins.json", "twins", "control")
     if twins["twins"]:
-        say(
-            f"{len(twins['twins'])} twins: a tuned-only and a base-only latent with one direction, {run / 'twins.json'}"
-        )
+        say(f"{len(twins['twins'])} pairs of twins, a tuned-only and a base-only latent of one direction: twins.json")
     closing(started, f"latent table in {run / 'latents.json'}")
     say(f"next: diffing report {run}")
     found = [row(f"scale.verdict.{verdict}.count", n, "latents", len(table)) for verdict, n in counts.items()]
@@ -83,10 +81,8 @@ def steer(settings: SteerSettings) -> dict[str, Any]:
     largest = float(table["max_activation"][latent])
     pair = load_whole(inspect_cached(cache), hook_point, settings.device, settings.model_dtype)
     model, side = pair.models[MODELS.index(settings.model)], MODELS.index(settings.decoder)
-    answers, lines = (
-        [],
-        [f"latent {latent}, {settings.decoder} decoder, in the {settings.model} model; strength: answer"],
-    )
+    answers = []
+    lines = [f"{settings.decoder} decoder of latent {latent} in the {settings.model} model; strength: answer"]
     for strength in settings.strengths:
         vector = steering_vector(crosscoder, latent, side=side, activation=strength * largest)
         with steered(model, hook_point, vector):

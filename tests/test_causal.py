@@ -537,6 +537,14 @@ def test_a_crosscoder_of_one_model_is_refused() -> None:
         Exchange(Crosscoder(CrosscoderConfig(dict_size=4, k=1, d_model=4, n_models=1)))
 
 
+def test_a_crosscoder_of_another_width_is_refused(whole: ModelPair, chats: list[Any]) -> None:
+    narrow = Crosscoder(CrosscoderConfig(dict_size=4, k=1, d_model=8))
+    with pytest.raises(InputError, match="activations of width 16 at this hook point but the crosscoder reads 8"):
+        measure(narrow, whole, chats, {"base_to_tuned": [PatchSet("none", "none")]})
+    with pytest.raises(InputError, match="measure needs chats and sets for base_to_tuned or tuned_to_base"):
+        measure(narrow, whole, chats, {"sideways": []})
+
+
 def test_an_adapter_is_measured_like_its_merged_model(
     pair: Pair, crosscoder: Crosscoder, chats: list[Any], tmp_path: Path
 ) -> None:

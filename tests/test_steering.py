@@ -104,6 +104,8 @@ def test_wrong_latents_and_hook_points_are_one_line(
 ) -> None:
     assert cli.main(["steer", str(run), "--cache", str(cache_folder), "--latent", "12", "--prompt", "x"]) == 2
     assert "there is no latent 12: this crosscoder has latents 0 to 11" in capsys.readouterr().err
+    assert cli.main(["steer", str(run), "--latent", "1", "--prompt", "x", "--strengths", "[]"]) == 2
+    assert "strengths is an empty list" in capsys.readouterr().err
     off = tmp_path / "off"
     cache_activations(pair.config(off, hook_point="blocks.1.hook_mlp_out", n_tokens=100))
     Crosscoder(CrosscoderConfig(dict_size=12, k=2, d_model=16)).save(tmp_path / "run")
