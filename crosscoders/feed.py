@@ -65,13 +65,18 @@ def _from_cache(settings: TrainSettings) -> Feed:
         opened, batch_size=settings.batch_size, buffer_tokens=settings.buffer_tokens, seed=settings.seed,
         n_tokens=n_train,
     )  # fmt: skip
-    inputs = {"path": str(opened.path), "hash": opened.manifest_hash, "n_tokens": len(opened)}
     own = (
         (lambda: (tokens.activations for tokens in opened.batches(EVAL_TOKENS, n_train)))
         if n_train < len(opened)
         else None
     )
-    return Feed(stream, own, {"cache": inputs | {key: opened.manifest[key] for key in RECORDED}}, needed)
+    return Feed(stream, own, cache_inputs(opened), needed)
+
+
+def cache_inputs(opened: ActivationCache) -> dict[str, Any]:
+    """What of a cache is recorded beside every result made from it."""
+    inputs = {"path": str(opened.path), "hash": opened.manifest_hash, "n_tokens": len(opened)}
+    return {"cache": inputs | {key: opened.manifest[key] for key in RECORDED}}
 
 
 def _from_models(settings: TrainSettings) -> Feed:

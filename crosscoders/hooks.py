@@ -1,8 +1,8 @@
 """Hook point name -> module; read and replace activations there, hooks always removed.
 
 Names are TransformerLens's. `blocks.L.hook_resid_post` and `blocks.L.hook_resid_pre` work on a Hugging Face decoder
-(the fast path); every other name needs a TransformerBridge. `capture` reads, `replace` edits; both are context
-managers and go through PyTorch's own forward hooks, so they nest and survive exceptions.
+(the fast path); every other name needs a TransformerBridge. `capture` reads, `replace` edits, `bypass` leaves layers
+out; all are context managers, so they nest and survive exceptions.
 """
 
 import contextlib
@@ -140,3 +140,27 @@ def replace(model: Any, hook_point: str, edit: Callable[[Tensor], Tensor]) -> It
         yield
     finally:
         handle.remove()
+
+
+@contextlib.contextmanager
+def bypass(model: Any, n_layers: int, *, as_tuple: bool = False) -> Iterator[None]:
+    """Let the first `n_layers` decoder layers hand on their input, so that they cost nothing; hooks on them still run.
+
+    `as_tuple`: the layers of this architecture return a tuple, of which the activation is the first entry.
+    """
+
+    def hand_on(hidden_states: Tensor, *_args: Any, **_settings: Any) -> Any:
+        return (hidden_states,) if as_tuple else hidden_states
+
+    # vars(), because a TransformerBridge hands attributes that are set on a layer to the module that it wraps.
+    layers = [vars(layer) for layer in list(decoder_layers(model))[:n_layers]]
+    kept = [layer.get("forward") for layer in layers]
+    try:
+        for layer in layers:
+            layer["forward"] = hand_on
+        yield
+    finally:
+        for layer, forward in zip(layers, kept, strict=True):
+            del layer["forward"]
+            if forward is not None:
+                layer["forward"] = forward

@@ -1,6 +1,7 @@
 r"""How good a dictionary is: one definition each, as sums over the whole evaluation set that are divided once.
 
-`ReconstructionSums` collects, `evaluate` runs it over batches. Definitions in docs/math.md, section "Metrics".
+`ReconstructionSums` collects, `evaluate` runs it over batches; `log_probs`, `ce` and `kl` are what is lost in a model's
+predictions. Definitions in docs/math.md, section "Metrics".
 """
 
 import math
@@ -80,3 +81,18 @@ def evaluate(crosscoder: Crosscoder, batches: Iterable[Float[Tensor, "_ n_models
     if not all(map(math.isfinite, found.fve)):
         raise InputError(f"activations do not vary over the {found.n_tokens} tokens to evaluate on. Give more tokens.")
     return found
+
+
+def log_probs(logits: Float[Tensor, "tokens vocab"]) -> Float[Tensor, "tokens vocab"]:
+    """log softmax in float32, whatever type the model runs in; what `ce` and `kl` take."""
+    return torch.log_softmax(logits.float(), dim=-1)
+
+
+def ce(log_q: Float[Tensor, "tokens vocab"], token_ids: Int[Tensor, " tokens"]) -> Float[Tensor, " tokens"]:
+    """Cross-entropy of each token under the prediction q made for it: -log q(token), nats."""
+    return -log_q.gather(1, token_ids[:, None].long()).squeeze(1)
+
+
+def kl(log_p: Float[Tensor, "tokens vocab"], log_q: Float[Tensor, "tokens vocab"]) -> Float[Tensor, " tokens"]:
+    """KL(p || q) = sum_v p_v (log p_v - log q_v) of each token, nats; p is the model as it is, q the changed one."""
+    return (log_p.exp() * (log_p - log_q)).sum(dim=1)

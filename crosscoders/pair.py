@@ -49,7 +49,7 @@ class PairInfo:
 
 @dataclass(frozen=True)
 class ModelPair:
-    """Two models that read the same ids. `models` is (base, tuned), each cut off above the hook points."""
+    """Two models that read the same ids. `models` is (base, tuned), each cut off above the hook points or whole."""
 
     info: PairInfo
     models: tuple[nn.Module, nn.Module]
@@ -182,11 +182,13 @@ def load_pair(
     device: str = "auto",
     dtype: str = "auto",
     info: PairInfo | None = None,
+    whole: bool = False,
 ) -> ModelPair:
     """Load both models, cut off above the deepest hook point, in evaluation mode.
 
     Residual-stream hook points load only the layers they need; any other hook point loads whole models through
-    TransformerBridge. dtype auto: bfloat16 on a GPU, float32 on a CPU.
+    TransformerBridge. dtype auto: bfloat16 on a GPU, float32 on a CPU. `whole`: nothing is cut off, and the models give
+    logits.
 
     Raises:
         InputError: as `inspect_pair`.
@@ -197,12 +199,14 @@ def load_pair(
     info = info or inspect_pair(base, tuned, hook_points, tokenizer=tokenizer)
     chosen_dtype = model_dtype(dtype, chosen)
     with quiet_transformers():
-        models = tuple(_load_model(info, is_tuned, hook_points, chosen, chosen_dtype) for is_tuned in (False, True))
+        models = tuple(
+            _load_model(info, is_tuned, hook_points, chosen, chosen_dtype, whole) for is_tuned in (False, True)
+        )
     return ModelPair(info, (models[0], models[1]), hook_points, chosen)
 
 
 def _load_model(
-    info: PairInfo, is_tuned: bool, hook_points: list[str], device: torch.device, dtype: torch.dtype
+    info: PairInfo, is_tuned: bool, hook_points: list[str], device: torch.device, dtype: torch.dtype, whole: bool
 ) -> nn.Module:
     import transformers
     from safetensors import SafetensorError
@@ -215,8 +219,12 @@ def _load_model(
         if is_tuned and info.adapter:
             # An adapter names the layers of the whole model, so the layers above are cut off afterwards.
             model = _with_adapter(transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype), info.adapter)
-            layers = hooks.decoder_layers(model)
-            del layers[n_needed:]
+            if not whole:
+                model = model.model
+                layers = hooks.decoder_layers(model)
+                del layers[n_needed:]
+        elif whole:
+            model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
         else:
             model = transformers.AutoModel.from_pretrained(name, dtype=dtype, num_hidden_layers=n_needed)
     except SafetensorError as error:
@@ -229,10 +237,10 @@ def _load_model(
 
 
 def _with_adapter(model: Any, adapter: str) -> Any:
-    """The base decoder with the adapter's modules inside it, unmerged."""
+    """The base model with the adapter's modules inside it, unmerged."""
     import peft
 
-    return peft.PeftModel.from_pretrained(model, adapter).get_base_model().model
+    return peft.PeftModel.from_pretrained(model, adapter).get_base_model()
 
 
 def _load_bridge(info: PairInfo, is_tuned: bool, name: str, device: torch.device, dtype: torch.dtype) -> nn.Module:

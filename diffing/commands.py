@@ -10,30 +10,118 @@ from crosscoders.cache import ActivationCache
 from crosscoders.commands import closing, require_same_source, result
 from crosscoders.config import to_dict
 from crosscoders.errors import InputError
+from crosscoders.formats import load_crosscoder
+from crosscoders.hooks import is_residual
 from crosscoders.progress import say
 from crosscoders.reporting import row
-from diffing.cli import DemoSettings, ReportSettings, ScaleSettings
+from diffing.causal import inspect_cached, load_whole, measure_run
+from diffing.causal_sets import checked
+from diffing.causal_summary import rows, summary
+from diffing.cli import (
+    CausalSettings,
+    DemoSettings,
+    LensSettings,
+    ReportSettings,
+    ScaleSettings,
+    StabilitySettings,
+    SteerSettings,
+)
+from diffing.latent_scaling import MODELS
+from diffing.lens import logit_lens
 from diffing.report import write_report
-from diffing.table import scale_run
+from diffing.stability import read_runs
+from diffing.stability import stability as survival_rows
+from diffing.steering import answer, steered, steering_vector
+from diffing.table import read_table, scale_run
 from diffing.verdict import VERDICTS
 
 
 def scale(settings: ScaleSettings) -> dict[str, Any]:
     """`diffing scale`"""
     started = time.perf_counter()
-    run = Path(settings.run)
-    if not run.is_dir():
-        raise InputError(f"{settings.run!r} is not a folder; the results are written into it. Name a run folder.")
-    cache = ActivationCache(settings.cache if settings.cache is not None else _trained_on(run))
-    require_same_source(run, cache)
+    run, cache = _opened(settings.run, settings.cache)
     say(f"scale {run} on {min(settings.n_tokens or len(cache), len(cache)):,} tokens of {cache.path}")
     table = scale_run(run, cache, n_tokens=settings.n_tokens, n_examples=settings.n_examples, device=settings.device)
     counts = {verdict: int((table["verdict"] == verdict).sum()) for verdict in VERDICTS}
     say("  ".join(f"{verdict} {n}" for verdict, n in counts.items() if n) + f"  of {len(table):,} latents")
+    twins = store.read_object(run / "twins.json", "twins", "control")
+    if twins["twins"]:
+        say(f"{len(twins['twins'])} pairs of twins, a tuned-only and a base-only latent of one direction: twins.json")
     closing(started, f"latent table in {run / 'latents.json'}")
     say(f"next: diffing report {shlex.quote(str(run))}")
-    rows = [row(f"scale.verdict.{verdict}.count", n, "latents", len(table)) for verdict, n in counts.items()]
-    return result("scale", to_dict(settings), rows)
+    found = [row(f"scale.verdict.{verdict}.count", n, "latents", len(table)) for verdict, n in counts.items()]
+    found.append(row("scale.twins.count", len(twins["twins"]), "pairs", len(table)))
+    for name in ("twins", "control"):
+        apart = [pair["divergence"] for pair in twins[name]]
+        if apart:
+            found.append(row(f"scale.{name}.divergence", sum(apart) / len(apart), "fraction", len(apart)))
+    return result("scale", to_dict(settings), found)
+
+
+def causal(settings: CausalSettings) -> dict[str, Any]:
+    """`diffing causal`"""
+    started = time.perf_counter()
+    run, cache = _opened(settings.run, settings.cache)
+    say(f"causal {run} at {cache.manifest['hook_point']} of the models of {cache.path}")
+    measured = measure_run(run, cache, settings)
+    found = rows(measured, first_tokens=settings.first_tokens, seed=settings.seed)
+    described = result("causal", to_dict(settings), found)
+    store.write_json(run / "causal.json", described)
+    closing(started, f"{len(found)} rows in {run / 'causal.json'}")
+    return described | {"text": summary(found, settings.first_tokens)}
+
+
+def steer(settings: SteerSettings) -> dict[str, Any]:
+    """`diffing steer`"""
+    run, cache = _opened(settings.run, settings.cache)
+    hook_point = cache.manifest["hook_point"]
+    if not is_residual(hook_point):
+        raise InputError(f"steering needs a residual-stream hook point; this crosscoder reads {hook_point!r}.")
+    table, crosscoder = read_table(run), load_crosscoder(run)
+    (latent,) = checked([settings.latent], len(table))
+    largest = float(table["max_activation"][latent])
+    pair = load_whole(inspect_cached(cache), hook_point, settings.device, settings.model_dtype)
+    model, side = pair.models[MODELS.index(settings.model)], MODELS.index(settings.decoder)
+    answers = []
+    lines = [f"{settings.decoder} decoder of latent {latent} in the {settings.model} model; strength: answer"]
+    for strength in settings.strengths:
+        vector = steering_vector(crosscoder, latent, side=side, activation=strength * largest)
+        with steered(model, hook_point, vector):
+            text = answer(model, pair.info.tokenizer, settings.prompt, max_new_tokens=settings.max_new_tokens)
+        answers.append({"strength": strength, "answer": text})
+        lines.append(f"{strength:>6g}: {text!r}")
+    return result("steer", to_dict(settings), []) | {"answers": answers, "text": "\n".join(lines)}
+
+
+def lens(settings: LensSettings) -> dict[str, Any]:
+    """`diffing lens`"""
+    run, cache = _opened(settings.run, settings.cache)
+    table, crosscoder = read_table(run), load_crosscoder(run)
+    chosen = table.nsmallest(32, "rank").index.tolist() if settings.latents is None else settings.latents
+    latents = list(checked(chosen, len(table)))
+    pair = load_whole(inspect_cached(cache), cache.manifest["hook_point"], settings.device, settings.model_dtype)
+    found = logit_lens(crosscoder, pair, latents, n_tokens=settings.top)
+    lines = [f"{j:>6}  {name:<6}{' '.join(map(repr, tokens))}" for j in found for name, tokens in found[j].items()]
+    described = result("lens", to_dict(settings), []) | {"latents": found}
+    store.write_json(run / "lens.json", described)
+    return described | {"text": "\n".join(lines)}
+
+
+def stability(settings: StabilitySettings) -> dict[str, Any]:
+    """`diffing stability`"""
+    found = survival_rows(read_runs(settings.runs), seed=settings.seed)
+    lines = [f"{entry['name']:<44}{entry['value']:>8.1%}  n {entry['n']:,}" for entry in found]
+    return result("stability", to_dict(settings), found) | {"text": "\n".join(lines)}
+
+
+def _opened(run: str, cache: str | None) -> tuple[Path, ActivationCache]:
+    """A run folder and a cache of the same pair; default: the one that the run was trained on."""
+    folder = Path(run)
+    if not folder.is_dir():
+        raise InputError(f"{run!r} is not a folder; the results are written into it. Name a run folder.")
+    opened = ActivationCache(cache if cache is not None else _trained_on(folder))
+    require_same_source(folder, opened)
+    return folder, opened
 
 
 def _trained_on(run: Path) -> str:

@@ -57,7 +57,7 @@ def examples(
     Each example: document, group, position (of the peak in its document), value, tokens, values (one per token), peak
     (index into tokens). Tokens that are not cached, such as the beginning of sequence, are not shown.
     """
-    chosen = _Chosen(crosscoder, latents)
+    chosen = ChosenLatents(crosscoder, latents)
     best = _Best(len(latents), 8 * n_examples)
     start = 0
     for tokens in cache.batches(4096, 0, n_tokens):
@@ -70,8 +70,8 @@ def examples(
     return {latent: sorted(rows, key=lambda row: -row["value"]) for latent, rows in found.items()}
 
 
-class _Chosen:
-    """Encoder of a few latents only."""
+class ChosenLatents:
+    """Encoder of a few latents only; far cheaper than all of them."""
 
     def __init__(self, crosscoder: Crosscoder, latents: list[int]) -> None:
         columns = torch.tensor(latents, dtype=torch.int64, device=crosscoder.b_enc.device)
@@ -110,7 +110,7 @@ class _Best:
         return list(by_document.values())[:n]
 
 
-def _example(chosen: _Chosen, cache: ActivationCache, i: int, token: int, tokenizer: Any) -> dict[str, Any]:
+def _example(chosen: ChosenLatents, cache: ActivationCache, i: int, token: int, tokenizer: Any) -> dict[str, Any]:
     first = max(0, token - WINDOW[0])
     tokens = cache.read(first, min(len(cache), token + WINDOW[1]))
     inside = (tokens.document_ids == tokens.document_ids[token - first]).nonzero().squeeze(1)

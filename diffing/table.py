@@ -1,7 +1,8 @@
 """Step 4 of the data flow: run folder + cache -> one row of evidence per latent.
 
-`scale_run` is what `diffing scale` does: one pass over the cache gives Latent Scaling and context shares, a second
-one the examples of the latents that rank first. Files: RUN/latents.json, RUN/examples.json, RUN/latents.parquet.
+`scale_run` is what `diffing scale` does: one pass over the cache gives Latent Scaling and context shares, another one
+the examples of the latents that rank first, and a third the divergence of twins where there are any. Files in RUN:
+latents.json, latents.parquet, examples.json, positions.json, twins.json.
 """
 
 import io
@@ -11,10 +12,13 @@ from typing import Any
 
 import numpy as np
 import pandas
+import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from crosscoders import store
 from crosscoders.cache import ActivationCache
-from crosscoders.errors import InputError
+from crosscoders.errors import CorruptData, InputError
 from crosscoders.formats import load_crosscoder
 from crosscoders.model import Crosscoder
 from crosscoders.pair import choose_device, inspect_pair
@@ -22,6 +26,8 @@ from crosscoders.progress import Progress, say
 from diffing.contexts import TEMPLATE, ContextSums, examples
 from diffing.decoder_norms import decoder_cosine, norm_class
 from diffing.latent_scaling import LatentScales, ScalingSums
+from diffing.response_positions import PLACES, PositionSums
+from diffing.twins import Pairs, add_twins, divergence, false_pairs, twin_pairs
 from diffing.verdict import Thresholds, ranks, specificity, verdicts
 
 FORMAT_VERSION = 1
@@ -37,8 +43,12 @@ def scale_run(
     """
     crosscoder = load_crosscoder(run, device=str(choose_device(device)))
     require_fit(crosscoder, cache)
-    scales, contexts = scale_cache(crosscoder, cache, n_tokens=n_tokens)
-    table = latent_table(crosscoder, scales, contexts)
+    scales, contexts, shares = scale_cache(crosscoder, cache, n_tokens=n_tokens)
+    table = with_positions(latent_table(crosscoder, scales, contexts), shares)
+    listed = {str(latent): [round(v, 6) for v in row] for latent, row in enumerate(shares.tolist())}
+    store.write_json(run / "positions.json", {"format_version": FORMAT_VERSION, "places": PLACES, "shares": listed})
+    table, twins = with_twins(crosscoder, table, cache, scales.n_tokens)
+    store.write_json(run / "twins.json", {"format_version": FORMAT_VERSION, **twins})
     parquet = io.BytesIO()
     table.to_parquet(parquet)
     store.write_bytes(run / "latents.parquet", parquet.getvalue())
@@ -46,8 +56,26 @@ def scale_run(
     say(f"examples of the {len(chosen)} latents that rank first")
     found = examples(crosscoder, cache, chosen, cache_tokenizer(cache), n_tokens=n_tokens)
     store.write_json(run / "examples.json", {"format_version": FORMAT_VERSION, "latents": found})
-    write_table(run, table, scales, cache)  # last: its presence says that all three files are there
+    write_table(run, table, scales, cache)  # last: its presence says that the other files are there
     return table
+
+
+def with_twins(
+    crosscoder: Crosscoder, table: pandas.DataFrame, cache: ActivationCache, n_tokens: int
+) -> tuple[pandas.DataFrame, dict[str, list[dict[str, Any]]]]:
+    """The table with the columns of `twins.add_twins`, and all twins and false twins with their divergence."""
+    pairs = twin_pairs(crosscoder, table)
+    control = false_pairs(crosscoder, table, pairs)
+    both = Pairs(*(torch.cat(sides) for sides in zip(pairs, control, strict=True)))
+    batches = (tokens.activations for tokens in cache.batches(4096, 0, n_tokens)) if len(both.tuned) else ()
+    divergences = divergence(crosscoder, table, both, batches)
+    n = len(pairs.tuned)
+    columns = (both.tuned.tolist(), both.base.tolist(), both.cosine.tolist(), divergences.tolist())
+    listed = [
+        {"tuned": i, "base": j, "cosine": cosine, "divergence": apart}
+        for i, j, cosine, apart in zip(*columns, strict=True)
+    ]
+    return add_twins(table, pairs, divergences[:n]), {"twins": listed[:n], "control": listed[n:]}
 
 
 def require_fit(crosscoder: Crosscoder, cache: ActivationCache) -> None:
@@ -65,18 +93,22 @@ def require_fit(crosscoder: Crosscoder, cache: ActivationCache) -> None:
 
 def scale_cache(
     crosscoder: Crosscoder, cache: ActivationCache, *, n_tokens: int | None = None, batch_size: int = 4096
-) -> tuple[LatentScales, ContextSums]:
-    """Latent Scaling and context shares over the first `n_tokens` of a cache (default: all), in one pass."""
+) -> tuple[LatentScales, ContextSums, Float[Tensor, "dict_size places"]]:
+    """Latent Scaling, context shares and shares by `response_positions.PLACES`, over the first `n_tokens` of a cache
+    (default: all), in one pass."""
     n_tokens = min(n_tokens or len(cache), len(cache))
     batch_size = max(1, min(batch_size, math.ceil(n_tokens / 32)))  # at least 32 batches, the blocks of the jackknife
     scaling = ScalingSums(crosscoder)
     contexts = ContextSums(crosscoder.config.dict_size, cache.manifest["groups"])
+    positions = PositionSums(crosscoder.config.dict_size)
     progress = Progress("scale", total=n_tokens, unit="tok")
     for tokens in cache.batches(batch_size, 0, n_tokens):
-        contexts.add(scaling.add(tokens.activations), tokens)
+        latents = scaling.add(tokens.activations)
+        contexts.add(latents, tokens)
+        positions.add(latents, tokens)
         progress.update(len(tokens.token_ids))
     progress.close()
-    return scaling.result(), contexts
+    return scaling.result(), contexts, positions.shares()
 
 
 def latent_table(crosscoder: Crosscoder, scales: LatentScales, contexts: ContextSums | None = None) -> pandas.DataFrame:
@@ -110,11 +142,20 @@ def latent_table(crosscoder: Crosscoder, scales: LatentScales, contexts: Context
     return table
 
 
+def with_positions(table: pandas.DataFrame, shares: Float[Tensor, "dict_size places"]) -> pandas.DataFrame:
+    """The table with template_share_before_response (the last 8 tokens before one) and response_share_first_9."""
+    before, first = PLACES.index("template_other"), PLACES.index("response_later")
+    return table.assign(
+        template_share_before_response=shares[:, :before].sum(dim=1).numpy(),
+        response_share_first_9=shares[:, before + 1 : first].sum(dim=1).numpy(),
+    )
+
+
 def write_table(run: Path, table: pandas.DataFrame, scales: LatentScales, cache: ActivationCache) -> None:
     """RUN/latents.json: the table by columns, undefined numbers as null."""
     columns = {"latent": table.index.tolist()}
     for name in table.columns:
-        columns[name] = [None if isinstance(v, float) and not math.isfinite(v) else v for v in table[name].tolist()]
+        columns[name] = [_plain(value) for value in table[name].tolist()]
     described: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "n_tokens": scales.n_tokens,
@@ -124,6 +165,30 @@ def write_table(run: Path, table: pandas.DataFrame, scales: LatentScales, cache:
         "columns": columns,
     }
     store.write_json(run / "latents.json", described)
+
+
+def _plain(value: Any) -> Any:
+    return None if value is pandas.NA or (isinstance(value, float) and not math.isfinite(value)) else value
+
+
+def read_table(run: Path) -> pandas.DataFrame:
+    """The latent table that `diffing scale` wrote.
+
+    Raises:
+        InputError: there is none.
+        CorruptData: it cannot be read, or has another number of latents than latents.json.
+    """
+    if not (run / "latents.json").is_file():
+        raise InputError(f"{str(run)!r} has no latent table (latents.json). Make it first: diffing scale {run}")
+    listed = store.read_object(run / "latents.json", "columns")["columns"]
+    try:
+        table = pandas.read_parquet(run / "latents.parquet")
+    except (OSError, ValueError) as error:
+        cause = str(error).splitlines()[0]
+        raise CorruptData(f"{run / 'latents.parquet'} cannot be read ({cause}). Run diffing scale again.") from None
+    if table.index.tolist() != listed.get("latent"):
+        raise CorruptData(f"{run / 'latents.parquet'} and latents.json list other latents. Run diffing scale again.")
+    return table
 
 
 def cache_tokenizer(cache: ActivationCache) -> Any:

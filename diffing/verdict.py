@@ -9,7 +9,8 @@ not calibrated on a null of your pair, so a count is not yet a finding.
     rotated            relative norm between 0.1 and 0.9, decoder cosine < 0.5
     shared             relative norm between 0.1 and 0.9, otherwise
     shrunk             relative norm >= 0.9 or <= 0.1, |nu_error| above 0.2: Complete Shrinkage
-    decoupled          the same gate, else |nu_reconstruction| above 0.5: Latent Decoupling
+    decoupled          the same gate, else |nu_reconstruction| above 0.5: Latent Decoupling (its partner, where one
+                       latent is it, is named by diffing.twins)
     tuned-specific     relative norm >= 0.9, both below their bounds
     base-specific      relative norm <= 0.1, both mirror ratios below their bounds
     undetermined       behind the gate, anything else
