@@ -1,10 +1,11 @@
 """How good each score for "tuned-only" is, on activations with planted features.
 
 Every variant is trained on the same planted activations, seed by seed (features, tokens and crosscoder), its latents
-are matched to the features, and every score is judged by what it flags. Rows `planted.<variant>...` are the standard
-size; `planted.<variant>-narrow` and `-wide` other sizes. A value is the mean over seeds, low and high its 95% interval
-(Student's t over seeds, cut to [0, 1]), n the number of seeds on which it is defined. Bounds that are not published
-were chosen on other seeds of the standard size (`benchmarks.planted.calibration`).
+are matched to the features, and every score is judged by what it flags. Rows `planted.<variant>...` are of the
+standard size, with the suffixes `-narrow` and `-wide` of other sizes, with `-independent` of a control in which no
+feature depends on another. A value is the mean over seeds, low and high its 95% interval (Student's t over seeds, cut
+to [0, 1]), n the number of seeds on which it is defined. Bounds that are not published were chosen on other seeds of
+the standard size (`benchmarks.planted.calibration`).
 
 `quick`: one seed of the standard size, fewer steps; n = 1 and no interval.
 """
@@ -16,9 +17,8 @@ from benchmarks.planted.runs import N_STEPS, SIZES, VARIANTS, Run, draw, run_one
 from benchmarks.planted.summary import summarise
 
 SEEDS = range(5)
-OTHER_SIZES = ("narrow", "wide")
 OTHER_VARIANTS = ("l1", "batchtopk")
-"""What is trained at the other sizes: the published pair."""
+"""What is trained at other sizes than the standard one: the published pair."""
 QUICK_STEPS = 600
 
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)

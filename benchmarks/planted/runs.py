@@ -21,6 +21,7 @@ class Size(NamedTuple):
 
 SIZES = {
     "standard": Size(PlantedConfig(d_model=96), dict_size=384, k=8),
+    "independent": Size(PlantedConfig(d_model=96, child_share=0.0), dict_size=384, k=8),
     "narrow": Size(PlantedConfig(d_model=64), dict_size=320, k=8),
     "wide": Size(
         PlantedConfig(
@@ -31,7 +32,8 @@ SIZES = {
         k=11,
     ),
 }  # fmt: skip
-"""Settings were chosen on `standard`; k is about 1.5 times the planted L0."""
+"""Settings were chosen on `standard`; k is about 1.5 times the planted L0. `independent` is the control without
+features that fire only under another one."""
 
 VARIANTS: dict[str, tuple[Literal["relu", "batchtopk"], Literal["sum", "concat"]]] = {
     "l1": ("relu", "sum"),
