@@ -22,7 +22,8 @@ MIN_ACTIVE = 30
 WEAK_GAIN = 0.2
 """Rescaled features below this gain are left out of precision and recall."""
 GATE = 0.7
-"""Relative decoder norm from which `wide_gate` trusts the ratios; from `calibration`, the published one is 0.9."""
+"""Relative decoder norm from which `wide_gate` trusts small ratios of a latent whose decoders are unrelated; from
+`calibration`, in place of the published 0.9."""
 TWIN_BOUND = 0.7
 """Correlation with a base-side latent from which a latent has a twin; from `calibration`."""
 
@@ -34,8 +35,9 @@ class Score(NamedTuple):
 
 
 def specific(table: pandas.DataFrame, gate: float = Thresholds().tuned_only) -> np.ndarray:
-    """Whether the verdict is tuned-specific, with `gate` in place of the published 0.9 (and 1 - gate for 0.1)."""
-    return np.array(verdicts(table, Thresholds(tuned_only=gate, base_only=1 - gate))) == "tuned-specific"
+    """Whether the verdict is tuned-specific, or would be with `gate` in place of 0.9 where it now is rotated."""
+    now, wide = (np.array(verdicts(table, t)) for t in (None, Thresholds(tuned_only=gate, base_only=1 - gate)))
+    return np.asarray(np.isin(now, ("tuned-specific", "rotated")) & (wide == "tuned-specific"))
 
 
 def untwinned(table: pandas.DataFrame, bound: float = TWIN_BOUND) -> np.ndarray:
