@@ -18,6 +18,7 @@ from crosscoders.errors import EnvironmentFault, InputError, nearest
 BENCHMARKS = {
     "demo-pair": "benchmarks.demo_pair",
     "latent-scaling": "benchmarks.latent_scaling",
+    "planted": "benchmarks.planted",
     "throughput": "benchmarks.throughput",
 }
 

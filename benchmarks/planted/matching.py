@@ -1,0 +1,67 @@
+r"""Which planted feature each latent stands for.
+
+    side_j        tuned if ||d_j^tuned|| >= ||d_j^base||, else base: the model that the latent writes to most
+    cosine_ji     cos(d_j^side, v_i^side); 0 where the feature has no vector in that model
+    correlation_ji  Pearson correlation of f_j and s_i over all evaluation tokens, zeros included
+
+Latent j matches the feature of largest correlation among those with correlation and cosine >= 0.5, and none where there
+is no such feature. Several latents may match one feature. A feature that no latent matches counts as missed, and
+its best latent is otherwise the one of largest correlation.
+"""
+
+import numpy as np
+import pandas
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from benchmarks.planted.generator import Sample, Truth
+from crosscoders.model import Crosscoder
+
+MIN_CORRELATION = 0.5
+MIN_COSINE = 0.5
+BASE_SIDE = 0.25
+"""Largest relative decoder norm of a twin: its tuned norm is at most half of its base norm."""
+
+
+def correlations(a: Float[Tensor, "tokens first"], b: Float[Tensor, "tokens second"]) -> Float[Tensor, "first second"]:
+    """Pearson correlation of every pair of columns; 0 where a column is constant."""
+    return normalize(a - a.mean(dim=0), dim=0).T @ normalize(b - b.mean(dim=0), dim=0)
+
+
+def match(
+    crosscoder: Crosscoder, latents: Float[Tensor, "tokens dict_size"], sample: Sample, truth: Truth
+) -> pandas.DataFrame:
+    """One row per latent: feature (-1: none), correlation with it, its class, gain, and whether it is a child.
+
+    Without a match: class "unmatched", correlation 0, gain NaN, child False.
+    """
+    side = (crosscoder.relative_decoder_norm >= 0.5).long()
+    decoder = crosscoder.decoder()[torch.arange(len(side)), side]
+    cosines = torch.einsum("jd,imd->jmi", normalize(decoder, dim=1), normalize(truth.vectors, dim=2))
+    cosine = cosines[torch.arange(len(side)), side]
+    correlation = correlations(latents, sample.activations)
+    allowed = (correlation >= MIN_CORRELATION) & (cosine >= MIN_COSINE)
+    best = torch.where(allowed, correlation, 0.0).max(dim=1)
+    found = allowed.any(dim=1).numpy()
+    features = truth.table.iloc[best.indices.numpy()]
+    return pandas.DataFrame(
+        {
+            "feature": np.where(found, best.indices.numpy(), -1),
+            "correlation": best.values.numpy(),
+            "class": np.where(found, features["class"], "unmatched"),
+            "gain": np.where(found, features["gain"], np.nan),
+            "child": found & (features["parent"].to_numpy() >= 0),
+        }
+    )
+
+
+def twin_correlation(crosscoder: Crosscoder, latents: Float[Tensor, "tokens dict_size"]) -> Float[Tensor, " dict_size"]:
+    """Largest correlation of a latent with another one that writes to the base model almost alone; 0 without any."""
+    base_side = crosscoder.relative_decoder_norm <= BASE_SIDE
+    if not base_side.any():
+        return torch.zeros(len(base_side))
+    found = correlations(latents, latents[:, base_side])
+    found[base_side] = found[base_side].fill_diagonal_(0.0)
+    return found.max(dim=1).values.clamp_min(0.0)

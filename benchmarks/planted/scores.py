@@ -1,0 +1,118 @@
+r"""Scores for "this latent belongs to the tuned model alone", and how good each one is.
+
+A score is high where it says tuned-only, and flags a latent from its bound on. Latents that fire on fewer than 30
+evaluation tokens are left out, and so are those that match a rescaled feature of gain below 0.2, which is neither
+clearly tuned-only nor clearly not. All others count, unmatched ones as wrong.
+
+    precision   flagged latents that match a tuned-only feature / flagged latents
+    recall      tuned-only features that a flagged latent matches / all planted tuned-only features
+    f1          2 precision recall / (precision + recall)
+    auroc, ap   over latents, positive where they match a tuned-only feature, whatever the bound
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import pandas
+
+from diffing.verdict import Thresholds, verdicts
+
+MIN_ACTIVE = 30
+WEAK_GAIN = 0.2
+"""Rescaled features below this gain are left out of precision and recall."""
+GATE = 0.7
+"""Relative decoder norm from which `wide_gate` trusts small ratios of a latent whose decoders are unrelated; from
+`calibration`, in place of the published 0.9."""
+TWIN_BOUND = 0.7
+"""Correlation with a base-side latent from which a latent has a twin; from `calibration`."""
+
+
+class Score(NamedTuple):
+    value: Callable[[pandas.DataFrame], np.ndarray]
+    bound: float
+    """Flagged from here on."""
+
+
+def specific(table: pandas.DataFrame, gate: float = Thresholds().tuned_only) -> np.ndarray:
+    """Whether the verdict is tuned-specific, or would be with `gate` in place of 0.9 where it now is rotated."""
+    now, wide = (np.array(verdicts(table, t)) for t in (None, Thresholds(tuned_only=gate, base_only=1 - gate)))
+    return np.asarray(np.isin(now, ("tuned-specific", "rotated")) & (wide == "tuned-specific"))
+
+
+def untwinned(table: pandas.DataFrame, bound: float = TWIN_BOUND) -> np.ndarray:
+    """Whether no base-side latent fires together with this one."""
+    return np.asarray(table["twin_correlation"] < bound)
+
+
+SCORES = {
+    # Bounds of Minder et al. 2025.
+    "norm": Score(lambda t: t["relative_decoder_norm"].to_numpy(), 0.9),
+    "nu_error": Score(lambda t: -t["nu_error"].abs().to_numpy(), -0.2),
+    "nu_reconstruction": Score(lambda t: -t["nu_reconstruction"].abs().to_numpy(), -0.5),
+    # Bounds from `calibration`.
+    "norm_difference": Score(lambda t: (t["decoder_norm_tuned"] - t["decoder_norm_base"]).to_numpy(), 0.61),
+    "nu_max": Score(lambda t: -t[["nu_error", "nu_reconstruction"]].abs().max(axis=1).to_numpy(), -0.23),
+    "specificity": Score(lambda t: (t["specificity"] * (t["relative_decoder_norm"] >= 0.5)).to_numpy(), 0.12),
+    # Words: 1 where the verdict is tuned-specific.
+    "verdict": Score(lambda t: specific(t).astype(float), 1.0),
+    "twin_aware": Score(lambda t: (specific(t) & untwinned(t)).astype(float), 1.0),
+    "wide_gate": Score(lambda t: specific(t, GATE).astype(float), 1.0),
+    "wide_gate_twin_aware": Score(lambda t: (specific(t, GATE) & untwinned(t)).astype(float), 1.0),
+}
+
+
+def alive(table: pandas.DataFrame) -> pandas.DataFrame:
+    """Latents that fire on at least 30 evaluation tokens."""
+    return table[table["n_active"] >= MIN_ACTIVE]
+
+
+def weak(table: pandas.DataFrame) -> pandas.Series:
+    """Which rows, latents or features, are of a rescaled feature of gain below 0.2."""
+    return (table["class"] == "rescaled") & (table["gain"] < WEAK_GAIN)
+
+
+def counted(table: pandas.DataFrame) -> pandas.DataFrame:
+    """The latents that count in precision, recall, AUROC and AP."""
+    return alive(table[~weak(table)])
+
+
+def judge(table: pandas.DataFrame, score: Score, n_features: int) -> dict[str, float]:
+    """The five measures for one crosscoder; NaN where a measure is undefined (nothing flagged).
+
+    n_features: planted tuned-only features.
+    """
+    table = counted(table)
+    value, positive = score.value(table), (table["class"] == "tuned-only").to_numpy()
+    flagged = value >= score.bound
+    hits = int((flagged & positive).sum())
+    precision = hits / flagged.sum() if flagged.any() else float("nan")
+    recall = table["feature"][flagged & positive].nunique() / n_features
+    return {
+        "precision": precision,
+        "recall": recall,
+        "f1": 2 * precision * recall / (precision + recall) if hits else 0.0,
+        "auroc": auroc(value, positive),
+        "ap": average_precision(value, positive),
+    }
+
+
+def auroc(value: np.ndarray, positive: np.ndarray) -> float:
+    """Chance that a positive has a larger value than a negative, ties counting half; NaN without either."""
+    n_positive, n_negative = int(positive.sum()), int((~positive).sum())
+    if not n_positive or not n_negative:
+        return float("nan")
+    rank = pandas.Series(value).rank().to_numpy()  # ties share their mean rank
+    return float((rank[positive].sum() - n_positive * (n_positive + 1) / 2) / (n_positive * n_negative))
+
+
+def average_precision(value: np.ndarray, positive: np.ndarray) -> float:
+    r"""sum over distinct values, from large to small, of (recall - recall before) * precision; NaN without positives.
+
+    Equal values come in together, so their order does not matter.
+    """
+    if not positive.any():
+        return float("nan")
+    table = pandas.DataFrame({"value": value, "hit": positive}).groupby("value")["hit"].agg(["sum", "size"])[::-1]
+    hits, taken = table["sum"].cumsum(), table["size"].cumsum()
+    return float((table["sum"] / positive.sum() * hits / taken).sum())
