@@ -207,6 +207,9 @@ class TrainConfig:
     """Steps between two evaluations on held-out tokens; 0: only at the end."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
+    products: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of the dense matrix products; weights, gradients and sparse products stay float32. auto: bfloat16 on a GPU,
+    float32 on a CPU."""
 
     def __post_init__(self) -> None:
         require_positive(

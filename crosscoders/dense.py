@@ -13,33 +13,50 @@ from torch import Tensor
 from crosscoders.kernels import cpu
 
 
+def product(a: Float[Tensor, "rows inner"], b: Float[Tensor, "inner columns"], dtype: torch.dtype) -> Tensor:
+    """a b, computed in `dtype` where a is float32 (float64 stays as it is), given in the type of a."""
+    if dtype == torch.float32 or a.dtype != torch.float32:
+        return a @ b
+    return (a.to(dtype) @ b.to(dtype)).to(a.dtype)
+
+
 class _Reconstruct(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, x: Tensor, f: Tensor, c: Tensor
+        ctx: Any,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        W_dec: Tensor,
+        b_dec: Tensor,
+        x: Tensor,
+        f: Tensor,
+        c: Tensor,
+        products: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(W_dec, x, f, c)
-        ctx.shape = W_enc.shape
-        return torch.addmm(b_dec.flatten(), f, W_dec.flatten(1)), (f @ c).sum()
+        ctx.shape, ctx.products = W_enc.shape, products
+        return product(f, W_dec.flatten(1), products).add_(b_dec.flatten()), (f @ c).sum()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         W_dec, x, f, c = ctx.saved_tensors
         y = grads[0].contiguous()
-        pre_grad, penalty, ones = y @ W_dec.flatten(1).t(), grads[1] * c, f.new_ones(len(f))
+        pre_grad = product(y, W_dec.flatten(1).t(), ctx.products)
+        penalty, ones = grads[1] * c, f.new_ones(len(f))
         if cpu.usable(pre_grad, f, penalty):
             b_enc_grad = cpu.relu_backward_(pre_grad, f, penalty)
         else:
             pre_grad = torch.ops.aten.threshold_backward(pre_grad.add_(penalty), f, 0)
             b_enc_grad = ones @ pre_grad
         return (
-            (pre_grad.t() @ x).t().view(ctx.shape),
+            product(pre_grad.t(), x, ctx.products).t().view(ctx.shape),
             b_enc_grad,
-            (f.t() @ y).view_as(W_dec),
+            product(f.t(), y, ctx.products).view_as(W_dec),
             y.sum(dim=0).view(W_dec.shape[1:]),
             None,
             None,
             grads[1] * (ones @ f),
+            None,
         )
 
 
@@ -59,9 +76,10 @@ def reconstruct(
     x: Float[Tensor, "batch width"],
     f: Float[Tensor, "batch dict_size"],
     c: Float[Tensor, " dict_size"],
+    products: torch.dtype = torch.float32,
 ) -> tuple[Float[Tensor, "batch width"], Float[Tensor, ""]]:
     """f W_dec + b_dec and the sum over tokens of sum_j f_j c_j, for f = ReLU(x W_enc + b_enc).
 
     Gradients reach the parameters through f, and c; x gets none.
     """
-    return _Reconstruct.apply(W_enc, b_enc, W_dec, b_dec, x, f, c)
+    return _Reconstruct.apply(W_enc, b_enc, W_dec, b_dec, x, f, c, products)

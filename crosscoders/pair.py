@@ -173,6 +173,27 @@ def model_dtype(name: str, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(name, auto)
 
 
+def choose_products(products: str, device: torch.device) -> torch.dtype:
+    """Type of a training run's dense products: bfloat16 on a GPU, float32 on a CPU, unless named.
+
+    Raises:
+        EnvironmentFault: bfloat16 on a CPU that only emulates it.
+    """
+    if products == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if products == "bfloat16" and device.type == "cpu" and not has_fast_bfloat16():
+        raise EnvironmentFault(
+            "products 'bfloat16' is emulated by this CPU, up to 300 times slower than float32. Use --products float32."
+        )
+    return torch.bfloat16 if products == "bfloat16" else torch.float32
+
+
+def has_fast_bfloat16() -> bool:
+    """Whether the CPU multiplies bfloat16 itself (AVX512-BF16 or AMX)."""
+    found = torch.cpu.get_capabilities()
+    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+
+
 def load_pair(
     base: str,
     tuned: str,

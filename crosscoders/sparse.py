@@ -3,6 +3,7 @@ r"""The fast path: products with latents that touch only the active ones, forwar
     active        entries above a gate, without a dense latent tensor
     WarmSelection the n largest scaled latents of a batch, exactly, by a threshold kept from the step before
     largest_per_token    the k largest of some columns, for each token
+    refine        values of selected entries in full precision
     decode        f W, one bag per token
     transposed    f^T y, one bag per latent
     reconstruct   x_hat from one or several sets of entries, with gradients through active entries only
@@ -12,7 +13,7 @@ At k / dict_size below 1%, these are 8 to 27 times cheaper on a CPU than the den
 the dense path, and the compiled kernels equal torch (tests/test_sparse.py).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -180,6 +181,21 @@ def largest_per_token(
         tokens, places = (kept & (scaled > 0)).nonzero(as_tuple=True)
         values = pre_acts[tokens, columns[places]]
     return Active(tokens, places, values, len(pre_acts), len(columns), columns)
+
+
+def refine(
+    entries: Active,
+    W_enc: Float[Tensor, "n_models d_model dict_size"],
+    b_enc: Float[Tensor, " dict_size"],
+    x: Float[Tensor, "batch width"],
+) -> Active:
+    """The same entries with values ReLU(<x, W_enc_j> + b_j) in the precision of x, one product each.
+
+    For entries that were selected from products of lower precision.
+    """
+    rows = W_enc.permute(2, 0, 1).flatten(1)  # contiguous: W_enc is stored latent by latent
+    rows, bias = (rows, b_enc) if entries.columns is None else (rows[entries.columns], b_enc[entries.columns])
+    return replace(entries, values=(_dots(entries, x, rows.detach()) + bias.detach()[entries.latents]).relu_())
 
 
 # ----------------------------------------------------------------------------------------------------------- products

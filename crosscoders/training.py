@@ -10,29 +10,26 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from crosscoders import checkpoint, dense, sparse, store
+from crosscoders import checkpoint, sparse, store
 from crosscoders.config import TrainConfig, to_dict
 from crosscoders.errors import CorruptData, InputError
 from crosscoders.formats import load_crosscoder
-from crosscoders.kernels.cpu import keep_large_blocks
-from crosscoders.losses import auxiliary_loss, differentiable_code_norm, reconstruction_loss
+from crosscoders.kernels.cpu import keep_large_blocks, library
 from crosscoders.metrics import ReconstructionSums, evaluate
-from crosscoders.model import Crosscoder, code_norm
+from crosscoders.model import Crosscoder
+from crosscoders.objective import StepResult, forward
 from crosscoders.optimizer import Optimizer, lr_at
-from crosscoders.pair import choose_device
+from crosscoders.pair import choose_device, choose_products
 from crosscoders.progress import Progress, say
 from crosscoders.provenance import environment
 from crosscoders.reporting import Log, eval_line, evaluation_rows, metric_columns, write_line
 from crosscoders.stream import BatchStream
-
-SPARSE_DENSITY = 0.1
-"""Share of active latents up to which a ReLU step takes the sparse path (see docs/performance.md)."""
 
 Holdout = Callable[[], Iterable[Float[Tensor, "_ n_models d_model"]]]
 """Makes a fresh pass over the held-out tokens each time it is called."""
@@ -44,19 +41,6 @@ class StopRequested(Exception):
     def __init__(self, number: int, message: str) -> None:
         super().__init__(message)
         self.exit_status = 128 + number
-
-
-class StepResult(NamedTuple):
-    """What one forward pass gives."""
-
-    terms: dict[str, Float[Tensor, ""]]
-    """The terms of the loss, already weighted."""
-    n_active: Int[Tensor, " dict_size"]
-    """Tokens of the batch on which each latent is active."""
-    err: Float[Tensor, "batch n_models d_model"]
-    """x - x_hat, training space."""
-    smallest_active: Float[Tensor, ""]
-    """Smallest active f_j c_j of the batch, BatchTopK only."""
 
 
 def train(
@@ -80,12 +64,14 @@ def train(
     out = Path(out)
     config = fill_width(config, stream)
     device = choose_device(config.device)
+    products = choose_products(config.products, device)
     if device.type == "cpu":
         keep_large_blocks()
     with store.exclusive(out), stop_requests() as stop:
         # The mean norms tell apart streams that have no other name.
         inputs = {**(inputs or {}), "stream": {"mean_norm": [str(value) for value in stream.mean_norm]}}
-        checkpoint.start_run(out, to_dict(config), inputs, environment(str(device)))
+        machine = environment(str(device)) | {"kernels": library().state, "products": str(products).split(".")[1]}
+        checkpoint.start_run(out, to_dict(config), inputs, machine)
         if (out / "config.json").is_file() and (out / "model.safetensors").is_file():
             say(f"{out} is complete already.")
             return load_crosscoder(out)
@@ -118,8 +104,8 @@ def train(
         for x in batches:
             x = model.normalise(x.to(device))
             dead = tokens_since_fired >= config.dead_after_tokens
-            k, norms = k_at(config, step), optimizer.decoder_norms()
-            result = forward(model, config, x, dead=dead, k=k, step=step, select=select, decoder_norms=norms)
+            known: dict[str, Any] = {"decoder_norms": optimizer.decoder_norms(), "products": products}
+            result = forward(model, config, x, dead=dead, k=k_at(config, step), step=step, select=select, **known)
             loss = torch.stack(list(result.terms.values())).sum()
             _require_finite(loss, result.terms, step, out)
 
@@ -175,74 +161,6 @@ def fill_width(config: TrainConfig, stream: BatchStream) -> TrainConfig:
             f"the stream gives batches of {stream.batch_size} but batch_size is {config.batch_size}. Make them equal."
         )
     return replace(config, crosscoder=replace(config.crosscoder, d_model=stream.d_model))
-
-
-def forward(
-    model: Crosscoder,
-    config: TrainConfig,
-    x: Float[Tensor, "batch n_models d_model"],
-    *,
-    dead: Bool[Tensor, " dict_size"],
-    k: int | None,
-    step: int,
-    select: sparse.WarmSelection,
-    decoder_norms: Float[Tensor, "dict_size n_models"] | None = None,
-) -> StepResult:
-    """One pass in training space: active latents, reconstruction, weighted loss terms.
-
-    BatchTopK touches active entries only, forward and backward; its c_j decide the selection and carry no gradient.
-
-    decoder_norms: where they are known already.
-    """
-    norms = model.decoder_norms.detach() if decoder_norms is None else decoder_norms
-    if config.crosscoder.activation == "relu":
-        return _forward_relu(model, config, x, norms, step)
-    assert k is not None
-    with torch.no_grad():
-        pre_acts, c = model.pre_acts(x), code_norm(norms, config.crosscoder.code_norm)
-    sets = [select(pre_acts, c, k * len(x))]
-    if config.aux_coefficient and bool(dead.any()):
-        # d_model // 2 takes the width of one model, not of all (Gao et al. 2024, B.1)
-        k_aux = config.k_aux or x.shape[2] // 2
-        sets.append(sparse.largest_per_token(pre_acts, c, dead.nonzero().squeeze(1), k_aux))
-    _, x_hat, *err_hat = sparse.reconstruct(*_parameters(model), x.flatten(1), *sets)
-    entries, err = sets[0], x - x_hat.view_as(x)
-    terms = {"reconstruction": reconstruction_loss(err, config.reconstruction)}
-    if err_hat:
-        terms["auxiliary"] = config.aux_coefficient * auxiliary_loss(err, err_hat[0].view_as(x))
-    scaled = entries.values * c[entries.latents]
-    smallest = scaled.min() if len(scaled) else scaled.new_tensor(torch.inf)
-    fired = torch.bincount(entries.latents, minlength=len(dead))
-    return StepResult(terms, fired, err.detach(), smallest)
-
-
-def _forward_relu(
-    model: Crosscoder,
-    config: TrainConfig,
-    x: Float[Tensor, "batch n_models d_model"],
-    norms: Float[Tensor, "dict_size n_models"],
-    step: int,
-) -> StepResult:
-    """Dense or sparse by the density of this batch, so that no step depends on the one before."""
-    with torch.no_grad():
-        latents, fired = dense.relu_(model.pre_acts(x))
-    c = differentiable_code_norm(model.W_dec, norms, config.crosscoder.code_norm)
-    if float(fired.sum()) <= SPARSE_DENSITY * latents.numel():
-        entries = sparse.active(latents, torch.zeros_like(model.b_enc))
-        values, x_hat = sparse.reconstruct(*_parameters(model), x.flatten(1), entries)
-        penalty = values @ c[entries.latents]
-    else:
-        x_hat, penalty = dense.reconstruct(*_parameters(model), x.flatten(1), latents, c)
-    err = x - x_hat.view_as(x)
-    terms = {"reconstruction": reconstruction_loss(err, config.reconstruction)}
-    if config.l1_coefficient:
-        weight = config.l1_coefficient * min(1.0, (step + 1) / max(1, config.l1_warmup_steps))
-        terms["sparsity"] = weight * penalty / len(x)
-    return StepResult(terms, fired.long(), err.detach(), x.new_tensor(torch.inf))
-
-
-def _parameters(model: Crosscoder) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return model.W_enc, model.b_enc, model.W_dec, model.b_dec
 
 
 def k_at(config: TrainConfig, step: int) -> int | None:

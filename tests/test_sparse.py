@@ -8,8 +8,8 @@ import reference
 import torch
 
 from crosscoders import Crosscoder, CrosscoderConfig, TrainConfig, sparse
+from crosscoders.objective import forward
 from crosscoders.optimizer import Optimizer
-from crosscoders.training import forward
 
 
 def dense(entries: sparse.Active) -> torch.Tensor:
@@ -112,7 +112,7 @@ def test_gradients_equal_dense_autograd(code_norm: str, reconstruction: str, n_d
 @pytest.mark.parametrize("density", [0.0, 1.0])  # the dense and the sparse path
 @pytest.mark.parametrize("code_norm", ["sum", "concat", "none"])
 def test_l1_gradients_equal_dense_autograd(code_norm: str, density: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("crosscoders.training.SPARSE_DENSITY", density)
+    monkeypatch.setattr("crosscoders.objective.SPARSE_DENSITY", density)
     model, config, x = setting(code_norm, "norm", torch.float64, activation="relu", k=None)
     config = replace(config, l1_coefficient=0.3, aux_coefficient=0.0)
     with torch.no_grad():
@@ -132,7 +132,7 @@ def test_l1_gradients_equal_dense_autograd(code_norm: str, density: float, monke
 
 @pytest.mark.parametrize("variant", ["batchtopk", "l1 dense", "l1 sparse"])
 def test_fifty_steps_stay_on_the_dense_trajectory(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("crosscoders.training.SPARSE_DENSITY", float(variant == "l1 sparse"))
+    monkeypatch.setattr("crosscoders.objective.SPARSE_DENSITY", float(variant == "l1 sparse"))
     l1 = {"activation": "relu", "k": None} if variant != "batchtopk" else {}
     model, config, _ = setting("sum", "norm", torch.float32, **l1)
     config = replace(config, lr=1e-2, clip_norm=1.0, **({"l1_coefficient": 0.05, "aux_coefficient": 0.0} if l1 else {}))
@@ -181,3 +181,38 @@ def test_the_optimiser_equals_plain_adam_with_clipped_gradients(clip_norm: float
         ours.step_(1e-2)
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         assert a.grad is None and (a - b).norm() <= 1e-5 * b.norm()
+
+
+@pytest.mark.parametrize("n_dead", [0, 8])
+def test_bfloat16_products_select_and_the_values_stay_float32(n_dead: int) -> None:
+    model, config, x = setting("sum", "norm", torch.float32)
+    dead = torch.arange(20) < n_dead
+    known = {"dead": dead, "k": 3, "step": 0}
+    exact = forward(model, config, x, **known, select=sparse.WarmSelection())
+    rough = forward(model, config, x, **known, select=sparse.WarmSelection(), products=torch.bfloat16)
+    assert rough.n_active.sum() == exact.n_active.sum()
+    assert (rough.n_active - exact.n_active).abs().sum() <= 4  # of 192: entries within rounding of the cut
+    for name in exact.terms:
+        torch.testing.assert_close(rough.terms[name], exact.terms[name], rtol=1e-2, atol=0)
+    pre = model.pre_acts(x).detach()
+    chosen = sparse.active(pre.bfloat16().float(), torch.zeros(20))
+    refined = sparse.refine(chosen, model.W_enc, model.b_enc, x.flatten(1))
+    torch.testing.assert_close(refined.values, pre[chosen.tokens, chosen.latents].relu(), rtol=1e-5, atol=1e-6)
+    torch.stack(list(rough.terms.values())).sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+@pytest.mark.parametrize("density", [0.0, 1.0])
+def test_l1_in_bfloat16_is_near_float32(density: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("crosscoders.objective.SPARSE_DENSITY", density)
+    model, config, x = setting("sum", "norm", torch.float32, activation="relu", k=None)
+    config, grads = replace(config, l1_coefficient=0.3, aux_coefficient=0.0), []
+    for products in (torch.float32, torch.bfloat16):
+        model.zero_grad()
+        none = torch.zeros(20, dtype=torch.bool)
+        result = forward(model, config, x, dead=none, k=None, step=0, select=sparse.WarmSelection(), products=products)
+        torch.stack(list(result.terms.values())).sum().backward()
+        grads.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    for exact, rough in zip(*grads, strict=True):
+        # Rounding is 0.4%; signs of pre-activations near 0 change too, and each takes a whole entry with it.
+        assert (exact - rough).norm() < 0.05 * exact.norm()

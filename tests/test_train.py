@@ -33,11 +33,13 @@ from crosscoders import (
 from crosscoders.config import PRESETS
 from crosscoders.losses import auxiliary_loss, reconstruction_loss
 from crosscoders.metrics import ReconstructionSums
+from crosscoders.objective import forward
 from crosscoders.optimizer import lr_at
+from crosscoders.pair import choose_products
 from crosscoders.source import ActivationSource
 from crosscoders.sparse import WarmSelection
 from crosscoders.tokens import tokenize_documents
-from crosscoders.training import forward, geometric_median, k_at
+from crosscoders.training import geometric_median, k_at
 
 
 def config(**changes: object) -> TrainConfig:
@@ -415,3 +417,11 @@ def test_the_presets_are_the_published_recipes() -> None:
         assert (preset["batch_size"], preset["lr"], preset["lr_warmup_steps"], preset["seed"]) == (2048, 1e-4, 1000, 42)
     assert (l1["l1_coefficient"], l1["decoder_init_norm"]) == (0.041, 0.005)
     assert (topk["crosscoder.k"], topk["decoder_init_norm"], topk["aux_coefficient"]) == (100, 1.0, 1 / 32)
+
+
+def test_bfloat16_products_need_a_cpu_that_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("crosscoders.pair.has_fast_bfloat16", lambda: False)
+    with pytest.raises(EnvironmentFault, match=r"emulated by this CPU.*Use --products float32"):
+        choose_products("bfloat16", torch.device("cpu"))
+    assert choose_products("auto", torch.device("cpu")) == torch.float32
+    assert choose_products("auto", torch.device("cuda")) == torch.bfloat16

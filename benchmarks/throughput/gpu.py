@@ -1,12 +1,11 @@
 """Steps and caching at the shapes of Gemma-2-2B on a CUDA device; random weights and planted data.
 
-Ours in float32 with TensorFloat-32 products allowed, against the dense autograd step under bfloat16 autocast with
+Ours with bfloat16 products, as training runs on a GPU, against the dense autograd step under bfloat16 autocast with
 default Adam. Times are CUDA events; memory is the allocator's peak over model, optimiser and steps, less what the
 batches take. The same functions run on a CPU at tiny shapes in the tests.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,22 +31,12 @@ def rows(quick: bool) -> list[dict[str, Any]]:
     return found
 
 
-@contextlib.contextmanager
-def tensor_float_32() -> Iterator[None]:
-    """Allow it in float32 products; restores what it found."""
-    previous = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(previous)
-
-
 def make_step(kind: str, shape: Shape, device: str) -> Step:
     """ours, or dense under autocast."""
     config = shape.config()
     model = start_model(config.crosscoder).to(device)
-    return our_step(model, config) if kind == "ours" else dense_step(model, config, products=torch.bfloat16)
+    maker = our_step if kind == "ours" else dense_step
+    return maker(model, config, products=torch.bfloat16)
 
 
 def peak_gib(kind: str, shape: Shape, batches: list[torch.Tensor], device: str) -> list[float]:
@@ -67,18 +56,17 @@ def step_rows(shape: Shape, *, device: str, n_rounds: int, clock: Clock) -> list
     """Rows `throughput.gpu.step.<shape>.*`; losses of both are held to 5%, since bfloat16 selects other entries."""
     name = f"throughput.gpu.step.{shape}"
     batches = [x.to(device) for x in planted(shape)]
-    with tensor_float_32():
-        peaks = {kind: peak_gib(kind, shape, batches, device) for kind in ("ours", "dense")}
-        ours, dense = make_step("ours", shape, device), make_step("dense", shape, device)
-        require_close(name, ours, dense, batches, 0.05)
-        weight = torch.randn(shape.n_models * shape.d_model, shape.dict_size, device=device, dtype=torch.bfloat16)
-        x_bf16 = batches[0].flatten(1).bfloat16()
-        parts: dict[str, Callable[[], object]] = {
-            "encode": lambda: x_bf16 @ weight,
-            "ours": turns(ours, batches),
-            "dense": turns(dense, batches),
-        }
-        seconds = interleaved(parts, n_rounds=n_rounds, clock=clock)
+    peaks = {kind: peak_gib(kind, shape, batches, device) for kind in ("ours", "dense")}
+    ours, dense = make_step("ours", shape, device), make_step("dense", shape, device)
+    require_close(name, ours, dense, batches, 0.05)
+    weight = torch.randn(shape.n_models * shape.d_model, shape.dict_size, device=device, dtype=torch.bfloat16)
+    x_bf16 = batches[0].flatten(1).bfloat16()
+    parts: dict[str, Callable[[], object]] = {
+        "encode": lambda: x_bf16 @ weight,
+        "ours": turns(ours, batches),
+        "dense": turns(dense, batches),
+    }
+    seconds = interleaved(parts, n_rounds=n_rounds, clock=clock)
     return [
         ratio_row(f"{name}.ratio_to_encode_bf16", seconds["ours"], seconds["encode"], "bfloat16 products", NOTE),
         ratio_row(f"{name}.speedup_over_dense_bf16", seconds["dense"], seconds["ours"], "times", NOTE),

@@ -12,8 +12,8 @@ import torch
 from benchmarks.throughput import memory
 from benchmarks.timing import interleaved, median_row, ratio_row
 from crosscoders import Crosscoder, CrosscoderConfig, TrainConfig, sparse
+from crosscoders.objective import forward
 from crosscoders.optimizer import Optimizer
-from crosscoders.training import forward
 
 Step = Callable[[torch.Tensor], float]
 """Takes a batch (batch, n_models, d_model), makes one training step and gives its loss."""
@@ -57,15 +57,20 @@ def start_model(config: CrosscoderConfig, norm: float = 0.3) -> Crosscoder:
     return model
 
 
-def our_step(model: Crosscoder, config: TrainConfig, dead: torch.Tensor | None = None) -> Step:
+def our_step(
+    model: Crosscoder,
+    config: TrainConfig,
+    dead: torch.Tensor | None = None,
+    products: torch.dtype = torch.float32,
+) -> Step:
     """The step of `crosscoders.train`, with `dead` as the latents that take part in the auxiliary term."""
     optimizer, select = Optimizer(model, config), sparse.WarmSelection()
     none_dead = torch.zeros(config.crosscoder.dict_size, dtype=torch.bool, device=model.W_dec.device)
     taking_part = none_dead if dead is None else dead
 
     def step(x: torch.Tensor) -> float:
-        norms, k = optimizer.decoder_norms(), config.crosscoder.k
-        result = forward(model, config, x, dead=taking_part, k=k, step=0, select=select, decoder_norms=norms)
+        known: dict[str, Any] = {"decoder_norms": optimizer.decoder_norms(), "products": products}
+        result = forward(model, config, x, dead=taking_part, k=config.crosscoder.k, step=0, select=select, **known)
         loss = torch.stack(list(result.terms.values())).sum()
         loss.backward()
         optimizer.step_(1e-4)

@@ -1,0 +1,115 @@
+"""The objective of training: one forward pass over a batch, by variant, with its weighted loss terms.
+
+`forward` chooses between the sparse path (BatchTopK, and ReLU once few latents are active) and the dense one; gradients
+of both are closed forms in `sparse` and `dense`.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from crosscoders import dense, sparse
+from crosscoders.config import TrainConfig
+from crosscoders.losses import auxiliary_loss, differentiable_code_norm, reconstruction_loss
+from crosscoders.model import Crosscoder, code_norm
+
+SPARSE_DENSITY = 0.1
+"""Share of active latents up to which a ReLU step takes the sparse path (see docs/performance.md)."""
+
+
+class StepResult(NamedTuple):
+    """What one forward pass gives."""
+
+    terms: dict[str, Float[Tensor, ""]]
+    """The terms of the loss, already weighted."""
+    n_active: Int[Tensor, " dict_size"]
+    """Tokens of the batch on which each latent is active."""
+    err: Float[Tensor, "batch n_models d_model"]
+    """x - x_hat, training space."""
+    smallest_active: Float[Tensor, ""]
+    """Smallest active f_j c_j of the batch, BatchTopK only."""
+
+
+def forward(
+    model: Crosscoder,
+    config: TrainConfig,
+    x: Float[Tensor, "batch n_models d_model"],
+    *,
+    dead: Bool[Tensor, " dict_size"],
+    k: int | None,
+    step: int,
+    select: sparse.WarmSelection,
+    decoder_norms: Float[Tensor, "dict_size n_models"] | None = None,
+    products: torch.dtype = torch.float32,
+) -> StepResult:
+    """One pass in training space: active latents, reconstruction, weighted loss terms.
+
+    BatchTopK touches active entries only, forward and backward; its c_j decide the selection and carry no gradient.
+    With bfloat16 products the selection is made from them, and the values of what is selected are float32.
+
+    decoder_norms: where they are known already.
+    """
+    norms = model.decoder_norms.detach() if decoder_norms is None else decoder_norms
+    if config.crosscoder.activation == "relu":
+        return _forward_relu(model, config, x, norms, step, products)
+    assert k is not None
+    with torch.no_grad():
+        pre_acts, c = _pre_acts(model, x, products), code_norm(norms, config.crosscoder.code_norm)
+    sets = [select(pre_acts, c, k * len(x))]
+    if config.aux_coefficient and bool(dead.any()):
+        # d_model // 2 takes the width of one model, not of all (Gao et al. 2024, B.1)
+        k_aux = config.k_aux or x.shape[2] // 2
+        sets.append(sparse.largest_per_token(pre_acts, c, dead.nonzero().squeeze(1), k_aux))
+    if products != torch.float32:
+        sets = [sparse.refine(entries, model.W_enc, model.b_enc, x.flatten(1)) for entries in sets]
+    _, x_hat, *err_hat = sparse.reconstruct(*_parameters(model), x.flatten(1), *sets)
+    entries, err = sets[0], x - x_hat.view_as(x)
+    terms = {"reconstruction": reconstruction_loss(err, config.reconstruction)}
+    if err_hat:
+        terms["auxiliary"] = config.aux_coefficient * auxiliary_loss(err, err_hat[0].view_as(x))
+    scaled = entries.values * c[entries.latents]
+    smallest = scaled.min() if len(scaled) else scaled.new_tensor(torch.inf)
+    fired = torch.bincount(entries.latents, minlength=len(dead))
+    return StepResult(terms, fired, err.detach(), smallest)
+
+
+def _forward_relu(
+    model: Crosscoder,
+    config: TrainConfig,
+    x: Float[Tensor, "batch n_models d_model"],
+    norms: Float[Tensor, "dict_size n_models"],
+    step: int,
+    products: torch.dtype,
+) -> StepResult:
+    """Dense or sparse by the density of this batch, so that no step depends on the one before."""
+    with torch.no_grad():
+        latents, fired = dense.relu_(_pre_acts(model, x, products))
+    c = differentiable_code_norm(model.W_dec, norms, config.crosscoder.code_norm)
+    if float(fired.sum()) <= SPARSE_DENSITY * latents.numel():
+        entries = sparse.active(latents, torch.zeros_like(model.b_enc))
+        if products != torch.float32:
+            entries = sparse.refine(entries, model.W_enc, model.b_enc, x.flatten(1))
+        values, x_hat = sparse.reconstruct(*_parameters(model), x.flatten(1), entries)
+        penalty = values @ c[entries.latents]
+    else:
+        x_hat, penalty = dense.reconstruct(*_parameters(model), x.flatten(1), latents, c, products)
+    err = x - x_hat.view_as(x)
+    terms = {"reconstruction": reconstruction_loss(err, config.reconstruction)}
+    if config.l1_coefficient:
+        weight = config.l1_coefficient * min(1.0, (step + 1) / max(1, config.l1_warmup_steps))
+        terms["sparsity"] = weight * penalty / len(x)
+    return StepResult(terms, fired.long(), err.detach(), x.new_tensor(torch.inf))
+
+
+def _pre_acts(
+    model: Crosscoder, x: Float[Tensor, "batch n_models d_model"], products: torch.dtype
+) -> Float[Tensor, "batch dict_size"]:
+    if products == torch.float32:
+        return model.pre_acts(x)
+    return dense.product(x.flatten(1), model.W_enc.flatten(0, 1), products).add_(model.b_enc)
+
+
+def _parameters(model: Crosscoder) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return model.W_enc, model.b_enc, model.W_dec, model.b_dec
