@@ -33,11 +33,21 @@ def main(argv: list[str] | None = None) -> int:
     run.add_argument("--quick", action="store_true", help="a small version, for trying it out")
     run.add_argument("--json", action="store_true", help="print the result as one JSON object")
     run.add_argument(
-        "--only", nargs="+", default=[], metavar="PART", help="throughput: some parts, such as steps cache"
+        "--only",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="PART",
+        help="throughput: some parts, such as steps cache",
     )
     run.add_argument("--peers", action="store_true", help="throughput: also against other toolkits that are installed")
     run.add_argument(
-        "--checkout", nargs="+", default=[], metavar="NAME=FOLDER", help="throughput: also against these repositories"
+        "--checkout",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=FOLDER",
+        help="throughput: also against these repositories",
     )
     report = commands.add_parser("report", help="print the kept rows as Markdown tables")
     for command in (run, report):
