@@ -1,18 +1,21 @@
 r"""One word per latent, and a rank by how specific to the tuned model it looks.
 
 The ratios of Latent Scaling are used only behind the decoder-norm gate: a rotated latent (both norms alive, unrelated
-directions) has ratios near 0 as well, without being new. Bounds are the published ones (Minder et al. 2025); they are
-not calibrated on a null of your pair, so a count is not yet a finding.
+directions) has ratios near 0 as well, without being new. Bounds are the published ones (Minder et al. 2025), but for
+one: a rotated latent that leans to a side (relative norm from 0.7 on, or up to 0.3) is judged by its ratios too. A
+feature that fires only under another one takes part of it along, keeps a weak base decoder in that direction, and has
+relative norms of 0.78 to 0.87; the benchmark with planted features says what this gains (docs/log.md). None of this is
+calibrated on a null of your pair, so a count is not yet a finding.
 
     dead               active on no token
     undetermined       active on fewer than `min_active` tokens
-    rotated            relative norm between 0.1 and 0.9, decoder cosine < 0.5
+    rotated            relative norm between 0.1 and 0.9, decoder cosine < 0.5, not specific as below
     shared             relative norm between 0.1 and 0.9, otherwise
     shrunk             relative norm >= 0.9 or <= 0.1, |nu_error| above 0.2: Complete Shrinkage
     decoupled          the same gate, else |nu_reconstruction| above 0.5: Latent Decoupling (its partner, where one
                        latent is it, is named by diffing.twins)
-    tuned-specific     relative norm >= 0.9, both below their bounds
-    base-specific      relative norm <= 0.1, both mirror ratios below their bounds
+    tuned-specific     relative norm >= 0.9, or >= 0.7 with decoder cosine < 0.5; both ratios below their bounds
+    base-specific      relative norm <= 0.1, or <= 0.3 with decoder cosine < 0.5; both mirror ratios below their bounds
     undetermined       behind the gate, anything else
 
 Above and below mean by more than two standard errors. Absolute values are compared, as published: a ratio far below 0
@@ -36,6 +39,8 @@ class Thresholds(NamedTuple):
     base_only: float = 0.1
     rotated_cosine: float = 0.5
     min_active: int = 30
+    tuned_leaning: float = 0.7
+    base_leaning: float = 0.3
 
 
 def verdicts(table: pandas.DataFrame, thresholds: Thresholds | None = None) -> list[str]:
@@ -47,14 +52,18 @@ def verdicts(table: pandas.DataFrame, thresholds: Thresholds | None = None) -> l
 def _verdict(row: dict[Any, Any], bounds: Thresholds) -> str:
     if row["n_active"] < bounds.min_active:
         return "undetermined" if row["n_active"] else "dead"
-    if bounds.base_only < row["relative_decoder_norm"] < bounds.tuned_only:
-        return "rotated" if row["decoder_cosine"] < bounds.rotated_cosine else "shared"
-    tuned_side = row["relative_decoder_norm"] >= bounds.tuned_only
+    norm = row["relative_decoder_norm"]
+    tuned_side = norm >= 0.5
     suffix = "" if tuned_side else "_mirror"
     error = _compare(row[f"nu_error{suffix}"], row[f"nu_error{suffix}_stderr"], bounds.nu_error)
     reconstruction = _compare(
         row[f"nu_reconstruction{suffix}"], row[f"nu_reconstruction{suffix}_stderr"], bounds.nu_reconstruction
     )
+    if bounds.base_only < norm < bounds.tuned_only:
+        if row["decoder_cosine"] >= bounds.rotated_cosine:
+            return "shared"
+        if bounds.base_leaning < norm < bounds.tuned_leaning or not error == reconstruction == "below":
+            return "rotated"
     if error == "above":
         return "shrunk"
     if reconstruction == "above":

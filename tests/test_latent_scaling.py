@@ -183,6 +183,13 @@ def row(**values: float) -> pandas.DataFrame:
         # low ratios count for nothing when both norms are alive: only the cosine does
         ({"relative_decoder_norm": 0.6, "decoder_cosine": 0.1}, "rotated"),
         ({"relative_decoder_norm": 0.6, "decoder_cosine": 0.9}, "shared"),
+        # a rotated latent that leans to a side is judged by its ratios, and stays rotated where they are not small
+        ({"relative_decoder_norm": 0.7, "decoder_cosine": 0.1}, "tuned-specific"),
+        ({"relative_decoder_norm": 0.7, "decoder_cosine": 0.1, "nu_error": 0.4}, "rotated"),
+        ({"relative_decoder_norm": 0.7, "decoder_cosine": 0.1, "nu_reconstruction": 0.49}, "rotated"),
+        ({"relative_decoder_norm": 0.7, "decoder_cosine": 0.6}, "shared"),
+        ({"relative_decoder_norm": 0.3, "decoder_cosine": 0.1}, "base-specific"),
+        ({"relative_decoder_norm": 0.3, "decoder_cosine": 0.1, "nu_error_mirror": 0.4}, "rotated"),
     ],
 )
 def test_verdicts_on_paper(changes: dict[str, float], verdict: str) -> None:
@@ -211,8 +218,8 @@ def test_norm_classes_and_cosines_on_paper() -> None:
     assert decoder_cosine(cc)[:4].tolist() == [1.0, 0.0, -1.0, 0.0]
 
 
-def test_thresholds_are_the_published_ones() -> None:
-    assert Thresholds() == Thresholds(0.2, 0.5, 0.9, 0.1, 0.5, 30)
+def test_thresholds_are_the_published_ones_and_ours() -> None:
+    assert Thresholds() == Thresholds(0.2, 0.5, 0.9, 0.1, 0.5, 30, 0.7, 0.3)
 
 
 def test_one_model_or_no_tokens_is_refused(tmp_path: Path) -> None:

@@ -262,7 +262,7 @@ def test_the_scores_find_the_truth_in_a_dictionary_of_the_truth() -> None:
     rescaled = table[table["class"] == "rescaled"]
     assert np.allclose(rescaled["gain_by_error"], rescaled["gain"], atol=1e-4)
     assert np.allclose(rescaled["gain_by_norm"], rescaled["gain"], atol=1e-4)
-    for name in ("norm", "verdict", "twin_aware", "wide_gate", "wide_gate_twin_aware"):
+    for name in ("norm", "published_verdict", "verdict", "twin_aware"):
         found = scores.judge(table, scores.SCORES[name], truth.config.n_tuned_only)
         assert found["recall"] >= 0.9 and found["precision"] == 1, name
     dealt = table.assign(**{"class": table["class"].sample(frac=1, random_state=0).to_numpy()})

@@ -93,6 +93,8 @@ def write_run(
         "tuned_only": 0.9,
         "base_only": 0.1,
         "rotated_cosine": 0.5,
+        "tuned_leaning": 0.7,
+        "base_leaning": 0.3,
         "min_active": 30,
     }
     put(
@@ -369,7 +371,7 @@ def test_an_empty_tuned_only_class_is_said_in_words(page: Inventory) -> None:
         "The published class of tuned-only latents (relative decoder norm above 0.9) is empty (0 of 36 alive latents)"
         in text
     )
-    assert "appear as 4 rotated latents instead: both decoder norms are alive, and the decoder cosine is near 0" in text
+    assert "appear as 4 tuned-specific latents and 4 rotated latents instead: both decoder norms are alive" in text
 
 
 def test_a_tuned_only_class_with_latents_is_counted(tmp_path: Path) -> None:

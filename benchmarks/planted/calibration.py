@@ -11,6 +11,7 @@ import pandas
 
 from benchmarks.planted.runs import N_STEPS, SIZES, VARIANTS, draw, run_one
 from benchmarks.planted.scores import SCORES, Score, counted, judge, specific, untwinned
+from diffing.verdict import Thresholds
 
 SEEDS = (100, 101, 102)
 GATES = (0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55)
@@ -50,8 +51,9 @@ def report(tables: list[pandas.DataFrame], n_features: int) -> None:
 
 
 def at_gate(gate: float, twin_bound: float = 2.0) -> Score:
-    """The verdict at another gate; a twin bound above 1 asks for no twins."""
-    return Score(lambda table: (specific(table, gate) & untwinned(table, twin_bound)).astype(float), 1.0)
+    """The verdict with rotated latents judged from another norm on; a twin bound above 1 asks for no twins."""
+    bounds = Thresholds(tuned_leaning=gate, base_leaning=1 - gate)
+    return Score(lambda table: (specific(table, bounds) & untwinned(table, twin_bound)).astype(float), 1.0)
 
 
 if __name__ == "__main__":

@@ -21,9 +21,6 @@ from diffing.verdict import Thresholds, verdicts
 MIN_ACTIVE = 30
 WEAK_GAIN = 0.2
 """Rescaled features below this gain are left out of precision and recall."""
-GATE = 0.7
-"""Relative decoder norm from which `wide_gate` trusts small ratios of a latent whose decoders are unrelated; from
-`calibration`, in place of the published 0.9."""
 TWIN_BOUND = 0.7
 """Correlation with a base-side latent from which a latent has a twin; from `calibration`."""
 
@@ -34,10 +31,13 @@ class Score(NamedTuple):
     """Flagged from here on."""
 
 
-def specific(table: pandas.DataFrame, gate: float = Thresholds().tuned_only) -> np.ndarray:
-    """Whether the verdict is tuned-specific, or would be with `gate` in place of 0.9 where it now is rotated."""
-    now, wide = (np.array(verdicts(table, t)) for t in (None, Thresholds(tuned_only=gate, base_only=1 - gate)))
-    return np.asarray(np.isin(now, ("tuned-specific", "rotated")) & (wide == "tuned-specific"))
+PUBLISHED = Thresholds()._replace(tuned_leaning=Thresholds().tuned_only, base_leaning=Thresholds().base_only)
+"""Verdicts without the rule for rotated latents that lean to a side."""
+
+
+def specific(table: pandas.DataFrame, thresholds: Thresholds | None = None) -> np.ndarray:
+    """Whether the verdict is tuned-specific."""
+    return np.array(verdicts(table, thresholds)) == "tuned-specific"
 
 
 def untwinned(table: pandas.DataFrame, bound: float = TWIN_BOUND) -> np.ndarray:
@@ -56,9 +56,8 @@ SCORES = {
     "specificity": Score(lambda t: (t["specificity"] * (t["relative_decoder_norm"] >= 0.5)).to_numpy(), 0.12),
     # Words: 1 where the verdict is tuned-specific.
     "verdict": Score(lambda t: specific(t).astype(float), 1.0),
+    "published_verdict": Score(lambda t: specific(t, PUBLISHED).astype(float), 1.0),
     "twin_aware": Score(lambda t: (specific(t) & untwinned(t)).astype(float), 1.0),
-    "wide_gate": Score(lambda t: specific(t, GATE).astype(float), 1.0),
-    "wide_gate_twin_aware": Score(lambda t: (specific(t, GATE) & untwinned(t)).astype(float), 1.0),
 }
 
 

@@ -7,7 +7,7 @@ import pandas
 from benchmarks.planted.runs import Run
 from benchmarks.planted.scores import SCORES, Score, alive, judge, weak
 
-COMPOSED = ("norm", "verdict", "wide_gate_twin_aware")
+COMPOSED = ("norm", "published_verdict", "verdict")
 """Scores whose flagged latents are counted by what they match."""
 
 RIGHT_VERDICTS = {

@@ -109,8 +109,8 @@ def summary(table: pandas.DataFrame, examples: dict[str, list[dict[str, Any]]]) 
         lines += [
             "",
             "No latent is tuned-only in the published sense (relative decoder norm of 0.9 or more): both models keep",
-            "a code for every latent. The new concepts appear as rotated latents: alive in both (norm near 0.5),",
-            "in unrelated directions (cosine near 0), and the base model lacks the tuned one (both ratios near 0).",
+            "a code for every latent. New concepts have unrelated directions (cosine near 0), and the base model lacks",
+            "the tuned one (both ratios near 0): tuned-specific from a norm of 0.7 on, else rotated.",
         ]
     else:
         sense = "in the published sense (relative decoder norm of 0.9 or more)"

@@ -32,7 +32,10 @@ TYPES: dict[str, tuple[set[type] | None, str]] = {
     "main_context": ({str, type(None)}, "text"),
 }
 PLAIN = {int, str, bool, type(None)}
-THRESHOLDS = ("nu_error", "nu_reconstruction", "tuned_only", "base_only", "rotated_cosine", "min_active")
+THRESHOLDS = (
+    "nu_error", "nu_reconstruction", "tuned_only", "base_only", "rotated_cosine", "min_active", "tuned_leaning",
+    "base_leaning",
+)  # fmt: skip
 SCALE = "diffing scale {run} --cache CACHE"
 MADE_BY = {
     "run.json": "crosscoders train --cache CACHE --out {run}",

@@ -56,13 +56,14 @@ FAMILIES = {
 
 VERDICTS = {
     "tuned-specific": (
-        "Tuned-only by norm, nu_error below {nu_error} and nu_reconstruction below {nu_reconstruction}: the base model "
-        "has nothing of it."
+        "Tuned-only by norm, or leaning to the tuned side (relative norm from {tuned_leaning}) along another direction "
+        "(decoder_cosine below {rotated_cosine}); nu_error below {nu_error} and nu_reconstruction below "
+        "{nu_reconstruction}: the base model has nothing of it."
     ),
-    "base-specific": "Base-only by norm, and both mirror ratios below the same bounds.",
+    "base-specific": "The mirror image (relative norm up to {base_leaning}), with the mirror ratios.",
     "rotated": (
         "Neither tuned-only nor base-only by norm, and decoder_cosine below {rotated_cosine}: both decoder norms are "
-        "alive, and each model writes the latent in a direction of its own."
+        "alive, and each model writes the latent in a direction of its own; not specific to a model."
     ),
     "shrunk": (
         "Tuned-only or base-only by norm, yet the other model's error holds it (ratio from {nu_error}): the sparsity "

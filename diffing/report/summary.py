@@ -112,14 +112,15 @@ def count_sentence(run: Run) -> str:
 
 def class_sentence(run: Run) -> str:
     """What the published class, tuned-only by decoder norm, holds in this run."""
-    count, rotated = class_counts(run)["tuned-only"], verdict_counts(run)["rotated"]
+    count = class_counts(run)["tuned-only"]
     alive, limit = counted(int(run.latents.alive.sum()), "alive latent"), run.latents.thresholds["tuned_only"]
     published = f"The published class of tuned-only latents (relative decoder norm above {limit:g})"
     if count:
         return f"{published} holds {number(count)} of {alive}."
-    if not rotated:
+    own = [counted(n, f"{word} latent") for word in ("tuned-specific", "rotated") if (n := verdict_counts(run)[word])]
+    if not own:
         return f"{published} is empty (0 of {alive}), and no latent is rotated either."
     return (
         f"{published} is empty (0 of {alive}). Concepts that the tuned model writes in its own way appear as "
-        f"{counted(rotated, 'rotated latent')} instead: both decoder norms are alive, and the decoder cosine is near 0."
+        f"{' and '.join(own)} instead: both decoder norms are alive, and the decoder cosine is near 0."
     )
