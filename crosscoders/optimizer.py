@@ -40,7 +40,7 @@ class Optimizer:
         for tensor, parameter, order in zip(self.shared, self.parameters, self.orders, strict=True):
             assert parameter.grad is not None
             tensor.grad, parameter.grad = parameter.grad.permute(order), None
-        divisor = torch.ones(())
+        divisor = torch.ones((), device=self.W_dec.device)
         if self.clip_norm is not None:
             norm = torch.nn.utils.get_total_norm([t.grad for t in self.shared if t.grad is not None])
             divisor = ((norm + 1e-6) / self.clip_norm).clamp_min(1.0)

@@ -67,6 +67,8 @@ def train(
     products = choose_products(config.products, device)
     if device.type == "cpu":
         keep_large_blocks()
+        if library().functions is None:
+            say(f"inner loops run on {library().state}; with a C compiler (cc, gcc or clang) steps are faster.")
     with store.exclusive(out), stop_requests() as stop:
         # The mean norms tell apart streams that have no other name.
         inputs = {**(inputs or {}), "stream": {"mean_norm": [str(value) for value in stream.mean_norm]}}

@@ -23,8 +23,8 @@ def is_available() -> bool:
 
 
 def usable(*tensors: Tensor) -> bool:
-    """Whether the kernels can take these tensors."""
-    return is_available() and all(t.is_cuda and t.is_contiguous() for t in tensors)
+    """Whether the kernels can take these tensors: float32 on a GPU, contiguous."""
+    return is_available() and all(t.is_cuda and t.dtype == torch.float32 and t.is_contiguous() for t in tensors)
 
 
 def bags(
