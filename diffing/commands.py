@@ -11,7 +11,7 @@ from crosscoders.config import to_dict
 from crosscoders.errors import InputError
 from crosscoders.progress import say
 from crosscoders.reporting import row
-from diffing.cli import DemoSettings, ReportSettings, ScaleSettings
+from diffing.cli import DemoSettings, NullSettings, ReportSettings, ScaleSettings
 from diffing.report import write_report
 from diffing.table import scale_run
 from diffing.verdict import VERDICTS
@@ -44,6 +44,20 @@ def _trained_on(run: Path) -> str:
     if "cache" not in inputs:
         raise InputError(f"{str(run)!r} was not trained on a cache. Name one: --cache CACHE")
     return str(inputs["cache"]["path"])
+
+
+def null(settings: NullSettings) -> dict[str, Any]:
+    """`diffing null`"""
+    from diffing.null.command import calibrate_run, result_rows, summary
+
+    started = time.perf_counter()
+    run = Path(settings.run)
+    cache = ActivationCache(settings.cache if settings.cache is not None else _trained_on(run))
+    require_same_source(run, cache)
+    found = calibrate_run(settings, cache)
+    closing(started, f"calibration in {run / 'null.json'}")
+    say(f"next: diffing report {run}")
+    return result("null", to_dict(settings), result_rows(found)) | {"text": summary(found)}
 
 
 def report(settings: ReportSettings) -> dict[str, Any]:
