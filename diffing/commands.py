@@ -13,6 +13,8 @@ from crosscoders.progress import say
 from crosscoders.reporting import row
 from diffing.cli import DemoSettings, NullSettings, ReportSettings, ScaleSettings
 from diffing.report import write_report
+from diffing.report.data import NULL, read_nulls
+from diffing.report.nulls import counts_beside
 from diffing.table import scale_run
 from diffing.verdict import VERDICTS
 
@@ -28,8 +30,13 @@ def scale(settings: ScaleSettings) -> dict[str, Any]:
     say(f"scale {run} on {min(settings.n_tokens or len(cache), len(cache)):,} tokens of {cache.path}")
     table = scale_run(run, cache, n_tokens=settings.n_tokens, n_examples=settings.n_examples, device=settings.device)
     counts = {verdict: int((table["verdict"] == verdict).sum()) for verdict in VERDICTS}
-    say("  ".join(f"{verdict} {n}" for verdict, n in counts.items() if n) + f"  of {len(table):,} latents")
+    nulls = read_nulls(run / "null.json") if (run / "null.json").is_file() else {}
+    beside = {verdict: f" (on nulls: {text})" for verdict, text in counts_beside(nulls).items()}
+    words = [f"{verdict} {n}{beside.get(verdict, '')}" for verdict, n in counts.items() if n]
+    say(f"{'  '.join(words)}  of {len(table):,} latents")
     closing(started, f"latent table in {run / 'latents.json'}")
+    if not nulls:
+        say(f"these counts have no false-positive rate yet: {NULL.format(run=run)}")
     say(f"next: diffing report {run}")
     rows = [row(f"scale.verdict.{verdict}.count", n, "latents", len(table)) for verdict, n in counts.items()]
     return result("scale", to_dict(settings), rows)

@@ -31,6 +31,7 @@ from diffing.cli import NullSettings
 from diffing.null import models, rates
 from diffing.null.calibration import calibrate
 from diffing.null.runs import Scaled
+from diffing.report.nulls import counts_beside
 
 # ---------------------------------------------------------------------------------------------------------- thresholds
 
@@ -279,6 +280,10 @@ def test_the_command_on_tiny_models(
     assert "Thresholds that no null decided" in capsys.readouterr().out
     assert (scaled_run / "null.json").read_bytes() == before
     assert [file.stat().st_mtime_ns for file in sorted(out.rglob("*.safetensors"))] == weights
+    # Scaling again gives the same table, and the counts of the nulls stand beside its own.
+    assert diffing_cli.main(["scale", str(scaled_run), "--n-tokens", "500"]) == 0
+    said = capsys.readouterr().err
+    assert "no false-positive rate yet" not in said
     # The report: rate and null counts beside each count, until the table is made again.
     assert diffing_cli.main(["report", str(scaled_run)]) == 0
     page = (scaled_run / "report.html").read_text()
@@ -287,6 +292,7 @@ def test_the_command_on_tiny_models(
     assert f"{count} latent" in page.split("Against null pairs")[1][:200]
     assert json.loads((scaled_run / "report.json").read_text())["nulls"]["seed"] == 0
     assert diffing_cli.main(["scale", str(scaled_run), "--n-tokens", "400"]) == 0
+    assert f"no false-positive rate yet: diffing null {scaled_run}" in capsys.readouterr().err
     assert diffing_cli.main(["report", str(scaled_run)]) == 0
     assert "No count on this page has a false-positive rate" in (scaled_run / "report.html").read_text()
     assert diffing_cli.main(["scale", str(scaled_run), "--n-tokens", "500"]) == 0
@@ -418,6 +424,17 @@ def test_a_null_file_that_lacks_a_part_is_named(scaled_run: Path, tmp_path: Path
         (tmp_path / "null.json").write_text(json.dumps(content))
         with pytest.raises(InputError, match=line):
             read_nulls(tmp_path / "null.json")
+
+
+def test_a_verdict_that_calls_a_latent_specific_has_its_null_counts_beside_it() -> None:
+    one = {"seed": 0, "n": 90}
+    counts = {"tuned": [{**one, "count": 9}], "placebo": [{**one, "count": 2}, {**one, "seed": 1, "count": 5}]}
+    found = {
+        "crosscoders": [{"kind": "tuned"}, {"kind": "placebo"}, {"kind": "placebo"}],
+        "fixed": [{"words": "verdict rotated", "counts": counts}, {"words": "something else", "counts": counts}],
+    }
+    assert counts_beside(found) == {"rotated": "placebo 2"}
+    assert counts_beside({}) == {}
 
 
 def test_settings_hold_what_the_command_needs() -> None:

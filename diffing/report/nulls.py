@@ -72,9 +72,9 @@ def fixed_lines(run: Run) -> list[Line]:
     ]
 
 
-def kinds_of(run: Run) -> list[str]:
-    """`tuned`, then the nulls, in the order of the file."""
-    return list(dict.fromkeys(entry["kind"] for entry in run.nulls.get("crosscoders", [])))
+def kinds_of(found: dict[str, Any]) -> list[str]:
+    """`tuned`, then the nulls, in the order of null.json."""
+    return list(dict.fromkeys(entry["kind"] for entry in found.get("crosscoders", [])))
 
 
 def seeds_text(entries: list[dict[str, Any]]) -> str:
@@ -89,14 +89,14 @@ def rate_text(row: dict[str, Any]) -> str:
     return f"{row['false_positive_rate']:.2%} ({row['low']:.2%} to {row['high']:.1%}), n = {number(row['n'])}"
 
 
-def counts_beside(run: Run) -> dict[str, str]:
-    """For a verdict that calls a latent specific, its count on each null crosscoder of this run's seed."""
-    found = {}
-    for row in run.nulls.get("fixed", []):
+def counts_beside(found: dict[str, Any]) -> dict[str, str]:
+    """For a verdict that calls a latent specific, its count on each null crosscoder of the run's seed."""
+    beside = {}
+    for row in found.get("fixed", []):
         if row["words"].startswith("verdict "):
-            counts = [f"{kind} {number(row['counts'][kind][0]['count'])}" for kind in kinds_of(run)[1:]]
-            found[row["words"].removeprefix("verdict ")] = ", ".join(counts)
-    return found
+            counts = [f"{kind} {number(row['counts'][kind][0]['count'])}" for kind in kinds_of(found)[1:]]
+            beside[row["words"].removeprefix("verdict ")] = ", ".join(counts)
+    return beside
 
 
 def null_sentence(run: Run) -> str:

@@ -110,7 +110,7 @@ def render_html(run: Run, rows: list[Row]) -> bytes:
         norms=norms,
         nu=nu,
         nulls=nulls,
-        beside=nulls.counts_beside(run),
+        beside=nulls.counts_beside(run.nulls),
         null_figure=null_figure,
         null_command=NULL.format(run=run.path.resolve().name),
         table_columns=table_columns(run),
