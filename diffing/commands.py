@@ -11,10 +11,10 @@ from crosscoders.config import to_dict
 from crosscoders.errors import InputError
 from crosscoders.progress import say
 from crosscoders.reporting import row
-from diffing.cli import DemoSettings, NullSettings, ReportSettings, ScaleSettings
+from diffing.cli import DemoSettings, ReportSettings, ScaleSettings
+from diffing.null.settings import NullSettings
 from diffing.report import write_report
-from diffing.report.data import NULL, read_nulls
-from diffing.report.nulls import counts_beside
+from diffing.report.nulls import NULL, counts_beside, read_nulls
 from diffing.table import scale_run
 from diffing.verdict import VERDICTS
 
@@ -30,7 +30,7 @@ def scale(settings: ScaleSettings) -> dict[str, Any]:
     say(f"scale {run} on {min(settings.n_tokens or len(cache), len(cache)):,} tokens of {cache.path}")
     table = scale_run(run, cache, n_tokens=settings.n_tokens, n_examples=settings.n_examples, device=settings.device)
     counts = {verdict: int((table["verdict"] == verdict).sum()) for verdict in VERDICTS}
-    nulls = read_nulls(run / "null.json") if (run / "null.json").is_file() else {}
+    nulls = read_nulls(run)
     beside = {verdict: f" (on nulls: {text})" for verdict, text in counts_beside(nulls).items()}
     words = [f"{verdict} {n}{beside.get(verdict, '')}" for verdict, n in counts.items() if n]
     say(f"{'  '.join(words)}  of {len(table):,} latents")
@@ -53,20 +53,6 @@ def _trained_on(run: Path) -> str:
     return str(inputs["cache"]["path"])
 
 
-def null(settings: NullSettings) -> dict[str, Any]:
-    """`diffing null`"""
-    from diffing.null.command import calibrate_run, result_rows, summary
-
-    started = time.perf_counter()
-    run = Path(settings.run)
-    cache = ActivationCache(settings.cache if settings.cache is not None else _trained_on(run))
-    require_same_source(run, cache)
-    found = calibrate_run(settings, cache)
-    closing(started, f"calibration in {run / 'null.json'}")
-    say(f"next: diffing report {run}")
-    return result("null", to_dict(settings), result_rows(found)) | {"text": summary(found)}
-
-
 def report(settings: ReportSettings) -> dict[str, Any]:
     """`diffing report`"""
     files = write_report(Path(settings.run))
@@ -80,3 +66,17 @@ def demo(settings: DemoSettings) -> dict[str, Any]:
     from diffing.demo.run import run_demo
 
     return run_demo(settings)
+
+
+def null(settings: NullSettings) -> dict[str, Any]:
+    """`diffing null`"""
+    from diffing.null.command import calibrate_run, result_rows, summary
+
+    started = time.perf_counter()
+    run = Path(settings.run)
+    cache = ActivationCache(settings.cache if settings.cache is not None else _trained_on(run))
+    require_same_source(run, cache)
+    found = calibrate_run(settings, cache)
+    closing(started, f"calibration in {run / 'null.json'}")
+    say(f"next: diffing report {run}")
+    return result("null", to_dict(settings), result_rows(found)) | {"text": summary(found)}

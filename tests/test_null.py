@@ -27,11 +27,11 @@ from crosscoders import (
 from crosscoders import cli as crosscoders_cli
 from diffing import cli as diffing_cli
 from diffing import latent_table, scale_latents
-from diffing.cli import NullSettings
 from diffing.null import models, rates
 from diffing.null.calibration import calibrate
 from diffing.null.runs import Scaled
-from diffing.report.nulls import counts_beside
+from diffing.null.settings import NullSettings
+from diffing.report.nulls import counts_beside, read_nulls
 
 # ---------------------------------------------------------------------------------------------------------- thresholds
 
@@ -418,12 +418,16 @@ def test_rounding_that_changes_nothing_is_refused(pair: Pair, tmp_path: Path) ->
 
 
 def test_a_null_file_that_lacks_a_part_is_named(scaled_run: Path, tmp_path: Path) -> None:
-    from diffing.report.data import read_nulls
-
-    for content, line in (({}, "format_version None"), ({"format_version": 1}, "has no 'crosscoders'. Run: diffing")):
+    whole = {"format_version": 1, "crosscoders": [{"kind": "tuned", "seed": 0}], "thresholds": [{"null": "placebo"}]}
+    for content, line in (
+        ({}, "format_version None"),
+        ({"format_version": 1}, "has no 'crosscoders'. Run: diffing"),
+        (whole, "an entry of 'thresholds' has no 'score'"),
+        (whole | {"crosscoders": [{"kind": "<b>", "seed": 0}]}, "names '<b>'; expected one of tuned, placebo"),
+    ):
         (tmp_path / "null.json").write_text(json.dumps(content))
         with pytest.raises(InputError, match=line):
-            read_nulls(tmp_path / "null.json")
+            read_nulls(tmp_path)
 
 
 def test_a_verdict_that_calls_a_latent_specific_has_its_null_counts_beside_it() -> None:

@@ -18,8 +18,9 @@ from crosscoders.config import CacheConfig, DataSource, to_dict
 from crosscoders.progress import say
 from crosscoders.provenance import peak_memory_gib
 from crosscoders.reporting import row
-from diffing.cli import DemoSettings, NullSettings
+from diffing.cli import DemoSettings
 from diffing.demo import document_file, model_folder
+from diffing.null.settings import NullSettings
 from diffing.report import write_report
 from diffing.table import scale_run
 

@@ -17,11 +17,11 @@ from crosscoders.cache import ActivationCache
 from crosscoders.errors import InputError
 from crosscoders.pair import hash_model
 from crosscoders.reporting import row
-from diffing.cli import NullSettings
 from diffing.null.calibration import Tables, calibrate
 from diffing.null.models import round_model, train_placebo
 from diffing.null.rates import SCORES
 from diffing.null.runs import null_cache, null_run, read_config, read_scaled, require_null
+from diffing.null.settings import NullSettings
 
 FORMAT_VERSION = 1
 

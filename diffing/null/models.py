@@ -20,7 +20,7 @@ from crosscoders.errors import CorruptData, InputError
 from crosscoders.pair import choose_device, hash_model, quiet_transformers
 from crosscoders.progress import Progress, say
 from crosscoders.tokens import tokenize_text
-from diffing.cli import NullSettings
+from diffing.null.settings import NullSettings
 
 
 def round_model(base: str, out: Path, bits: int) -> Path:

@@ -1,8 +1,7 @@
 """What a run folder says, read and checked: the first half of step 5 of the data flow.
 
-In comes RUN with `latents.json` and, each optional, `run.json`, `train.jsonl`, `eval.json`, `examples.json` and
-`null.json`; out goes a `Run` of plain data in which every number is finite or None. Reading order: `read_run`, then one
-reader per file.
+In comes RUN with `latents.json` and, each optional, `run.json`, `train.jsonl`, `eval.json` and `examples.json`; out
+goes a `Run` of plain data in which every number is finite or None. Reading order: `read_run`, then one reader per file.
 """
 
 import json
@@ -16,7 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from crosscoders.errors import InputError, nearest
-from crosscoders.store import hash_file, read_json
+from crosscoders.store import read_json
 
 VERDICTS = ("tuned-specific", "base-specific", "rotated", "shrunk", "decoupled", "shared", "undetermined", "dead")
 NORM_CLASSES = ("base-only", "shared", "tuned-only", "other")
@@ -35,7 +34,6 @@ TYPES: dict[str, tuple[set[type] | None, str]] = {
 PLAIN = {int, str, bool, type(None)}
 THRESHOLDS = ("nu_error", "nu_reconstruction", "tuned_only", "base_only", "rotated_cosine", "min_active")
 SCALE = "diffing scale {run} --cache CACHE"
-NULL = "diffing null {run} --placebo MODEL --out {run}-null"
 MADE_BY = {
     "run.json": "crosscoders train --cache CACHE --out {run}",
     "train.jsonl": "crosscoders train --cache CACHE --out {run}",
@@ -121,8 +119,8 @@ class Run(NamedTuple):
     latents: Latents
     examples: dict[int, list[Example]]
     """Examples by latent."""
-    nulls: dict[str, Any]
-    """null.json; empty where there is none, or where it is about an earlier latent table."""
+    nulls: dict[str, Any] = {}  # noqa: RUF012  (never written to)
+    """null.json, by `nulls.read_nulls`; empty where there is none, or where it is about an earlier latent table."""
 
     def look(self, *keys: str) -> Any:
         """The value under nested keys of run.json, or None."""
@@ -146,8 +144,7 @@ def read_run(path: Path) -> Run:
     training, heldout = read_training(path / "train.jsonl") if (path / "train.jsonl").is_file() else ([], [])
     evaluation = read_rows(path / "eval.json") if (path / "eval.json").is_file() else []
     examples = read_examples(path / "examples.json", latents) if (path / "examples.json").is_file() else {}
-    nulls = read_nulls(path / "null.json") if (path / "null.json").is_file() else {}
-    return Run(path, setup, training, heldout, evaluation, latents, examples, nulls)
+    return Run(path, setup, training, heldout, evaluation, latents, examples)
 
 
 def command_for(name: str, run: Path | str) -> str:
@@ -289,18 +286,6 @@ def read_example(path: Path, key: str, entry: Any, again: str) -> Example:
     )
     group = None if fields.get("group") is None else str(fields["group"])
     return Example(document, group, position, value, peak, tokens, values)
-
-
-def read_nulls(path: Path) -> dict[str, Any]:
-    """The calibration on null pairs; empty where latents.json was made again since."""
-    found, again = read_object(path), f"Run: {NULL.format(run=path.parent)}"
-    if found.get("format_version") != 1:
-        raise InputError(f"{path} has format_version {found.get('format_version')!r}; this version reads 1. {again}")
-    for name in ("crosscoders", "thresholds", "fixed", "curves"):
-        rows = found.get(name)
-        if not (isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows)):
-            raise InputError(f"{path} has no {name!r}. {again}")
-    return found if found.get("latents") == hash_file(path.with_name("latents.json")) else {}
 
 
 def as_list(value: Any) -> list[Any]:

@@ -1,19 +1,33 @@
 """Counts of specific latents beside the same counts on null pairs: what the report says of null.json.
 
-Reading order: `counts_beside` (for the counts at the top), `threshold_lines` and `fixed_lines` (the tables),
-`null_figure`, `beyond` (what a single latent passes).
+Reading order: `read_nulls`, `threshold_lines` and `fixed_lines` (the tables), `counts_beside` and `null_sentence` (at the
+top of the page), `beyond` (what a single latent passes), `null_figure`.
 """
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from diffing.report.data import Run
+from crosscoders.errors import InputError
+from crosscoders.store import hash_file
+from diffing.report.data import Run, read_object
 from diffing.report.figures import GREY, TUNED, Figure, line_at, rounded, spec
 from diffing.report.text import NONE, counted, fixed, number
 
 COLOURS = {"tuned": TUNED, "placebo": "#2f86c9", "format_only": "#009e73", "rounded": GREY}
 SHOWN_CONTEXTS = 6
+NULL = "diffing null {run} --placebo MODEL --out {run}-null"
+KINDS = ("tuned", "placebo", "format_only", "rounded")
+NULL_FIELDS = {
+    "crosscoders": ("kind", "seed"),
+    "thresholds": (
+        "null", "score", "rate", "threshold", "words", "counts", "false_positive_rate", "low", "high", "n", "held_out",
+        "expected_false", "expected_false_high", "contexts", "latents",
+    ),
+    "fixed": ("words", "counts", "rates"),
+    "curves": ("score", "thresholds", "shares"),
+}  # fmt: skip
 
 
 class Line(NamedTuple):
@@ -32,6 +46,32 @@ class Line(NamedTuple):
     contexts: str
 
 
+def read_nulls(run: Path) -> dict[str, Any]:
+    """null.json of a run folder; empty where there is none, or where latents.json was made again since.
+
+    Raises:
+        InputError: an entry is missing or unknown.
+        CorruptData: it is not JSON.
+    """
+    path, again = run / "null.json", f"Run: {NULL.format(run=run)}"
+    if not path.is_file():
+        return {}
+    found = read_object(path)
+    if found.get("format_version") != 1:
+        raise InputError(f"{path} has format_version {found.get('format_version')!r}; this version reads 1. {again}")
+    for name, fields in NULL_FIELDS.items():
+        rows = found.get(name)
+        if not (isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows)):
+            raise InputError(f"{path} has no {name!r}. {again}")
+        for row in rows:
+            if missing := [field for field in fields if field not in row]:
+                raise InputError(f"{path}: an entry of {name!r} has no {missing[0]!r}. {again}")
+            kinds = [row["kind"]] if name == "crosscoders" else row.get("counts", row.get("shares"))
+            if unknown := [kind for kind in kinds if kind not in KINDS]:
+                raise InputError(f"{path} names {unknown[0]!r}; expected one of {', '.join(KINDS)}. {again}")
+    return found if found.get("latents") == hash_file(path.with_name("latents.json")) else {}
+
+
 def main_score(run: Run) -> str:
     """The score that decides the counts: the first in the file."""
     return str(run.nulls["thresholds"][0]["score"])
@@ -48,7 +88,7 @@ def _line(row: dict[str, Any]) -> Line:
     shown = ", ".join(contexts[:SHOWN_CONTEXTS]) + (" …" if len(contexts) > SHOWN_CONTEXTS else "")
     expected = row["expected_false"]
     return Line(
-        rule=row["words"].format(fixed([row["threshold"]])[0]),
+        rule=row["words"].replace("{}", fixed([row["threshold"]])[0]),
         chosen=f"{row['null']}, {row['rate']:.1%}" if row["rate"] else f"{row['null']}, none",
         counts=[seeds_text(entries) for entries in row["counts"].values()],
         rate=rate_text(row) + ("" if row["held_out"] else ", chosen there"),
@@ -100,19 +140,15 @@ def counts_beside(found: dict[str, Any]) -> dict[str, str]:
 
 
 def null_sentence(run: Run) -> str:
-    """How many latents stand out from each null, and how sure that is."""
+    """How many latents stand out from each null, and how many do so by chance."""
+    strictest = min(row["rate"] for row in run.nulls["thresholds"])
     words = []
     for row in run.nulls["thresholds"]:
-        if row["score"] == main_score(run) and row["rate"] == min(r["rate"] for r in run.nulls["thresholds"]):
-            n, expected, high = (
-                row["counts"]["tuned"][0]["count"],
-                row["expected_false"] or 0.0,
-                row["expected_false_high"],
-            )
-            words.append(
-                f"{counted(n, 'latent')} beyond every latent of {row['null']} ({expected:.1f} expected by chance, at "
-                f"most {high:.0f} with 95% confidence)"
-            )
+        if row["score"] == main_score(run) and row["rate"] == strictest:
+            latents = counted(row["counts"]["tuned"][0]["count"], "latent")
+            where = f"at {strictest:.1%} of {row['null']}" if strictest else f"beyond every latent of {row['null']}"
+            chance = f"{row['expected_false'] or 0:.1f} expected by chance, at most {row['expected_false_high']:.0f}"
+            words.append(f"{latents} {where} ({chance} by the 95% interval)")
     return f"Against null pairs, by the larger of the two ratios: {'; '.join(words)}."
 
 

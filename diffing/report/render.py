@@ -17,7 +17,7 @@ from plotly.offline import get_plotlyjs
 
 from diffing.report import figures, nulls, summary
 from diffing.report.curves import training_figures
-from diffing.report.data import MADE_BY, NULL, VERDICTS, Example, Run, command_for
+from diffing.report.data import MADE_BY, VERDICTS, Example, Run, command_for
 from diffing.report.definitions import COLUMNS, definitions
 from diffing.report.text import NONE, Part, clip, fixed, flat, highlight, html_length, number, numbers, visible
 
@@ -112,7 +112,7 @@ def render_html(run: Run, rows: list[Row]) -> bytes:
         nulls=nulls,
         beside=nulls.counts_beside(run.nulls),
         null_figure=null_figure,
-        null_command=NULL.format(run=run.path.resolve().name),
+        null_command=nulls.NULL.format(run=run.path.resolve().name),
         table_columns=table_columns(run),
         rows=rows,
         linked=linked,
