@@ -104,6 +104,11 @@ def test_counts_and_rates_of_a_calibration_are_those_of_loops() -> None:
         assert row["false_positive_rate"] == sum(e["count"] for e in others) / (n_alive[4] + n_alive[5])
         assert row["low"] <= row["false_positive_rate"] <= row["high"] and row["n_effective"] == 80
         assert len(row["latents"]) == row["counts"]["tuned"][0]["count"]
+    alone = {kind: {3: seeds[3]} for kind, seeds in tables.items()}
+    row = calibrate(alone, [0.0])["thresholds"][0]
+    assert not row["held_out"] and row["false_positive_rate"] == 0
+    # One of n + 1 exchangeable latents is the most extreme one.
+    assert row["expected_false"] == pytest.approx(row["counts"]["tuned"][0]["n"] / (row["n"] + 1))
     rotated = next(row for row in found["fixed"] if row["words"] == "verdict rotated")
     for seed, entry in zip((3, 4, 5), rotated["counts"]["tuned"], strict=True):
         table = tables["tuned"][seed].table

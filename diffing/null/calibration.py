@@ -79,7 +79,11 @@ def calibrated_row(tables: Tables, null: str, score: str, rate: float) -> dict[s
     measured = _rate(checked, sum(tables[null][entry["seed"]].n_effective for entry in checked))
     tuned = tables["tuned"][first].table
     specific = tuned[evidence(tuned, score) > threshold]
-    n_tuned, share = counts["tuned"][0]["n"], measured["false_positive_rate"]
+    n_tuned, chance = counts["tuned"][0]["n"], measured["false_positive_rate"]
+    if (
+        chance is not None and not others
+    ):  # the count was fixed with the threshold; this is what a further one would have
+        chance = (counts[null][0]["count"] + 1) / (measured["n"] + 1)
     return {
         "null": null,
         "score": score,
@@ -89,7 +93,7 @@ def calibrated_row(tables: Tables, null: str, score: str, rate: float) -> dict[s
         "counts": counts,
         "held_out": bool(others),
         **measured,
-        "expected_false": None if share is None else n_tuned * share,
+        "expected_false": None if chance is None else n_tuned * chance,
         "expected_false_high": n_tuned * measured["high"],
         "contexts": dict(Counter(specific["main_context"]).most_common()) if "main_context" in specific else {},
         "latents": [int(latent) for latent in specific.index],

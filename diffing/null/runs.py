@@ -110,7 +110,7 @@ def null_run(config: TrainConfig, cache: ActivationCache, out: Path, n_tokens: i
         if found["n_tokens"] == n_tokens and found["cache"]["hash"] == cache.manifest_hash:
             return read_scaled(out)
     crosscoder = load_crosscoder(out, device=str(choose_device(config.device)))
-    scales, contexts = scale_cache(crosscoder, cache, n_tokens=n_tokens)
+    scales, contexts, *_ = scale_cache(crosscoder, cache, n_tokens=n_tokens)
     write_table(out, latent_table(crosscoder, scales, contexts), scales, cache)
     return read_scaled(out)
 

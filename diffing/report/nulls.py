@@ -1,6 +1,6 @@
 """Counts of specific latents beside the same counts on null pairs: what the report says of null.json.
 
-Reading order: `read_nulls`, `threshold_lines` and `fixed_lines` (the tables), `counts_beside` and `null_sentence` (at the
+Reading order: `read_nulls`, `threshold_lines` and `fixed_lines` (the tables), `counts_beside` and `null_sentence` (the
 top of the page), `beyond` (what a single latent passes), `null_figure`.
 """
 
