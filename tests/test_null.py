@@ -395,6 +395,11 @@ def test_models_that_are_no_null_of_the_pair_are_one_line(
     ):
         assert null(scaled_run, tmp_path / "out", "--placebo", str(model)) == 2
         assert line in error_line(capsys)
+    text = Path(pair.data).read_text()
+    Path(pair.data).write_text(text.replace("must not be", "should never be"))
+    status = null(scaled_run, tmp_path / "changed", "--placebo", placebo)
+    Path(pair.data).write_text(text)
+    assert status == 2 and "the data of cache" in error_line(capsys)
     # A null cache of another hook point, and a run that was never scaled or was scaled on something else.
     cache_activations(pair.config(tmp_path / "out2" / "placebo" / "cache", tuned=placebo, tokenizer=pair.tuned,
                                   hook_point="blocks.0.hook_resid_post"))  # fmt: skip

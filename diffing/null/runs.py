@@ -10,14 +10,13 @@ from typing import Any, NamedTuple
 
 import pandas
 
-from crosscoders import store
-from crosscoders.cache import ActivationCache, cache_activations
+from crosscoders import ActivationCache, cache_activations, store
 from crosscoders.cli import TrainSettings
 from crosscoders.commands import train_run
 from crosscoders.config import CacheConfig, CrosscoderConfig, DataSource, TrainConfig
 from crosscoders.errors import InputError
 from crosscoders.formats import load_crosscoder
-from crosscoders.pair import choose_device
+from crosscoders.pair import choose_device, hash_model, identity, inspect_pair
 from crosscoders.source import make_plan
 from diffing.null.rates import effective_number
 from diffing.table import cache_tokenizer, latent_table, scale_cache, write_table
@@ -61,16 +60,14 @@ def null_cache(opened: ActivationCache, model: str, out: Path, device: str) -> A
     sources = [DataSource(**source) for source in found["data"]]
     changed = {"tuned": model, "tokenizer": tokenizer, "data": sources, "out": str(out), "device": device}
     config = CacheConfig(**found | changed)
-    if not (out / "manifest.json").is_file():
+    if not (out / "manifest.json").is_file():  # before a model loads
         plan = make_plan(config)
-        for key in ("token_hash", "tokenizer_hash", "base"):
-            was, now = opened.manifest[key], plan.fingerprint[key]
-            if (was["hash"] if key == "base" else was) != (now["hash"] if key == "base" else now):
-                raise InputError(
-                    f"the {key.removesuffix('_hash')} of cache {str(opened.path)!r} is not what it was when the cache "
-                    "was made, so a null would see other tokens. Restore it, or cache, train and scale again."
-                )
+        for key, now in (plan.info.hashes() | {"counts": plan.rows.counts}).items():
+            if key != "tuned" and identity(opened.manifest[key]) != identity(now):
+                raise InputError(_changed(opened, key))
     made = cache_activations(config)
+    if made.manifest["token_hash"] != opened.manifest["token_hash"]:
+        raise InputError(_changed(opened, "token_hash"))
     first = made.read(0, min(len(made), 4096)).activations
     if bool((first[:, 0] == first[:, 1]).all()):
         raise InputError(
@@ -80,12 +77,18 @@ def null_cache(opened: ActivationCache, model: str, out: Path, device: str) -> A
     return made
 
 
+def _changed(opened: ActivationCache, key: str) -> str:
+    what = {"base": "base model", "tokenizer_hash": "tokenizer"}.get(key, "data")
+    return (
+        f"the {what} of cache {str(opened.path)!r} changed since the cache was made, so a null would see something "
+        "else. Restore it, or cache, train and scale again."
+    )
+
+
 def require_null(base: str, model: str, opened: ActivationCache) -> None:
     """Raise InputError unless `model` has the base's architecture, width and tokenizer and is not the pair's tuned
     model; by configurations alone."""
     import transformers
-
-    from crosscoders.pair import hash_model, inspect_pair
 
     found = opened.manifest["config"]
     info = inspect_pair(base, model, [found["hook_point"]], tokenizer=found["tokenizer"])
