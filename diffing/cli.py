@@ -1,4 +1,4 @@
-"""`diffing scale | causal | steer | lens | stability | report | demo`. Settings and messages only."""
+"""Settings of the commands of `diffing`."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -7,6 +7,7 @@ from crosscoders.command import Command
 from crosscoders.command import main as run_main
 from crosscoders.config import require_range
 from crosscoders.errors import InputError
+from diffing.null.settings import NullSettings
 
 
 @dataclass(frozen=True)
@@ -149,8 +150,12 @@ class DemoSettings:
     """Tokens in the cache, half raw text, half dialogues; training reads them in several epochs."""
     seed: int = 0
     """Seed of data order and weights."""
+    null_seeds: int = 0
+    """Crosscoder seeds with which counts are calibrated on the embedded null models (one takes about two minutes,
+    three about eight); 0: no calibration."""
 
     def __post_init__(self) -> None:
+        require_range(self, 0, 1000, "null_seeds")
         require_range(self, 10_000, None, "n_tokens")
         require_range(self, 0, 2**63 - 1, "seed")
 
@@ -203,6 +208,13 @@ COMMANDS = [
         "The whole path on the embedded pair of models, in minutes on a CPU.",
         DemoSettings,
         "diffing.commands:demo",
+    ),
+    Command(
+        "null",
+        "False-positive rates of specific latents, from null pairs.",
+        NullSettings,
+        "diffing.commands:null",
+        "run",
     ),
 ]
 

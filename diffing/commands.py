@@ -28,7 +28,9 @@ from diffing.cli import (
 )
 from diffing.latent_scaling import MODELS
 from diffing.lens import logit_lens
+from diffing.null.settings import NullSettings
 from diffing.report import write_report
+from diffing.report.nulls import NULL, counts_beside, read_nulls
 from diffing.stability import read_runs
 from diffing.stability import stability as survival_rows
 from diffing.steering import answer, steered, steering_vector
@@ -43,7 +45,12 @@ def scale(settings: ScaleSettings) -> dict[str, Any]:
     say(f"scale {run} on {min(settings.n_tokens or len(cache), len(cache)):,} tokens of {cache.path}")
     table = scale_run(run, cache, n_tokens=settings.n_tokens, n_examples=settings.n_examples, device=settings.device)
     counts = {verdict: int((table["verdict"] == verdict).sum()) for verdict in VERDICTS}
-    say("  ".join(f"{verdict} {n}" for verdict, n in counts.items() if n) + f"  of {len(table):,} latents")
+    nulls = read_nulls(run)
+    beside = {verdict: f" (on nulls: {text})" for verdict, text in counts_beside(nulls).items()}
+    words = [f"{verdict} {n}{beside.get(verdict, '')}" for verdict, n in counts.items() if n]
+    say(f"{'  '.join(words)}  of {len(table):,} latents")
+    if not nulls:
+        say(f"these counts have no false-positive rate yet: {NULL.format(run=run)}")
     twins = store.read_object(run / "twins.json", "twins", "control")
     if twins["twins"]:
         say(f"{len(twins['twins'])} pairs of twins, a tuned-only and a base-only latent of one direction: twins.json")
@@ -148,3 +155,17 @@ def demo(settings: DemoSettings) -> dict[str, Any]:
     from diffing.demo.run import run_demo
 
     return run_demo(settings)
+
+
+def null(settings: NullSettings) -> dict[str, Any]:
+    """`diffing null`"""
+    from diffing.null.command import calibrate_run, result_rows, summary
+
+    started = time.perf_counter()
+    run = Path(settings.run)
+    cache = ActivationCache(settings.cache if settings.cache is not None else _trained_on(run))
+    require_same_source(run, cache)
+    found = calibrate_run(settings, cache)
+    closing(started, f"calibration in {run / 'null.json'}")
+    say(f"next: diffing report {run}")
+    return result("null", to_dict(settings), result_rows(found)) | {"text": summary(found)}

@@ -5,7 +5,7 @@ directions) has ratios near 0 as well, without being new. Bounds are the publish
 one: a rotated latent that leans to a side (relative norm from 0.7 on, or up to 0.3) is judged by its ratios too. A
 feature that fires only under another one takes part of it along, keeps a weak base decoder in that direction, and has
 relative norms of 0.78 to 0.87; the benchmark with planted features says what this gains (docs/log.md). None of this is
-calibrated on a null of your pair, so a count is not yet a finding.
+calibrated on a null of your pair: `diffing.null` gives the rate that makes a count a finding.
 
     dead               active on no token
     undetermined       active on fewer than `min_active` tokens

@@ -21,6 +21,7 @@ from crosscoders.provenance import peak_memory_gib
 from crosscoders.reporting import row
 from diffing.cli import DemoSettings
 from diffing.demo import document_file, model_folder
+from diffing.null.settings import NullSettings
 from diffing.report import write_report
 from diffing.table import scale_run
 
@@ -43,10 +44,27 @@ def run_demo(settings: DemoSettings) -> dict[str, Any]:
         say(f"scale {len(train_cache):,} tokens")
         scale_run(run, train_cache)
     table = pandas.read_parquet(run / "latents.parquet")
+    nulls = calibrate_demo(out, run, train_cache, settings.null_seeds) if settings.null_seeds else ("", [])
     files = write_report(run)
     text = summary(table, store.read_json(run / "examples.json")["latents"])
-    text += "\n" + closing_words(files.html, found["rows"], time.perf_counter() - started)
-    return commands.result("demo", to_dict(settings), [*found["rows"], *demo_rows(table)]) | {"text": text}
+    text += nulls[0] + "\n" + closing_words(files.html, found["rows"], time.perf_counter() - started)
+    return commands.result("demo", to_dict(settings), [*found["rows"], *demo_rows(table), *nulls[1]]) | {"text": text}
+
+
+def calibrate_demo(out: Path, run: Path, cache: ActivationCache, n_seeds: int) -> tuple[str, list[dict[str, Any]]]:
+    """`diffing null` on the embedded null models and a rounded base: its text and its rows."""
+    from diffing.null import command
+
+    settings = NullSettings(
+        run=str(run),
+        out=str(out / "null"),
+        placebo=str(model_folder("placebo")),
+        format_only=str(model_folder("format_only")),
+        rounded_bits=8,
+        n_seeds=n_seeds,
+    )
+    found = command.calibrate_run(settings, cache)
+    return "\n" + command.summary(found), command.result_rows(found)
 
 
 def cache_config(out: Path, split: str, n_tokens: int, seed: int) -> CacheConfig:

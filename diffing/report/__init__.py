@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from crosscoders.store import write_bytes, write_json
 from diffing.report.data import read_run
+from diffing.report.nulls import read_nulls
 from diffing.report.render import render_html, render_json, table_rows
 
 __all__ = ["ReportFiles", "write_report"]
@@ -30,7 +31,7 @@ def write_report(run: Path, *, html: Path | None = None, json: Path | None = Non
         CorruptData: a file of RUN is not JSON.
         EnvironmentFault: a file cannot be written.
     """
-    read = read_run(run)
+    read = read_run(run)._replace(nulls=read_nulls(run))
     files = ReportFiles(html or run / "report.html", json or run / "report.json")
     rows = table_rows(read)
     write_bytes(files.html, render_html(read, rows))

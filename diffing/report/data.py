@@ -122,6 +122,8 @@ class Run(NamedTuple):
     latents: Latents
     examples: dict[int, list[Example]]
     """Examples by latent."""
+    nulls: dict[str, Any] = {}  # noqa: RUF012  (never written to)
+    """null.json, by `nulls.read_nulls`; empty where there is none, or where it is about an earlier latent table."""
 
     def look(self, *keys: str) -> Any:
         """The value under nested keys of run.json, or None."""

@@ -15,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from diffing.report import figures, summary
+from diffing.report import figures, nulls, summary
 from diffing.report.curves import training_figures
 from diffing.report.data import MADE_BY, VERDICTS, Example, Run, command_for
 from diffing.report.definitions import COLUMNS, definitions
@@ -77,6 +77,7 @@ def render_json(run: Run, rows: list[Row]) -> dict[str, Any]:
         "n_tokens": run.latents.n_tokens,
         "n_blocks": run.latents.n_blocks,
         "thresholds": run.latents.thresholds,
+        "nulls": run.nulls or None,
         "latents": [{name: values[i] for name, values in columns.items()} for i in [row.place for row in rows]],
     }
 
@@ -86,6 +87,7 @@ def render_html(run: Run, rows: list[Row]) -> bytes:
     curves, curves_caption = training_figures(run.training, run.heldout)
     norms = [figures.norm_figure(run.latents), figures.cosine_figure(run.latents)]
     nu = figures.nu_figure(run.latents)
+    null_figure = [nulls.null_figure(run)] if run.nulls else []
     columns, verdicts = definitions(run.latents)
     cards, cards_sentence = shown_examples(run)
     linked = {card.latent for card in cards}
@@ -94,7 +96,7 @@ def render_html(run: Run, rows: list[Row]) -> bytes:
         style=Markup((HERE / "style.css").read_text(encoding="utf-8")),
         script=Markup((HERE / "page.js").read_text(encoding="utf-8")),
         plotly=Markup(get_plotlyjs()),
-        specs=figure_json([*curves, *norms, nu]),
+        specs=figure_json([*curves, *norms, nu, *null_figure]),
         base=base,
         tuned=tuned,
         summary=summary,
@@ -107,6 +109,10 @@ def render_html(run: Run, rows: list[Row]) -> bytes:
         curves_caption=curves_caption,
         norms=norms,
         nu=nu,
+        nulls=nulls,
+        beside=nulls.counts_beside(run.nulls),
+        null_figure=null_figure,
+        null_command=nulls.NULL.format(run=run.path.resolve().name),
         table_columns=table_columns(run),
         rows=rows,
         linked=linked,
@@ -228,6 +234,8 @@ def card(run: Run, i: int, n_contexts: int) -> Card:
         f"relative norm {cells(run, 'relative_decoder_norm', [i])[0]}",
     ]
     facts.append(f"active on {number(columns['n_active'][i])} of {number(run.latents.n_tokens)} tokens")
+    passed = nulls.beyond(run, latent)
+    facts += [f"beyond every latent of {', '.join(passed)}"] if passed else []
     where = f"mostly {cells(run, 'main_context', [i])[0]}" if columns["main_context"][i] else ""
     rank_text = NONE if rank is None else str(rank)
     return Card(latent, columns["verdict"][i], rank_text, " · ".join(facts), where, contexts, len(examples))

@@ -1,0 +1,145 @@
+r"""Scores, counts, thresholds and false-positive rates; pure functions of latent tables.
+
+    evidence(table, score)          one number per latent, larger = more specific; -inf for what is never counted
+    threshold_at(evidence, n, r)    the loosest threshold with at most r n false positives on a null
+    rate_interval(k, n, n_eff)      95% interval of a rate from k of n latents that are not independent
+    effective_number(...)           n_eff, the number of independent latents that n alive ones count as
+
+A latent is counted as specific when its evidence lies strictly above the threshold. The rate of a threshold is that
+count on a null over the alive latents of the null's crosscoder, whether or not they lean towards the tuned model.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import pandas
+import torch
+from jaxtyping import Bool, Float
+
+from crosscoders.model import Crosscoder
+from diffing.verdict import Thresholds, specificity
+
+ALIGNED = 0.3
+"""Cosine of tuned decoders from which two latents count as one in `effective_number`. Random directions of width 128
+have a standard deviation of 0.09, wider ones less; docs/log.md has what was measured below and above it."""
+GRAM_ROWS = 4096
+"""Latents whose neighbours are counted; with more alive ones, evenly spaced among them."""
+
+
+class Score(NamedTuple):
+    """A number by which latents are called specific to the tuned model."""
+
+    words: str
+    """What is specific, with the threshold as `{}`."""
+    sign: int
+    """1 where a large value is specific, -1 where a small one is."""
+
+
+SCORES = {
+    "larger_ratio": Score("larger ratio below {}", -1),
+    "nu_error": Score("|nu_error| below {}", -1),
+    "nu_reconstruction": Score("|nu_reconstruction| below {}", -1),
+    "relative_decoder_norm": Score("relative decoder norm above {}", 1),
+    "decoder_cosine": Score("decoder cosine below {}", -1),
+    "specificity": Score("specificity above {}", 1),
+}
+"""The first, the larger of |nu_error| and |nu_reconstruction|, is the main one: its counts are shown first."""
+
+
+def alive(table: pandas.DataFrame) -> Bool[np.ndarray, " dict_size"]:
+    """Latents that a rate is taken over: active on at least `min_active` tokens."""
+    return np.asarray(table["n_active"] >= Thresholds().min_active)
+
+
+def eligible(table: pandas.DataFrame) -> Bool[np.ndarray, " dict_size"]:
+    """Alive latents that are at least as strong in the tuned model as in the base, as for the rank."""
+    return alive(table) & np.asarray(table["relative_decoder_norm"] >= 0.5)
+
+
+def score_values(table: pandas.DataFrame, score: str) -> Float[np.ndarray, " dict_size"]:
+    """The score of each latent, in its own unit."""
+    if score == "specificity":
+        return specificity(table)
+    if score == "larger_ratio":
+        return np.asarray(np.maximum(table["nu_error"].abs(), table["nu_reconstruction"].abs()), dtype=np.float64)
+    values = table[score].abs() if score.startswith("nu_") else table[score]
+    return np.asarray(values, dtype=np.float64)
+
+
+def evidence(table: pandas.DataFrame, score: str) -> Float[np.ndarray, " dict_size"]:
+    """The score, signed so that larger is more specific; -inf where the latent is not `eligible`."""
+    values = SCORES[score].sign * score_values(table, score)
+    return np.where(eligible(table) & ~np.isnan(values), values, -np.inf)
+
+
+def threshold_at(null: Float[np.ndarray, " dict_size"], n: int, rate: float) -> float:
+    """The loosest threshold that at most `rate` n entries of a null's evidence exceed: its (floor(rate n) + 1)-th
+    largest entry; -inf where so few are eligible that none need be excluded. n is the number of alive latents."""
+    n_allowed = math.floor(rate * n + 1e-9)
+    return float(np.sort(null)[::-1][n_allowed]) if n_allowed < len(null) else -math.inf
+
+
+# ---------------------------------------------------------------------------------------------------------- intervals
+
+
+def effective_number(crosscoder: Crosscoder, table: pandas.DataFrame) -> float:
+    """Independent latents that the n alive ones of a crosscoder count as.
+
+        n_eff = n / mean_i #{j : |cos(d_i^tuned, d_j^tuned)| >= ALIGNED},  i and j alive, j = i included
+
+    Latents whose tuned decoders align count as copies of each other, all others as independent. For events of equal
+    probability p of which only aligned ones depend on each other, the variance of their share is at most
+    p (1 - p) / n_eff, and equal to it where aligned latents are copies. Not covered: dependence between latents with
+    unaligned decoders, and whatever moves all latents of one crosscoder together; only other seeds show that.
+    Source: Kish 1965, Survey Sampling, 8.2 (design effect); the neighbourhood form is ours.
+    """
+    kept = np.flatnonzero(alive(table))
+    if not len(kept):
+        return 0.0
+    directions = crosscoder.decoder().detach().float()[torch.from_numpy(kept), 1]
+    directions = torch.nn.functional.normalize(directions, dim=1)
+    rows = torch.linspace(0, len(kept) - 1, min(len(kept), GRAM_ROWS)).long()
+    near = [((directions[part] @ directions.T).abs() >= ALIGNED).sum(dim=1) for part in rows.split(512)]
+    return float(len(kept) / torch.cat(near).clamp_min(1).double().mean())
+
+
+def rate_interval(k: float, n: int, n_effective: float) -> tuple[float, float]:
+    """95% interval of a rate from k false positives among n latents that count as `n_effective` independent ones.
+
+    Clopper and Pearson's with k n_eff / n of n_eff: Beta quantiles, which need no whole numbers. Source: Korn and
+    Graubard 1998, Survey Methodology 24, 193; differs: the design effect comes from decoders, not from replicates,
+    whose variance is 0 where every count is 0. With k chosen by `threshold_at` the same upper end bounds the rate of
+    new latents of the same crosscoder (Wilks 1941).
+    """
+    if not n:
+        return 0.0, 1.0
+    hits = k * n_effective / n
+    low = beta_quantile(0.025, hits, n_effective - hits + 1) if hits > 0 else 0.0
+    high = beta_quantile(0.975, hits + 1, n_effective - hits) if n_effective > hits else 1.0
+    return low, high
+
+
+def beta_quantile(q: float, a: float, b: float) -> float:
+    """The value below which a Beta(a, b) variable lies with probability q, by bisection."""
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if beta_cdf(middle, a, b) < q else (low, middle)
+    return (low + high) / 2
+
+
+def beta_cdf(x: float, a: float, b: float) -> float:
+    """Regularised incomplete beta function, by its continued fraction (Abramowitz and Stegun 26.5.8)."""
+    if x <= 0 or x >= 1:
+        return float(x >= 1)
+    if x > (a + 1) / (a + b + 2):  # where the fraction of the mirror image converges faster
+        return 1 - beta_cdf(1 - x, b, a)
+    fraction = 1.0
+    for m in range(200, 0, -1):  # from the innermost term outwards
+        even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
+        odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
+        fraction = 1 + even / (1 + odd / fraction)
+    first = -(a + b) * x / (a + 1)
+    log_front = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)
+    return math.exp(log_front) / a / (1 + first / fraction)

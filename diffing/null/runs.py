@@ -1,0 +1,125 @@
+"""The same pipeline on a null pair: cache -> crosscoder -> latent table, with the settings of the run that is judged.
+
+In come a scaled run and its cache; for a null model, `null_cache` reads the same tokens with `tuned` replaced, and
+`null_run` trains and scales with the config of the run, another seed at most. All that is finished is reused.
+"""
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas
+
+from crosscoders import ActivationCache, cache_activations, store
+from crosscoders.cli import TrainSettings
+from crosscoders.commands import train_run
+from crosscoders.config import CacheConfig, CrosscoderConfig, DataSource, TrainConfig
+from crosscoders.errors import InputError
+from crosscoders.formats import load_crosscoder
+from crosscoders.pair import choose_device, hash_model, identity, inspect_pair
+from crosscoders.source import make_plan
+from diffing.null.rates import effective_number
+from diffing.table import cache_tokenizer, latent_table, scale_cache, write_table
+
+
+class Scaled(NamedTuple):
+    """One crosscoder with its latent table."""
+
+    table: pandas.DataFrame
+    n_effective: float
+    """Number of independent latents that the alive ones count as."""
+
+
+def read_config(run: Path, device: str) -> TrainConfig:
+    """The resolved training config of a run folder.
+
+    Raises:
+        InputError: it is no run folder of ours, or it was not scaled.
+    """
+    if not (run / "run.json").is_file():
+        raise InputError(f"{str(run)!r} is not a run folder (no run.json). Name one of `crosscoders train`.")
+    if not (run / "latents.json").is_file():
+        raise InputError(f"{str(run)!r} has no latents.json. Run: diffing scale {run}")
+    found = store.read_object(run / "run.json", "config")["config"]
+    known = {field.name for field in fields(TrainConfig)}
+    shape = CrosscoderConfig(**found["crosscoder"])
+    return TrainConfig(
+        **{key: value for key, value in found.items() if key in known} | {"crosscoder": shape, "device": device}
+    )
+
+
+def null_cache(opened: ActivationCache, model: str, out: Path, device: str) -> ActivationCache:
+    """The tokens of `opened` with `model` in place of the tuned model, cached in `out`.
+
+    Raises:
+        InputError: the model does not fit the base, or the data are not what they were.
+    """
+    found = opened.manifest["config"]
+    require_null(found["base"], model, opened)
+    tokenizer = found["tokenizer"] or cache_tokenizer(opened).name_or_path
+    sources = [DataSource(**source) for source in found["data"]]
+    changed = {"tuned": model, "tokenizer": tokenizer, "data": sources, "out": str(out), "device": device}
+    config = CacheConfig(**found | changed)
+    if not (out / "manifest.json").is_file():  # before a model loads
+        plan = make_plan(config)
+        for key, now in (plan.info.hashes() | {"counts": plan.rows.counts}).items():
+            if key != "tuned" and identity(opened.manifest[key]) != identity(now):
+                raise InputError(_changed(opened, key))
+    made = cache_activations(config)
+    if made.manifest["token_hash"] != opened.manifest["token_hash"]:
+        raise InputError(_changed(opened, "token_hash"))
+    first = made.read(0, min(len(made), 4096)).activations
+    if bool((first[:, 0] == first[:, 1]).all()):
+        raise InputError(
+            f"null model {model!r} has the same activations as the base, and a crosscoder that starts with equal "
+            "decoders keeps them equal: an empty test. Take another model, or round to fewer bits."
+        )
+    return made
+
+
+def _changed(opened: ActivationCache, key: str) -> str:
+    what = {"base": "base model", "tokenizer_hash": "tokenizer"}.get(key, "data")
+    return (
+        f"the {what} of cache {str(opened.path)!r} changed since the cache was made, so a null would see something "
+        "else. Restore it, or cache, train and scale again."
+    )
+
+
+def require_null(base: str, model: str, opened: ActivationCache) -> None:
+    """Raise InputError unless `model` has the base's architecture, width and tokenizer and is not the pair's tuned
+    model; by configurations alone."""
+    import transformers
+
+    found = opened.manifest["config"]
+    info = inspect_pair(base, model, [found["hook_point"]], tokenizer=found["tokenizer"])
+    if info.adapter is None:
+        kinds = [transformers.AutoConfig.from_pretrained(name).model_type for name in (base, model)]
+        if kinds[0] != kinds[1]:
+            raise InputError(
+                f"null model {model!r} is a {kinds[1]} but the base {base!r} is a {kinds[0]}. A null is a copy of the "
+                "base that was trained on something else; give one of the same architecture."
+            )
+    if hash_model(model) == opened.manifest["tuned"]["hash"]:
+        raise InputError(f"null model {model!r} is the tuned model itself. Give a model without the tuned behaviour.")
+
+
+def null_run(config: TrainConfig, cache: ActivationCache, out: Path, n_tokens: int) -> Scaled:
+    """Train a crosscoder on `cache` and scale it on its first `n_tokens`, in `out`."""
+    settings = {field.name: getattr(config, field.name) for field in fields(TrainConfig)}
+    train_run(TrainSettings(**settings, cache=str(cache.path), out=str(out)))
+    described = out / "latents.json"
+    if described.is_file():
+        found = store.read_object(described, "n_tokens", "cache")
+        if found["n_tokens"] == n_tokens and found["cache"]["hash"] == cache.manifest_hash:
+            return read_scaled(out)
+    crosscoder = load_crosscoder(out, device=str(choose_device(config.device)))
+    scales, contexts, *_ = scale_cache(crosscoder, cache, n_tokens=n_tokens)
+    write_table(out, latent_table(crosscoder, scales, contexts), scales, cache)
+    return read_scaled(out)
+
+
+def read_scaled(run: Path) -> Scaled:
+    """The latent table of a scaled run, and how many independent latents it counts as."""
+    columns: dict[str, Any] = store.read_object(run / "latents.json", "columns")["columns"]
+    table = pandas.DataFrame(columns).set_index("latent")
+    return Scaled(table, effective_number(load_crosscoder(run), table))

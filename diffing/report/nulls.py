@@ -1,0 +1,189 @@
+"""Counts of specific latents beside the same counts on null pairs: what the report says of null.json.
+
+Reading order: `read_nulls`, `threshold_lines` and `fixed_lines` (the tables), `counts_beside` and `null_sentence` (the
+top of the page), `beyond` (what a single latent passes), `null_figure`.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from crosscoders.errors import InputError
+from crosscoders.store import hash_file
+from diffing.report.data import Run, read_object
+from diffing.report.figures import GREY, TUNED, Figure, line_at, rounded, spec
+from diffing.report.text import NONE, counted, fixed, number
+
+COLOURS = {"tuned": TUNED, "placebo": "#2f86c9", "format_only": "#009e73", "rounded": GREY}
+SHOWN_CONTEXTS = 6
+NULL = "diffing null {run} --placebo MODEL --out {run}-null"
+KINDS = ("tuned", "placebo", "format_only", "rounded")
+NULL_FIELDS = {
+    "crosscoders": ("kind", "seed"),
+    "thresholds": (
+        "null", "score", "rate", "threshold", "words", "counts", "false_positive_rate", "low", "high", "n", "held_out",
+        "expected_false", "expected_false_high", "contexts", "latents",
+    ),
+    "fixed": ("words", "counts", "rates"),
+    "curves": ("score", "thresholds", "shares"),
+}  # fmt: skip
+
+
+class Line(NamedTuple):
+    """One threshold in a table, as text."""
+
+    rule: str
+    """Which latents it calls specific."""
+    chosen: str
+    """The null and the rate that it was chosen for; empty for one that no null decided."""
+    counts: list[str]
+    """For each kind of pair: this run's seed, the other seeds in brackets."""
+    rate: str
+    """False-positive rate with interval and n."""
+    expected: str
+    """Latents of this run that the rate makes false, and the upper end."""
+    contexts: str
+
+
+def read_nulls(run: Path) -> dict[str, Any]:
+    """null.json of a run folder; empty where there is none, or where latents.json was made again since.
+
+    Raises:
+        InputError: an entry is missing or unknown.
+        CorruptData: it is not JSON.
+    """
+    path, again = run / "null.json", f"Run: {NULL.format(run=run)}"
+    if not path.is_file():
+        return {}
+    found = read_object(path)
+    if found.get("format_version") != 1:
+        raise InputError(f"{path} has format_version {found.get('format_version')!r}; this version reads 1. {again}")
+    for name, fields in NULL_FIELDS.items():
+        rows = found.get(name)
+        if not (isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows)):
+            raise InputError(f"{path} has no {name!r}. {again}")
+        for row in rows:
+            if missing := [field for field in fields if field not in row]:
+                raise InputError(f"{path}: an entry of {name!r} has no {missing[0]!r}. {again}")
+            kinds = [row["kind"]] if name == "crosscoders" else row.get("counts", row.get("shares"))
+            if unknown := [kind for kind in kinds if kind not in KINDS]:
+                raise InputError(f"{path} names {unknown[0]!r}; expected one of {', '.join(KINDS)}. {again}")
+    return found if found.get("latents") == hash_file(path.with_name("latents.json")) else {}
+
+
+def main_score(run: Run) -> str:
+    """The score that decides the counts: the first in the file."""
+    return str(run.nulls["thresholds"][0]["score"])
+
+
+def threshold_lines(run: Run, *, main: bool) -> list[Line]:
+    """The thresholds that were chosen on a null, by the main score or by the others."""
+    first = main_score(run) if run.nulls else ""
+    return [_line(row) for row in run.nulls.get("thresholds", []) if (row["score"] == first) == main]
+
+
+def _line(row: dict[str, Any]) -> Line:
+    contexts = [f"{name} {number(n)}" for name, n in row["contexts"].items()]
+    shown = ", ".join(contexts[:SHOWN_CONTEXTS]) + (" …" if len(contexts) > SHOWN_CONTEXTS else "")
+    expected = row["expected_false"]
+    return Line(
+        rule=row["words"].replace("{}", fixed([row["threshold"]])[0]),
+        chosen=f"{row['null']}, {row['rate']:.1%}" if row["rate"] else f"{row['null']}, none",
+        counts=[seeds_text(entries) for entries in row["counts"].values()],
+        rate=rate_text(row) + ("" if row["held_out"] else ", chosen there"),
+        expected=NONE if expected is None else f"{expected:.1f}, at most {row['expected_false_high']:.0f}",
+        contexts=shown or NONE,
+    )
+
+
+def fixed_lines(run: Run) -> list[Line]:
+    """Thresholds that no null decided, each with its rate on every null."""
+    return [
+        Line(
+            rule=row["words"],
+            chosen="",
+            counts=[seeds_text(entries) for entries in row["counts"].values()],
+            rate="; ".join(f"{kind} {rate_text(rate)}" for kind, rate in row["rates"].items() if kind != "rounded"),
+            expected="",
+            contexts="",
+        )
+        for row in run.nulls.get("fixed", [])
+    ]
+
+
+def kinds_of(found: dict[str, Any]) -> list[str]:
+    """`tuned`, then the nulls, in the order of null.json."""
+    return list(dict.fromkeys(entry["kind"] for entry in found.get("crosscoders", [])))
+
+
+def seeds_text(entries: list[dict[str, Any]]) -> str:
+    """The count of this run's seed, and those of the others in brackets."""
+    first, *others = [number(entry["count"]) for entry in entries]
+    return f"{first} ({', '.join(others)})" if others else first
+
+
+def rate_text(row: dict[str, Any]) -> str:
+    if row["false_positive_rate"] is None:
+        return NONE
+    return f"{row['false_positive_rate']:.2%} ({row['low']:.2%} to {row['high']:.1%}), n = {number(row['n'])}"
+
+
+def counts_beside(found: dict[str, Any]) -> dict[str, str]:
+    """For a verdict that calls a latent specific, its count on each null crosscoder of the run's seed."""
+    beside = {}
+    for row in found.get("fixed", []):
+        if row["words"].startswith("verdict "):
+            counts = [f"{kind} {number(row['counts'][kind][0]['count'])}" for kind in kinds_of(found)[1:]]
+            beside[row["words"].removeprefix("verdict ")] = ", ".join(counts)
+    return beside
+
+
+def null_sentence(run: Run) -> str:
+    """How many latents stand out from each null, and how many do so by chance."""
+    strictest = min(row["rate"] for row in run.nulls["thresholds"])
+    words = []
+    for row in run.nulls["thresholds"]:
+        if row["score"] == main_score(run) and row["rate"] == strictest:
+            latents = counted(row["counts"]["tuned"][0]["count"], "latent")
+            where = f"at {strictest:.1%} of {row['null']}" if strictest else f"beyond every latent of {row['null']}"
+            chance = f"{row['expected_false'] or 0:.1f} expected by chance, at most {row['expected_false_high']:.0f}"
+            words.append(f"{latents} {where} ({chance} by the 95% interval)")
+    return f"Against null pairs, by the larger of the two ratios: {'; '.join(words)}."
+
+
+def beyond(run: Run, latent: int) -> list[str]:
+    """The nulls of which no latent is as specific as this one, by the main score."""
+    rows = run.nulls.get("thresholds", [])
+    return [
+        row["null"] for row in rows if row["score"] == main_score(run) and row["rate"] == 0 and latent in row["latents"]
+    ]
+
+
+def null_figure(run: Run) -> Figure:
+    """Share of alive latents that each threshold of the main score calls specific, for the pair and its nulls."""
+    row = next(row for row in run.nulls["curves"] if row["score"] == main_score(run))
+    x = np.array(row["thresholds"], dtype=np.float64)
+    traces = []
+    for kind, shares in row["shares"].items():
+        y = np.array(shares, dtype=np.float64)
+        y[y == 0] = np.nan  # no place on a log axis
+        style = {"color": COLOURS.get(kind, GREY), "width": 2}
+        traces.append(
+            {"type": "scatter", "mode": "lines", "name": kind, "x": rounded(x), "y": rounded(y), "line": style}
+        )
+    lines = [
+        line_at("x", entry["threshold"])
+        for entry in run.nulls["thresholds"]
+        if entry["score"] == main_score(run) and entry["rate"] == 0 and entry["threshold"] is not None
+    ]
+    xaxis = {"title": {"text": "threshold on the larger of |nu_error| and |nu_reconstruction|"}, "range": [0, 1.02]}
+    yaxis = {"type": "log", "title": {"text": "share of alive latents"}, "dtick": 1}
+    caption = (
+        "Share of alive latents that a threshold calls specific (ratio below it, relative decoder norm from 0.5), "
+        f"crosscoders of seed {run.nulls['seed']}. Dotted: the thresholds with no false positive on a null. A curve "
+        "ends where no latent is left."
+    )
+    return Figure(
+        "nulls", "Specific latents at every threshold", caption, spec(traces, shapes=lines, xaxis=xaxis, yaxis=yaxis)
+    )
