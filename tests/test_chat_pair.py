@@ -60,7 +60,7 @@ def test_counts_leave_out_latents_that_are_not_alive() -> None:
     assert found["alive.count"] == 5
     assert (found["tuned-only.count"], found["base-only.count"], found["shared-norm.count"]) == (2, 1, 1)
     assert found["tuned-only-small-ratios.count"] == 1  # latent 0; latent 1 is shrunk, latent 5 rare
-    assert found["small-ratios.count"] == 2  # latents 0 and 4; latent 2 leans to the base model
+    assert found["small-ratios.count"] == 3  # latents 0, 2 and 4
     assert found["rotated.count"] == 1 and found["dead.count"] == 0
 
 
@@ -72,6 +72,20 @@ def test_false_positives_are_shares_of_the_alive_latents_of_all_nulls() -> None:
     assert "shared.false_positive_rate" not in found and "alive.false_positive_rate" not in found
     other = summary.false_positive_rates({"format_only": [table()]})
     assert {entry["name"].rsplit("_rate", 1)[1] for entry in other} == {"_format_only"}
+
+
+def test_rates_of_own_runs_are_read_from_null_json(tmp_path: Path) -> None:
+    assert summary.calibrated_rates(tmp_path) == []
+    of = {"false_positive_rate": 0.25, "low": 0.1, "high": 0.4, "n": 40, "n_effective": 30.0}
+    fixed = [
+        {"words": "verdict rotated", "counts": {}, "rates": {"placebo": of, "format_only": of | {"n": 41}}},
+        {"words": "decoder cosine below 0.2", "counts": {}, "rates": {"placebo": of}},
+    ]
+    (tmp_path / "null.json").write_text(json.dumps({"fixed": fixed}))
+    assert summary.calibrated_rates(tmp_path) == [
+        row("rotated.false_positive_rate", 0.25, "fraction", 40, 0.1, 0.4),
+        row("rotated.false_positive_rate_format_only", 0.25, "fraction", 41, 0.1, 0.4),
+    ]
 
 
 def test_ratios_are_quantiles_of_a_group_and_undefined_without_one() -> None:
@@ -176,10 +190,15 @@ def test_own_runs_are_compared_end_to_end(
     monkeypatch.setattr(runs, "measure", lambda *_args, **_kwargs: pytest.fail("a finished measurement was repeated"))
     assert command.main(argv) == 0
     text = capsys.readouterr().out
-    assert "published: 0.482 (Minder et al. 2025, arXiv 2504.02922" in text and "Left out: false positive rates" in text
+    assert (
+        "published: 0.482 (Minder et al. 2025, arXiv 2504.02922" in text and "Left out: l1.false_positive_rate" in text
+    )
 
 
-def test_published_figures_stand_beside_rows_that_exist(scaled_runs: dict[str, list[Path]], cache_folder: Path) -> None:
+def test_published_figures_stand_beside_rows_that_exist(
+    scaled_runs: dict[str, list[Path]], cache_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "DRAWS", 2)  # as above, so that what was measured there is used again
     opened = ActivationCache(cache_folder)
     names = {
         f"{variant}.{name}"

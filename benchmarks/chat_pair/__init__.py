@@ -3,7 +3,8 @@ r"""The published comparison of L1 and BatchTopK on a base model and its chat fi
 On the embedded pair: crosscoders of both variants at one L0 (the L1 coefficient is searched on seed 0 until its
 held-out L0 is within 5% of that of BatchTopK), three seeds each, and the same on the two embedded null pairs. On your
 own pair, `--runs l1=RUN batchtopk=RUN ...` takes scaled run folders (several of one variant: its seeds) and `--cache`
-the held-out cache whose chats are measured on; there are no false-positive rates then.
+the held-out cache whose chats are measured on; false-positive rates then come from null.json of each variant's first
+run, where `diffing null` made one.
 
 A row is a mean over seeds with its 95% interval (Student's t over seeds, null for one), n the seeds on which it is
 defined. False-positive rates and `stability` rows count latents instead. Intervals do not cover the choice of chats.
@@ -17,7 +18,16 @@ import pandas
 
 from benchmarks.chat_pair.published import note
 from benchmarks.chat_pair.runs import NULLS, VARIANTS, causal_rows, held_out, prepare
-from benchmarks.chat_pair.summary import SIGNED, Summary, causal, counts, false_positive_rates, ratios
+from benchmarks.chat_pair.summary import (
+    SIGNED,
+    Summary,
+    calibrated_rates,
+    causal,
+    counts,
+    false_positive_rates,
+    judged,
+    ratios,
+)
 from benchmarks.planted import over_seeds
 from crosscoders.cache import ActivationCache
 from crosscoders.commands import require_same_source
@@ -54,8 +64,10 @@ def run(quick: bool, work: Path, runs: tuple[str, ...] = (), cache: str | None =
         n_chats = QUICK_CHATS if quick else N_CHATS
         rows += variant_rows(variant, folders, [nulls[null][variant] for null in nulls], opened, n_chats)
     rows += matching(rows)
-    left_out = {} if nulls else {"false positive rates": "runs were given; diffing null calibrates each of them"}
+    left_out = {}
     for variant, folders in chosen.items():
+        if not any(entry["name"].startswith(f"chat-pair.{variant}.") and "positive" in entry["name"] for entry in rows):
+            left_out[f"{variant}.false_positive_rate"] = f"{folders[0]} has no null.json"
         if len(folders) < 2:
             left_out[f"{variant}.stability"] = "one run only"
     return {"name": "chat-pair", "rows": [with_note(entry) for entry in rows], "left_out": left_out}
@@ -83,11 +95,12 @@ def variant_rows(
     start = f"chat-pair.{variant}"
     rows = over_seeds(start, [summarise(folder, opened, n_chats) for folder in folders], signed=SIGNED)
     tables: dict[str, list[pandas.DataFrame]] = {
-        null: [read_table(folder) for folder in of_null] for null, of_null in zip(NULLS, nulls, strict=False)
+        null: [judged(read_table(folder)) for folder in of_null] for null, of_null in zip(NULLS, nulls, strict=False)
     }
-    extra = false_positive_rates(tables)
+    extra = false_positive_rates(tables) or calibrated_rates(folders[0])
     if len(folders) > 1:
-        extra += stability(read_runs([str(folder) for folder in folders]))
+        found = read_runs([str(folder) for folder in folders])
+        extra += stability([each._replace(table=judged(each.table)) for each in found])
     return rows + [entry | {"name": f"{start}.{entry['name']}"} for entry in extra]
 
 
@@ -95,7 +108,7 @@ def summarise(folder: Path, opened: ActivationCache, n_chats: int) -> Summary:
     """All measures of one crosscoder."""
     units = {"l0": "latents/token"}
     quality: Summary = {name: (value, units.get(name, "fraction")) for name, value in held_out(folder).items()}
-    table = read_table(folder)
+    table = judged(read_table(folder))
     measured = causal_rows(folder, opened, n_chats)
     sizes: Summary = {
         "chats": (measured[0]["value"], "documents"),

@@ -10,6 +10,7 @@ A latent is alive when it is active on at least `Thresholds.min_active` tokens; 
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,11 @@ import pandas
 from jaxtyping import Bool
 
 from benchmarks.chat_pair.runs import FIRST_TOKENS, TOP
+from crosscoders import store
 from crosscoders.reporting import row
 from diffing.causal_sets import orders
 from diffing.demo.behaviour import rate
-from diffing.verdict import VERDICTS, Thresholds
+from diffing.verdict import VERDICTS, Thresholds, verdicts
 
 Summary = dict[str, tuple[float | None, str]]
 """Value, None where it is undefined, and unit, by row name without `chat-pair.<variant>.`."""
@@ -30,6 +32,19 @@ NO_CLAIM = ("shared", "shared-norm", "dead", "undetermined")
 """Counts that do not say that the models differ, so that they have no false positives."""
 SIGNED = ("ratio", "fraction of KL")
 """Units of values that may be negative."""
+
+CALIBRATED = {
+    "relative decoder norm at least 0.9 (published)": "tuned-only",
+    "|nu_error| below 0.2 and |nu_reconstruction| below 0.5 (published)": "small-ratios",
+    "verdict tuned-specific": "tuned-specific",
+    "verdict rotated": "rotated",
+}
+"""The words of null.json (`fixed`) -> the count that they are of."""
+
+
+def judged(table: pandas.DataFrame) -> pandas.DataFrame:
+    """The table with verdicts as they are defined now; it may have been made when they were not."""
+    return table.assign(verdict=verdicts(table))
 
 
 def alive(table: pandas.DataFrame) -> Bool[np.ndarray, " dict_size"]:
@@ -50,7 +65,7 @@ def groups(table: pandas.DataFrame) -> dict[str, Bool[np.ndarray, " dict_size"]]
         "shared-norm": living & (norm_class == "shared"),
         "other-norm": living & (norm_class == "other"),
         "tuned-only-small-ratios": tuned_only & small,
-        "small-ratios": living & small & np.asarray(table["relative_decoder_norm"] >= 0.5),
+        "small-ratios": living & small,
         **{verdict: np.asarray(table["verdict"] == verdict) for verdict in VERDICTS},
     }
 
@@ -68,14 +83,30 @@ def false_positive_rates(nulls: dict[str, list[pandas.DataFrame]]) -> list[dict[
     """
     found = []
     for null, tables in nulls.items():
-        suffix = "" if null == "placebo" else f"_{null}"
         inside = [groups(table) for table in tables]
         for name in inside[0]:
             if name != "alive" and name not in NO_CLAIM:
                 hits = np.concatenate([each[name][each["alive"]] for each in inside])
-                measured = rate(f"{name}.false_positive_rate{suffix}", hits.tolist())
+                measured = rate(rate_name(name, null), hits.tolist())
                 found.append(row(measured.name, measured.value, "fraction", measured.n, measured.low, measured.high))
     return found
+
+
+def calibrated_rates(run: Path) -> list[dict[str, Any]]:
+    """The same rows, as far as null.json of a run has them; none without that file."""
+    if not (run / "null.json").is_file():
+        return []
+    found = []
+    for entry in store.read_object(run / "null.json", "fixed")["fixed"]:
+        if entry["words"] in CALIBRATED:
+            for null, of in entry["rates"].items():
+                name = rate_name(CALIBRATED[entry["words"]], null)
+                found.append(row(name, of["false_positive_rate"], "fraction", of["n"], of["low"], of["high"]))
+    return found
+
+
+def rate_name(name: str, null: str) -> str:
+    return f"{name}.false_positive_rate{'' if null == 'placebo' else f'_{null}'}"
 
 
 def ratios(table: pandas.DataFrame) -> Summary:
