@@ -13,7 +13,9 @@ from benchmarks import __main__ as command
 from benchmarks import chat_pair
 from benchmarks.chat_pair import published, runs, summary
 from benchmarks.planted import interval, over_seeds
-from crosscoders import ActivationCache, CrosscoderConfig, InputError, TrainConfig, cache_activations
+from crosscoders import ActivationCache, CacheConfig, CrosscoderConfig, InputError, TrainConfig, cache_activations
+from crosscoders.cli import TrainSettings
+from crosscoders.config import to_dict
 from crosscoders.reporting import row
 from diffing.table import scale_run
 
@@ -40,6 +42,27 @@ def test_search_trains_once_where_the_start_is_right() -> None:
 def test_search_gives_up_in_words_where_l0_does_not_move() -> None:
     with pytest.raises(InputError, match="no L1 coefficient gives an L0 of 10 in 3 runs"):
         runs.match_l0(10.0, lambda _: 20.0, start=1.0, max_runs=3)
+
+
+def test_variants_differ_in_gate_and_sparsity_and_nulls_in_the_tuned_model_alone(
+    cache_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caches: list[CacheConfig] = []
+    trained: list[TrainSettings] = []
+    opened = ActivationCache(cache_folder)
+    monkeypatch.setattr(runs, "cache_activations", lambda config: caches.append(config) or opened)  # type: ignore[func-returns-value]
+    monkeypatch.setattr(runs, "train_run", trained.append)
+    for pair, name in (("tuned", "batchtopk"), ("tuned", "l1-0.5"), ("placebo", "l1-0.5")):
+        runs.trained(tmp_path, pair, name, 2, opened)
+    bounded, l1, null = (to_dict(settings) for settings in trained)
+    shapes = [found.pop("crosscoder") for found in (bounded, l1, null)]
+    assert {key for key in bounded if bounded[key] != l1[key]} == {"l1_coefficient", "aux_coefficient", "out"}
+    assert {key for key in shapes[0] if shapes[0][key] != shapes[1][key]} == {"activation", "k"}
+    assert {key for key in l1 if l1[key] != null[key]} == {"eval_cache", "out"} and shapes[1] == shapes[2]
+    assert (l1["l1_coefficient"], l1["seed"], shapes[1]["activation"]) == (0.5, 2, "relu")
+    pair_cache, null_cache = to_dict(caches[0]), to_dict(caches[2])
+    assert {key for key in pair_cache if pair_cache[key] != null_cache[key]} == {"tuned", "tokenizer", "out"}
+    assert null_cache["tokenizer"] == pair_cache["tuned"]
 
 
 def table(n: int = 6) -> pandas.DataFrame:
@@ -140,7 +163,6 @@ def test_intervals_are_cut_at_zero_except_for_signed_units() -> None:
 @pytest.fixture(scope="module")
 def scaled_runs(pair: Pair, cache_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path]]:
     """Tiny runs on the tiny pair: one of L1, two of BatchTopK."""
-    from crosscoders.cli import TrainSettings
     from crosscoders.commands import train_run
 
     made: dict[str, list[Path]] = {}
