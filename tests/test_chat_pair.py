@@ -52,15 +52,17 @@ def test_variants_differ_in_gate_and_sparsity_and_nulls_in_the_tuned_model_alone
     opened = ActivationCache(cache_folder)
     monkeypatch.setattr(runs, "cache_activations", lambda config: caches.append(config) or opened)  # type: ignore[func-returns-value]
     monkeypatch.setattr(runs, "train_run", trained.append)
-    for pair, name in (("tuned", "batchtopk"), ("tuned", "l1-0.5"), ("placebo", "l1-0.5")):
-        runs.trained(tmp_path, pair, name, 2, opened)
+    for name, heldout in (("batchtopk", opened), ("l1-0.5", opened), ("l1-0.5", None)):
+        runs.trained(tmp_path, name, 2, opened, heldout)
+    for pair in ("tuned", "placebo"):
+        runs.pair_cache(tmp_path, pair)
     bounded, l1, null = (to_dict(settings) for settings in trained)
     shapes = [found.pop("crosscoder") for found in (bounded, l1, null)]
-    assert {key for key in bounded if bounded[key] != l1[key]} == {"l1_coefficient", "aux_coefficient", "out"}
+    assert {key for key in bounded if bounded[key] != l1[key]} == {"l1_coefficient", "aux_coefficient"}
     assert {key for key in shapes[0] if shapes[0][key] != shapes[1][key]} == {"activation", "k"}
-    assert {key for key in l1 if l1[key] != null[key]} == {"eval_cache", "out"} and shapes[1] == shapes[2]
+    assert {key for key in l1 if l1[key] != null[key]} == {"eval_cache"} and shapes[1] == shapes[2]
     assert (l1["l1_coefficient"], l1["seed"], shapes[1]["activation"]) == (0.5, 2, "relu")
-    pair_cache, null_cache = to_dict(caches[0]), to_dict(caches[2])
+    pair_cache, null_cache = map(to_dict, caches)
     assert {key for key in pair_cache if pair_cache[key] != null_cache[key]} == {"tuned", "tokenizer", "out"}
     assert null_cache["tokenizer"] == pair_cache["tuned"]
 

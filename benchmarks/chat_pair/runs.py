@@ -68,49 +68,57 @@ def match_l0(target: float, l0_of: Callable[[float], float], *, start: float, ma
 def prepare(work: Path, *, seeds: range) -> dict[str, dict[str, list[Path]]]:
     """Scaled run folders by pair and variant, one for each seed; the coefficient of L1 is that of the tuned pair."""
     heldout = cache_activations(cache_config(work / "tuned" / "cache-heldout", "heldout", HELDOUT_TOKENS, 0))
-    target = held_out(trained(work, "tuned", "batchtopk", 0, heldout))["l0"]
+    cache = pair_cache(work, "tuned")
 
-    def l0_of(coefficient: float) -> float:
-        return held_out(trained(work, "tuned", folder("l1", coefficient), 0, heldout))["l0"]
+    def l0_of(name: str) -> float:
+        return held_out(trained(work / "tuned" / name, name, 0, cache, heldout))["l0"]
 
-    coefficient = match_l0(target, l0_of, start=L1_COEFFICIENT)
+    coefficient = match_l0(l0_of("batchtopk"), lambda c: l0_of(folder("l1", c)), start=L1_COEFFICIENT)
     found: dict[str, dict[str, list[Path]]] = {}
     for pair in ("tuned", *NULLS):
-        found[pair] = {
-            variant: [scaled(trained(work, pair, folder(variant, coefficient), seed, heldout)) for seed in seeds]
-            for variant in VARIANTS
-        }
+        cache, evaluated = pair_cache(work, pair), heldout if pair == "tuned" else None
+        found[pair] = {}
+        for variant in VARIANTS:
+            name = folder(variant, coefficient)
+            made = [trained(work / pair / name, name, seed, cache, evaluated) for seed in seeds]
+            found[pair][variant] = [scaled(run, cache) for run in made]
     return found
+
+
+def pair_cache(work: Path, pair: str) -> ActivationCache:
+    """Activations of the pair, or of the base and a null model, on the same tokens."""
+    config = cache_config(work / pair / "cache", "train", N_TOKENS, 0)
+    if pair != "tuned":  # a null model may have no chat template of its own
+        config = replace(config, tuned=str(model_folder(pair)), tokenizer=str(model_folder("tuned")))
+    return cache_activations(config)
 
 
 def folder(variant: str, coefficient: float) -> str:
     return f"l1-{coefficient:g}" if variant == "l1" else variant
 
 
-def trained(work: Path, pair: str, name: str, seed: int, heldout: ActivationCache) -> Path:
-    """The run folder of one crosscoder; `name` is a variant, L1 with its coefficient."""
-    tokenizer = str(model_folder("tuned"))  # its chat template; a null has none of its own
-    config = cache_config(work / pair / "cache", "train", N_TOKENS, 0)
-    cache = cache_activations(
-        config if pair == "tuned" else replace(config, tuned=str(model_folder(pair)), tokenizer=tokenizer)
-    )
-    out = work / pair / name / f"seed-{seed}"
-    settings = train_settings(out, cache, heldout, seed)
+def trained(parent: Path, name: str, seed: int, cache: ActivationCache, heldout: ActivationCache | None) -> Path:
+    """The run folder of one crosscoder in `parent`; `name` is a variant, L1 with its coefficient.
+
+    Raises:
+        InputError: the folder holds a run with other settings.
+    """
+    out = parent / f"seed-{seed}"
+    settings = train_settings(out, cache, heldout or cache, seed)
+    if heldout is None:
+        settings = replace(settings, eval_cache=None)
     if name.startswith("l1-"):
         shape = replace(settings.crosscoder, activation="relu", k=None)
         settings = replace(settings, crosscoder=shape, l1_coefficient=float(name[3:]), aux_coefficient=0.0)
-    if pair != "tuned":
-        settings = replace(settings, eval_cache=None)
-    if not (out / "config.json").is_file():
-        train_run(settings)
+    train_run(settings)
     return out
 
 
-def scaled(run: Path) -> Path:
+def scaled(run: Path, cache: ActivationCache) -> Path:
     """The run folder, with its latent table."""
     if not (run / "latents.json").is_file():
         say(f"scale {run}")
-        scale_run(run, ActivationCache(store.read_object(run / "run.json", "inputs")["inputs"]["cache"]["path"]))
+        scale_run(run, cache)
     return run
 
 

@@ -54,7 +54,7 @@ def over_seeds(
         values, unit = [value for value, _ in found if value is not None], found[0][1]
         if values:
             low, high = interval(
-                values, lower=None if unit in signed else 0.0, upper=1.0 if unit == "fraction" else None
+                values, lower=None if unit in signed else 0.0, upper=1.0 if unit.startswith("fraction") else None
             )
             row = {"name": f"{prefix}.{name}", "value": statistics.fmean(values), "unit": unit, "n": len(values)}
             rows.append({**row, "low": low, "high": high})
