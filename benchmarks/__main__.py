@@ -109,7 +109,8 @@ def run_one(name: str, *, quick: bool, out: Path, options: dict[str, Any]) -> di
         "date": datetime.date.today().isoformat(),
         **importlib.import_module(BENCHMARKS[name]).run(quick, **work, **options),
     }
-    words = [name, *options.get("only", ()), *(("quick",) if quick else ())]
+    parts = ("own",) if options.get("runs") else options.get("only", ())  # beside the results of the embedded pair
+    words = [name, *parts, *(("quick",) if quick else ())]
     store.write_json(out / f"{'-'.join(words)}.json", found)
     return found
 

@@ -211,6 +211,7 @@ def test_own_runs_are_compared_end_to_end(
     assert found["chat-pair.l0_ratio"]["value"] == pytest.approx(l0[0] / l0[1])
     assert not any("false_positive_rate" in name for name in found)
 
+    assert (tmp_path / "chat-pair-own-quick.json").is_file()
     monkeypatch.setattr(runs, "measure", lambda *_args, **_kwargs: pytest.fail("a finished measurement was repeated"))
     assert command.main(argv) == 0
     text = capsys.readouterr().out
