@@ -1,7 +1,8 @@
 """`python -m benchmarks list`, `run NAME [--quick] [--json] [--out FOLDER]`, `report [--out FOLDER]`.
 
 A benchmark is a module with a docstring and `run(quick: bool) -> dict`, whose rows follow docs/formats.md. throughput
-also takes `--only PART ...`, `--peers` and `--checkout NAME=FOLDER ...`.
+also takes `--only PART ...`, `--peers` and `--checkout NAME=FOLDER ...`; chat-pair takes `--runs VARIANT=RUN ...` with
+`--cache HELDOUT`, and keeps its crosscoders in OUT/chat-pair.
 """
 
 import argparse
@@ -16,11 +17,14 @@ from crosscoders import store
 from crosscoders.errors import EnvironmentFault, InputError, nearest
 
 BENCHMARKS = {
+    "chat-pair": "benchmarks.chat_pair",
     "demo-pair": "benchmarks.demo_pair",
     "latent-scaling": "benchmarks.latent_scaling",
     "planted": "benchmarks.planted",
     "throughput": "benchmarks.throughput",
 }
+OPTIONS = {"throughput": ("only", "peers", "checkout"), "chat-pair": ("runs", "cache")}
+"""Flags that only some benchmarks take."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -49,6 +53,15 @@ def main(argv: list[str] | None = None) -> int:
         metavar="NAME=FOLDER",
         help="throughput: also against these repositories",
     )
+    run.add_argument(
+        "--runs",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="VARIANT=RUN",
+        help="chat-pair: your own scaled runs, l1=RUN or batchtopk=RUN, several of one variant as its seeds",
+    )
+    run.add_argument("--cache", metavar="HELDOUT", help="chat-pair: with --runs, the cache whose chats are measured on")
     report = commands.add_parser("report", help="print the kept rows as Markdown tables")
     for command in (run, report):
         command.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="folder of the results")
@@ -58,8 +71,8 @@ def main(argv: list[str] | None = None) -> int:
             for name, module in BENCHMARKS.items():
                 print(f"{name:<16} {(importlib.import_module(module).__doc__ or '').splitlines()[0]}")
         elif args.command == "run":
-            options = {"only": tuple(args.only), "peers": args.peers, "checkout": tuple(args.checkout)}
-            given = {name: value for name, value in options.items() if value}
+            listed = {name: getattr(args, name) for names in OPTIONS.values() for name in names}
+            given = {name: tuple(v) if isinstance(v, list) else v for name, v in listed.items() if v}
             found = run_one(args.name, quick=args.quick, out=args.out, options=given)
             print(json.dumps(found, indent=1) if args.json else markdown(found))
         else:
@@ -85,15 +98,19 @@ def run_one(name: str, *, quick: bool, out: Path, options: dict[str, Any]) -> di
         raise InputError(
             f"unknown benchmark {name!r}{nearest(name, list(BENCHMARKS))} There are {', '.join(BENCHMARKS)}."
         )
-    if options and name != "throughput":
-        raise InputError(f"{name} takes no --{' or --'.join(options)}; only throughput does. Leave it out.")
+    for option in options:
+        if option not in OPTIONS.get(name, ()):
+            (owner,) = (other for other, names in OPTIONS.items() if option in names)
+            raise InputError(f"{name} takes no --{option}; only {owner} does. Leave it out.")
+    work = {"work": out / name} if name == "chat-pair" else {}
     found = {
         "config": {"quick": quick, **options},
         "environment": environment("cuda" if torch.cuda.is_available() else None),
         "date": datetime.date.today().isoformat(),
-        **importlib.import_module(BENCHMARKS[name]).run(quick, **options),
+        **importlib.import_module(BENCHMARKS[name]).run(quick, **work, **options),
     }
-    words = [name, *options.get("only", ()), *(("quick",) if quick else ())]
+    parts = ("own",) if options.get("runs") else options.get("only", ())  # beside the results of the embedded pair
+    words = [name, *parts, *(("quick",) if quick else ())]
     store.write_json(out / f"{'-'.join(words)}.json", found)
     return found
 

@@ -98,7 +98,14 @@ def wrong_settings(line: str) -> str | None:
 
 def wrong_flag(span: str) -> str | None:
     flag = re.split(r"[ =]", span)[0].removeprefix("--").replace("-", "_")
-    known = COMMON_FLAGS | {"preset", "quick", "only", "peers", "checkout"}  # from quick on: python -m benchmarks
+    known = COMMON_FLAGS | {
+        "preset",
+        "quick",
+        "only",
+        "peers",
+        "checkout",
+        "runs",
+    }  # from quick on: python -m benchmarks
     for command in (command for commands in PROGRAMS.values() for command in commands):
         known |= settings_of(command.settings)
     return None if flag in known else f"{span!r}: no command has such a flag"

@@ -43,23 +43,31 @@ def run(quick: bool) -> dict[str, Any]:
     return {"name": "planted", "rows": rows}
 
 
-def over_seeds(prefix: str, summaries: list[dict[str, tuple[float | None, str]]]) -> list[dict[str, Any]]:
-    """One row per measure: mean and interval over the seeds on which it is defined; none where it never is."""
+def over_seeds(
+    prefix: str, summaries: list[dict[str, tuple[float | None, str]]], *, signed: tuple[str, ...] = ()
+) -> list[dict[str, Any]]:
+    """One row per measure: mean and interval over the seeds on which it is defined; none where it never is. Values in
+    `signed` units may be negative."""
     rows = []
     for name in dict.fromkeys(name for summary in summaries for name in summary):
         found = [summary[name] for summary in summaries if name in summary]
         values, unit = [value for value, _ in found if value is not None], found[0][1]
         if values:
-            low, high = interval(values, upper=1.0 if unit == "fraction" else None)
+            low, high = interval(
+                values, lower=None if unit in signed else 0.0, upper=1.0 if unit.startswith("fraction") else None
+            )
             row = {"name": f"{prefix}.{name}", "value": statistics.fmean(values), "unit": unit, "n": len(values)}
             rows.append({**row, "low": low, "high": high})
     return rows
 
 
-def interval(values: list[float], *, upper: float | None) -> tuple[float | None, float | None]:
-    """Mean -+ t stderr, not below 0 nor above `upper`; None for a single value."""
+def interval(
+    values: list[float], *, lower: float | None = 0.0, upper: float | None
+) -> tuple[float | None, float | None]:
+    """Mean -+ t stderr, not below `lower` nor above `upper`; None for a single value."""
     if len(values) < 2:
         return None, None
     half = T_975[len(values) - 2] * statistics.stdev(values) / len(values) ** 0.5
     mean = statistics.fmean(values)
-    return max(0.0, mean - half), mean + half if upper is None else min(upper, mean + half)
+    low, high = mean - half, mean + half
+    return low if lower is None else max(lower, low), high if upper is None else min(upper, high)

@@ -1,0 +1,147 @@
+r"""What is reported of the crosscoders of one variant.
+
+    counts          latents by published norm class, by verdict, and those that pass the published bounds
+    false positives the share of alive latents of null pairs that is counted in the same way
+    ratios          quantiles of nu_error and nu_reconstruction in a group of latents, and
+                    within_shared: share of the group inside the central 95% of the class `shared` by norm
+    causal          KL and share closed by set, of `diffing.causal_summary.rows`
+
+A latent is alive when it is active on at least `Thresholds.min_active` tokens; groups and classes hold alive ones only.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas
+from jaxtyping import Bool
+
+from benchmarks.chat_pair.runs import FIRST_TOKENS, TOP
+from crosscoders import store
+from crosscoders.reporting import row
+from diffing.causal_sets import orders
+from diffing.demo.behaviour import rate
+from diffing.verdict import VERDICTS, Thresholds, verdicts
+
+Summary = dict[str, tuple[float | None, str]]
+"""Value, None where it is undefined, and unit, by row name without `chat-pair.<variant>.`."""
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+NO_CLAIM = ("shared", "shared-norm", "dead", "undetermined")
+"""Counts that do not say that the models differ, so that they have no false positives."""
+SIGNED = ("ratio", "fraction of KL")
+"""Units of values that may be negative."""
+
+CALIBRATED = {
+    "relative decoder norm at least 0.9 (published)": "tuned-only",
+    "|nu_error| below 0.2 and |nu_reconstruction| below 0.5 (published)": "small-ratios",
+    "verdict tuned-specific": "tuned-specific",
+    "verdict rotated": "rotated",
+}
+"""The words of null.json (`fixed`) -> the count that they are of."""
+
+
+def judged(table: pandas.DataFrame) -> pandas.DataFrame:
+    """The table with verdicts as they are defined now; it may have been made when they were not."""
+    return table.assign(verdict=verdicts(table))
+
+
+def alive(table: pandas.DataFrame) -> Bool[np.ndarray, " dict_size"]:
+    return np.asarray(table["n_active"] >= Thresholds().min_active)
+
+
+def groups(table: pandas.DataFrame) -> dict[str, Bool[np.ndarray, " dict_size"]]:
+    """Which latents each count is of, by name."""
+    bounds, living, norm_class = Thresholds(), alive(table), table["norm_class"].to_numpy()
+    small = np.asarray(
+        (table["nu_error"].abs() < bounds.nu_error) & (table["nu_reconstruction"].abs() < bounds.nu_reconstruction)
+    )
+    tuned_only = living & (norm_class == "tuned-only")
+    return {
+        "alive": living,
+        "tuned-only": tuned_only,
+        "base-only": living & (norm_class == "base-only"),
+        "shared-norm": living & (norm_class == "shared"),
+        "other-norm": living & (norm_class == "other"),
+        "tuned-only-small-ratios": tuned_only & small,
+        "small-ratios": living & small,
+        **{verdict: np.asarray(table["verdict"] == verdict) for verdict in VERDICTS},
+    }
+
+
+def counts(table: pandas.DataFrame) -> Summary:
+    """<name>.count"""
+    return {f"{name}.count": (float(inside.sum()), "latents") for name, inside in groups(table).items()}
+
+
+def false_positive_rates(nulls: dict[str, list[pandas.DataFrame]]) -> list[dict[str, Any]]:
+    """Rows <name>.false_positive_rate (of the placebo) and <name>.false_positive_rate_<null> for every count that
+    claims a difference: its share of the alive latents of all null crosscoders, with Wilson's interval.
+
+    The latents of one crosscoder are not independent, so the interval is too narrow.
+    """
+    found = []
+    for null, tables in nulls.items():
+        inside = [groups(table) for table in tables]
+        for name in inside[0]:
+            if name != "alive" and name not in NO_CLAIM:
+                hits = np.concatenate([each[name][each["alive"]] for each in inside])
+                measured = rate(rate_name(name, null), hits.tolist())
+                found.append(row(measured.name, measured.value, "fraction", measured.n, measured.low, measured.high))
+    return found
+
+
+def calibrated_rates(run: Path) -> list[dict[str, Any]]:
+    """The same rows, as far as null.json of a run has them; none without that file."""
+    if not (run / "null.json").is_file():
+        return []
+    found = []
+    for entry in store.read_object(run / "null.json", "fixed")["fixed"]:
+        if entry["words"] in CALIBRATED:
+            for null, of in entry["rates"].items():
+                name = rate_name(CALIBRATED[entry["words"]], null)
+                found.append(row(name, of["false_positive_rate"], "fraction", of["n"], of["low"], of["high"]))
+    return found
+
+
+def rate_name(name: str, null: str) -> str:
+    return f"{name}.false_positive_rate{'' if null == 'placebo' else f'_{null}'}"
+
+
+def ratios(table: pandas.DataFrame) -> Summary:
+    """nu_<target>.<group>.{q05,...,q95,within_shared}; None where a group is empty."""
+    first = np.isin(np.arange(len(table)), orders(table, 1)["norm"][:TOP])
+    inside = groups(table)
+    chosen = {"tuned-only": inside["tuned-only"], f"top_{TOP}_norm": first, "shared-norm": inside["shared-norm"]}
+    found: Summary = {}
+    for column in ("nu_error", "nu_reconstruction"):
+        values = table[column].to_numpy()
+        shared = values[inside["shared-norm"]]
+        low, high = np.quantile(shared, [0.025, 0.975]) if len(shared) else (np.nan, np.nan)
+        for name, mask in chosen.items():
+            group, start = values[mask], f"{column}.{name}"
+            for q in QUANTILES:
+                found[f"{start}.q{round(100 * q):02d}"] = (
+                    float(np.quantile(group, q)) if len(group) else None,
+                    "ratio",
+                )
+            if name != "shared-norm":
+                within = float(((group >= low) & (group <= high)).mean()) if len(group) and len(shared) else None
+                found[f"{start}.within_shared"] = (within, "fraction")
+    return found
+
+
+def causal(rows: Sequence[dict[str, Any]]) -> Summary:
+    """kl.<set>[.first_9], share_closed.<set>[.first_9], and top_32.<order>[.first_9], which are shares closed too."""
+    found: Summary = {}
+    for entry in rows:
+        *name, what = entry["name"].removeprefix("causal.base_to_tuned.").split(".")
+        last = f".first_{FIRST_TOKENS}" if name and name[-1] == f"first_{FIRST_TOKENS}" else ""
+        of = ".".join(name).removesuffix(last)
+        if what == "kl":
+            found[f"kl.{of}{last}"] = (entry["value"], "nats/token")
+        elif what == "share_closed":
+            start = of if of.startswith(f"top_{TOP}.") else f"share_closed.{of}"
+            found[f"{start}{last}"] = (entry["value"], "fraction of KL")
+    return found
