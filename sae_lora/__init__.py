@@ -7,22 +7,34 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sae_lora.adapter import load_adapter
+    from sae_lora.config import FitConfig
     from sae_lora.dictionary import FrozenDictionary
+    from sae_lora.evaluation import measure
+    from sae_lora.fitting import fit
     from sae_lora.loading import inspect_dictionary, load_dictionary
     from sae_lora.splicing import special_ids, splice
 
 _HOMES = {
+    "FitConfig": "config",
     "FrozenDictionary": "dictionary",
+    "fit": "fitting",
     "inspect_dictionary": "loading",
+    "load_adapter": "adapter",
     "load_dictionary": "loading",
+    "measure": "evaluation",
     "special_ids": "splicing",
     "splice": "splicing",
 }
 
 __all__ = [
+    "FitConfig",
     "FrozenDictionary",
+    "fit",
     "inspect_dictionary",
+    "load_adapter",
     "load_dictionary",
+    "measure",
     "special_ids",
     "splice",
 ]
