@@ -44,7 +44,7 @@ def fit(config: FitConfig, out: str | Path) -> Path:
             "dictionaries": [to_dict(info) for info in plan.infos],
             "tokens": {"hash": plan.token_hash(), "n": plan.rows.n_scored},
         }
-        checkpoint.start_run(out, to_dict(config), json.loads(json.dumps(inputs)), environment(str(device)), "fit")
+        checkpoint.start_run(out, to_dict(config), inputs, environment(str(device)), "fit")
         if (out / "adapter" / SIDECAR).is_file():
             say(f"{out} is complete already.")
             return out / "adapter"

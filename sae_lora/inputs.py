@@ -68,8 +68,8 @@ def make_plan(
     fitted_to: name and hash of the model of an adapter, which has to be this one.
 
     Raises:
-        InputError: another model than the adapter's; a model or dictionary that is not there, that do not fit each other, two at one hook point, a hook
-            point off the residual stream; too few tokens.
+        InputError: a model or dictionary that is not there, two that do not fit each other, two dictionaries at one
+            hook point, a hook point off the residual stream, another model than the adapter's; too few tokens.
         CorruptData: a damaged dictionary.
     """
     require_no_lost_path(model)

@@ -121,6 +121,8 @@ def _inspect_sae_lens(folder: Path, hook_point: str | None) -> DictionaryInfo:
         raise InputError(
             f"{folder} has architecture {config['architecture']!r}; {', '.join(ARCHITECTURES)} can be spliced."
         )
+    if not all(isinstance(config[key], int) and config[key] > 0 for key in ("d_in", "d_sae")):
+        raise InputError(f"{folder} has d_in {config['d_in']!r} and d_sae {config['d_sae']!r}; expected whole numbers.")
     normalisation = config.get("normalize_activations", "none")
     if normalisation not in NORMALISATIONS:
         raise InputError(
@@ -129,15 +131,15 @@ def _inspect_sae_lens(folder: Path, hook_point: str | None) -> DictionaryInfo:
         )
     if config.get("reshape_activations", "none") != "none" or known("hook_head_index") is not None:
         raise InputError(f"{folder} reads attention heads, reshaped; only whole activations can be spliced.")
-    _require_shapes(folder, int(config["d_in"]), int(config["d_sae"]))
+    _require_shapes(folder, config["d_in"], config["d_sae"])
     settings = {key: value for key, value in sorted(config.items()) if key not in _SAE_LENS_CHANGES_NOTHING}
     name = known("model_name")
     return DictionaryInfo(
         layout="sae-lens",
         path=str(folder),
         hook_point=_chosen_hook_point(known("hook_name", "hook_point"), hook_point, folder),
-        d_model=int(config["d_in"]),
-        dict_size=int(config["d_sae"]),
+        d_model=config["d_in"],
+        dict_size=config["d_sae"],
         settings={"architecture": config["architecture"], **settings},
         model_names=(str(name),) if name else (),
     )

@@ -21,6 +21,7 @@ NAMES = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
 MAX_RATIO = 50
 """Largest inflated size for the size of the file: trained float32 weights deflate by less than 2, deflate itself stops
 at 1,032."""
+_MAX_MEMBERS = 100
 _FREE_BYTES = 1 << 20  # small files may be mostly zeros
 
 
@@ -40,6 +41,10 @@ def read_shapes(path: Path) -> Shapes:
         CorruptData: no zip archive, or an array whose size is not what it declares.
     """
     with _archive(path) as archive:
+        if len(archive.infolist()) > _MAX_MEMBERS:
+            raise CorruptData(
+                f"{path} holds {len(archive.infolist()):,} files; Gemma Scope's hold {len(NAMES)} arrays."
+            )
         found = {_canonical(info.filename): _header(archive, info, path) for info in archive.infolist()}
         inflated = sum(info.file_size for info in archive.infolist())
     missing = [name for name in NAMES if name not in found]

@@ -147,6 +147,7 @@ def test_the_hash_is_of_the_content_not_of_the_place(tmp_path: Path) -> None:
         ({"metadata": {"sae_lens_version": "6.54.0"}}, "does not say its hook point"),
         ({"d_in": D + 1}, "'W_enc' has shape"),
         ({"d_in": F, "d_sae": D}, "transposed"),
+        ({"d_sae": "many"}, "expected whole numbers"),
     ],
 )
 def test_sae_lens_folders_that_cannot_be_spliced_are_refused(

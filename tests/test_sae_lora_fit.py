@@ -17,7 +17,7 @@ from crosscoders.training import StopRequested
 from sae_lora import FitConfig, evaluation, fit, fitting, objective, splice
 from sae_lora.adapter import SIDECAR, add_lora, choose_layers, load_adapter, read_sidecar
 from sae_lora.cli import main
-from sae_lora.config import pair_up
+from sae_lora.config import PRESETS, pair_up
 from sae_lora.dictionary import Constant, DictionaryInfo, FrozenDictionary
 from sae_lora.inputs import load_model, make_plan
 from sae_lora.loading import load_dictionary
@@ -102,8 +102,11 @@ def test_kl_in_chunks_equals_kl_at_once_and_torch(pair: Any) -> None:
         torch.testing.assert_close(torch.autograd.grad(found, q)[0], gradient)
 
 
-@pytest.mark.parametrize("point", ["blocks.1.hook_resid_post", "blocks.1.hook_resid_pre", "blocks.0.hook_resid_pre"])
-def test_a_shared_prefix_gives_equal_bits(pair: Any, scope: Path, point: str) -> None:
+@pytest.mark.parametrize(
+    "points",
+    [[POINT], ["blocks.1.hook_resid_pre"], ["blocks.0.hook_resid_pre"], ["blocks.0.hook_resid_post", POINT]],
+)
+def test_a_shared_prefix_gives_equal_bits(pair: Any, scope: Path, points: list[str]) -> None:
     plan, model, _, batches = opened(config(pair, scope))
     adapted = add_lora(model, [2], rank=2, alpha=1.0)
     with torch.no_grad():
@@ -111,9 +114,10 @@ def test_a_shared_prefix_gives_equal_bits(pair: Any, scope: Path, point: str) ->
             if "lora_B" in name:
                 weight.normal_()
     found = []
-    for prefix in (None, point):
+    chosen = [Constant(point, torch.full((D,), 1.0 + i)) for i, point in enumerate(points)]
+    for prefix in (None, points[0]):
         adapted.zero_grad()
-        total = objective.batch_kl(adapted, [Constant(point, torch.ones(D))], batches[0], plan.keep_ids, prefix=prefix)
+        total = objective.batch_kl(adapted, chosen, batches[0], plan.keep_ids, prefix=prefix)
         total.backward()
         found.append([total.detach(), *(w.grad for w in adapted.parameters() if w.requires_grad)])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True)) and float(found[0][0]) > 0
@@ -189,6 +193,22 @@ def test_fit_and_eval_run_offline_and_close_a_part_of_the_kl(
     assert lines[-1]["kl"] < lines[0]["kl"] or len(lines) == 1
     assert main(["eval", str(run), *common]) == 0
     assert "adapted_spliced" in capsys.readouterr().out
+
+
+def test_two_dictionaries_are_fitted_and_measured_together(
+    pair: Any, scope: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lower = tmp_path / "layer_0" / "width_16k" / "average_l0_9"
+    lower.mkdir(parents=True)
+    (lower / "params.npz").write_bytes((scope / "params.npz").read_bytes())
+    folder = fit(config(pair, scope, dictionary=[str(scope), str(lower)]), tmp_path / "run")
+    sidecar = read_sidecar(folder)
+    assert [entry["hook_point"] for entry in sidecar["dictionaries"]] == ["blocks.0.hook_resid_post", POINT]
+    assert sidecar["layers"] == [1, 2]  # after the lower one
+    assert main(["eval", str(folder), "--data", pair.data, "--n-tokens", "200", "--json"]) == 0
+    values = {row["name"]: row["value"] for row in json.loads(capsys.readouterr().out)["rows"]}
+    assert values["eval.l0.blocks.0.hook_resid_post.before"] == values["eval.l0.blocks.0.hook_resid_post.after"]
+    assert values[f"eval.fve.{POINT}.before"] != values[f"eval.fve.{POINT}.after"]  # LoRA on layer 1 moves its input
 
 
 def test_an_interrupted_fit_goes_on_with_the_same_bits(
@@ -382,3 +402,13 @@ def test_wrong_input_is_one_line_before_the_model_loads(
         assert main(flags) == 2
         captured = capsys.readouterr().err.strip().splitlines()
         assert said in captured[-1] and captured[-1].startswith("error: "), captured
+
+
+def test_the_table_of_the_preset_has_the_values_of_the_code() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "math.md").read_text()
+    table = text[text.index("**Preset `paper`**") :].split("## ")[0]
+    shown = dict(re.findall(r"^\| `(\w+)` \| (\S+) \|$", table, re.M))
+    assert shown.keys() == PRESETS["paper"].keys()
+    for key, value in PRESETS["paper"].items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        assert (float(shown[key].replace(",", "")) == value) if number else (shown[key] == str(value).lower()), key
