@@ -10,6 +10,7 @@ from crosscoders import store
 from crosscoders.commands import closing, result
 from crosscoders.config import to_dict
 from crosscoders.errors import InputError
+from crosscoders.pair import choose_device
 from crosscoders.progress import say
 from crosscoders.reporting import row
 from sae_lora import evaluation
@@ -17,7 +18,7 @@ from sae_lora.adapter import load_adapter, read_sidecar
 from sae_lora.cli import EvalSettings, FitSettings
 from sae_lora.config import FitConfig, pair_up
 from sae_lora.fitting import fit
-from sae_lora.inputs import load_model, make_plan
+from sae_lora.inputs import load_dictionaries, load_model, make_plan
 
 
 def fit_command(settings: FitSettings) -> dict[str, Any]:
@@ -43,8 +44,9 @@ def eval_command(settings: EvalSettings) -> dict[str, Any]:
     model_name = settings.model or sidecar["model"]["name"]
     chosen = pair_up(paths, [entry["hook_point"] for entry in entries])
     plan = make_plan(settings, model_name, chosen, side, fitted_to=sidecar["model"])
-    model, dictionaries, device = load_model(plan, settings)
-    adapted = load_adapter(model, sidecar["folder"], dictionaries)
+    device = choose_device(settings.device)
+    dictionaries = load_dictionaries(plan, device)
+    adapted = load_adapter(load_model(plan, settings, device), sidecar["folder"], dictionaries)
     n_sequences = len(plan.rows.offsets) - 1
     say(f"eval {sidecar['folder']} on {plan.rows.n_scored:,} tokens in {n_sequences:,} sequences")
     keep_ids = sidecar["kept_positions"]["token_ids"]

@@ -23,7 +23,7 @@ from sae_lora import objective
 from sae_lora.adapter import SIDECAR, add_lora, choose_layers, first_layer_after, save_adapter
 from sae_lora.config import FitConfig, pair_up
 from sae_lora.dictionary import FrozenDictionary
-from sae_lora.inputs import Batch, Plan, load_model, make_plan
+from sae_lora.inputs import Batch, Plan, load_dictionaries, load_model, make_plan
 
 
 def fit(config: FitConfig, out: str | Path) -> Path:
@@ -39,9 +39,10 @@ def fit(config: FitConfig, out: str | Path) -> Path:
     layers = choose_layers(config.layers, plan.infos, plan.n_layers)
     device = choose_device(config.device)
     with store.exclusive(out), stop_requests() as stop:
+        dictionaries = load_dictionaries(plan, device)
         inputs = {
             "model": {"name": plan.model, "hash": plan.model_hash},
-            "dictionaries": [to_dict(info) for info in plan.infos],
+            "dictionaries": {dictionary.hook_point: dictionary.identity() for dictionary in dictionaries},
             "tokens": {"hash": plan.token_hash(), "n": plan.rows.n_scored},
         }
         checkpoint.start_run(out, to_dict(config), inputs, environment(str(device)), "fit")
@@ -50,10 +51,10 @@ def fit(config: FitConfig, out: str | Path) -> Path:
             return out / "adapter"
 
         # ---- model, optimiser, state
-        model, dictionaries, _ = load_model(plan, config)
         adapted = add_lora(
-            model, layers, rank=config.rank, alpha=config.chosen_alpha(), dropout=config.dropout, seed=config.seed
-        )
+            load_model(plan, config, device), layers, rank=config.rank, alpha=config.chosen_alpha(),
+            dropout=config.dropout, seed=config.seed,
+        )  # fmt: skip
         weights = [weight for weight in adapted.parameters() if weight.requires_grad]
         optimizer = torch.optim.AdamW(weights, lr=config.lr, weight_decay=config.weight_decay)
         held = nn.ParameterList(weights)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from crosscoders import hooks, store
 from crosscoders.errors import CorruptData, InputError
 from crosscoders.names import load_auto, require_no_lost_path
-from crosscoders.pair import choose_device, hash_model, model_dtype, quiet_transformers
+from crosscoders.pair import hash_model, model_dtype, quiet_transformers
 from crosscoders.tokens import Rows, pad_rows, read_template, tokenize_documents
 from sae_lora.config import TextConfig
 from sae_lora.dictionary import DictionaryInfo, FrozenDictionary, Side, require_fit
@@ -111,18 +111,20 @@ def packed(rows: Rows, n_rows: int, length: int) -> Rows:
     )  # fmt: skip
 
 
-def load_model(plan: Plan, config: TextConfig) -> tuple[nn.Module, list[FrozenDictionary], torch.device]:
-    """The whole model, frozen and in evaluation mode, and its dictionaries, on one device.
+def load_dictionaries(plan: Plan, device: torch.device) -> list[FrozenDictionary]:
+    """The dictionaries of a plan, from the lowest on."""
+    return [read_dictionary(info).to(device) for info in plan.infos]
+
+
+def load_model(plan: Plan, config: TextConfig, device: torch.device) -> nn.Module:
+    """The whole model, frozen and in evaluation mode.
 
     Raises:
         InputError, CorruptData: weights that do not load.
-        EnvironmentFault: the device is not there.
     """
     import transformers
     from safetensors import SafetensorError
 
-    device = choose_device(config.device)
-    dictionaries = [read_dictionary(info).to(device) for info in plan.infos]
     dtype = model_dtype(config.model_dtype, device)
     try:
         with quiet_transformers():
@@ -132,4 +134,4 @@ def load_model(plan: Plan, config: TextConfig) -> tuple[nn.Module, list[FrozenDi
     except (OSError, ValueError, RuntimeError) as error:
         line = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"the weights of {plan.model!r} do not load: {line} Check the folder's files.") from error
-    return model.eval().requires_grad_(False).to(device), dictionaries, device
+    return model.eval().requires_grad_(False).to(device)

@@ -19,7 +19,7 @@ from sae_lora.adapter import SIDECAR, add_lora, choose_layers, load_adapter, rea
 from sae_lora.cli import main
 from sae_lora.config import PRESETS, pair_up
 from sae_lora.dictionary import Constant, DictionaryInfo, FrozenDictionary
-from sae_lora.inputs import load_model, make_plan
+from sae_lora.inputs import load_dictionaries, load_model, make_plan
 from sae_lora.loading import load_dictionary
 
 D, F = 16, 24
@@ -66,7 +66,8 @@ def config(pair: Any, scope: Path, **changes: object) -> FitConfig:
 
 def opened(settings: FitConfig) -> Any:
     plan = make_plan(settings, settings.model, pair_up(settings.dictionary, settings.hook_point), settings.side)
-    model, dictionaries, device = load_model(plan, settings)
+    device = torch.device("cpu")
+    model, dictionaries = load_model(plan, settings, device), load_dictionaries(plan, device)
     return plan, model, dictionaries, list(plan.batches(settings.batch_rows, device))
 
 
@@ -238,6 +239,17 @@ def test_an_interrupted_fit_goes_on_with_the_same_bits(
     assert fit(settings, tmp_path / "cut") == tmp_path / "cut" / "adapter"  # complete already
     with pytest.raises(InputError, match=r"holds a run with rank = 4, now 5"):
         fit(config(pair, scope, dropout=0.2, rank=5), tmp_path / "cut")
+
+
+def test_a_run_does_not_go_on_with_another_dictionary_at_the_same_path(pair: Any, scope: Path, tmp_path: Path) -> None:
+    lower = tmp_path / "layer_1" / "width_16k" / "x"
+    lower.mkdir(parents=True)
+    arrays = dict(np.load(scope / "params.npz"))
+    np.savez(lower / "params.npz", **arrays)
+    fit(config(pair, lower), tmp_path / "run")
+    np.savez(lower / "params.npz", **arrays | {"b_dec": arrays["b_dec"] + 1})
+    with pytest.raises(InputError, match=r"holds a run with dictionaries\.blocks\.1\.hook_resid_post\.hash"):
+        fit(config(pair, lower), tmp_path / "run")
 
 
 # --------------------------------------------------------------------------------------------------- evaluation
