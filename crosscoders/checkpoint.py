@@ -12,22 +12,28 @@ draws no random number after the start, so weights, Adam's moments, dead counter
 import contextlib
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from crosscoders import store
 from crosscoders.errors import CorruptData, InputError
-from crosscoders.model import Crosscoder
 from crosscoders.pair import identity
 from crosscoders.progress import say
 
 FORMAT_VERSION = 1
 
 
-def start_run(folder: Path, config: dict[str, Any], inputs: dict[str, Any], environment: dict[str, Any]) -> None:
+def start_run(
+    folder: Path,
+    config: dict[str, Any],
+    inputs: dict[str, Any],
+    environment: dict[str, Any],
+    command: str = "train",
+) -> None:
     """Write run.json, or check that the run found there is the same one.
 
     Raises:
@@ -35,7 +41,7 @@ def start_run(folder: Path, config: dict[str, Any], inputs: dict[str, Any], envi
     """
     described = {
         "format_version": FORMAT_VERSION,
-        "command": "train",
+        "command": command,
         "config": config,
         "environment": environment,
         "inputs": inputs,
@@ -73,13 +79,17 @@ def _first_difference(was: Any, now: Any, key: str = "") -> tuple[str, Any, Any]
 
 
 def save_state(
-    folder: Path, step: int, model: Crosscoder, optimizer: torch.optim.Optimizer, tokens_since_fired: Tensor
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    others: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Publish the state of a step; the manifest is written last, so a half-written state is never read."""
+    """Publish the state of a step, with `others`; the manifest is written last, so a half-written one is never read."""
     tensors: dict[str, Tensor] = {f"model.{name}": value for name, value in model.state_dict().items()}
     for index, entry in optimizer.state_dict()["state"].items():
         tensors |= {f"adam.{index}.{name}": value for name, value in entry.items()}
-    tensors["tokens_since_fired"] = tokens_since_fired
+    tensors |= others or {}
     target = folder / f"step-{step:08d}"
     written = store.write_tensors(target / "state.safetensors", tensors)
     store.write_json(
@@ -93,8 +103,10 @@ def _state_folders(folder: Path) -> list[Path]:
     return sorted(path.parent for path in folder.glob("step-*/manifest.json"))
 
 
-def load_state(folder: Path, model: Crosscoder, optimizer: torch.optim.Optimizer) -> tuple[int, Tensor] | None:
-    """Restore the newest whole state and return its step and dead counters; None where there is none.
+def load_state(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[int, dict[str, Tensor]] | None:
+    """Restore the newest whole state and return its step and other tensors; None where there is none.
 
     A state that fails its checksum is passed over, with a line that says so.
     """
@@ -116,7 +128,8 @@ def load_state(folder: Path, model: Crosscoder, optimizer: torch.optim.Optimizer
                 _, index, key = name.split(".", 2)
                 entries.setdefault(int(index), {})[key] = value.clone()  # not a view of the file
         optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
-        return int(manifest["step"]), tensors["tokens_since_fired"]
+        others = {name: value for name, value in tensors.items() if not name.startswith(("model.", "adam."))}
+        return int(manifest["step"]), others
     return None
 
 

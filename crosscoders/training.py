@@ -90,7 +90,7 @@ def train(
         step = 0
         restored = checkpoint.load_state(out, model, optimizer.adam)
         if restored:
-            step, tokens_since_fired = restored[0], restored[1].to(device)
+            step, tokens_since_fired = restored[0], restored[1]["tokens_since_fired"].to(device)
             say(f"going on at step {step:,} of {config.n_steps:,}")
         elif config.b_dec_init == "geometric_median":
             first = next(iter(stream.batches(0))).to(device)
@@ -133,7 +133,8 @@ def train(
             if holdout and config.eval_every and step % config.eval_every == 0 and step < config.n_steps:
                 write_line(out, eval_line(step, evaluate(model, holdout())), log)
             if step % config.checkpoint_every == 0 or stop or step == config.n_steps:
-                checkpoint.save_state(out, step, model, optimizer.adam, tokens_since_fired)
+                counters = {"tokens_since_fired": tokens_since_fired}
+                checkpoint.save_state(out, step, model, optimizer.adam, counters)
             if stop and step < config.n_steps:
                 raise StopRequested(stop[0], f"stopped on request at step {step:,}; run the same command to go on.")
             if step == config.n_steps:

@@ -1,1 +1,50 @@
-"""LoRA around frozen sparse autoencoders. Nothing is here yet; docs/log.md says what is planned."""
+"""LoRA around frozen dictionaries: splice an SAE into a model, fit LoRA to the unspliced model, measure what it closes.
+
+Names are loaded when first used, so that importing the package costs nothing.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sae_lora.adapter import load_adapter
+    from sae_lora.config import FitConfig
+    from sae_lora.dictionary import FrozenDictionary
+    from sae_lora.evaluation import measure
+    from sae_lora.fitting import fit
+    from sae_lora.loading import inspect_dictionary, load_dictionary
+    from sae_lora.splicing import special_ids, splice
+
+_HOMES = {
+    "FitConfig": "config",
+    "FrozenDictionary": "dictionary",
+    "fit": "fitting",
+    "inspect_dictionary": "loading",
+    "load_adapter": "adapter",
+    "load_dictionary": "loading",
+    "measure": "evaluation",
+    "special_ids": "splicing",
+    "splice": "splicing",
+}
+
+__all__ = [
+    "FitConfig",
+    "FrozenDictionary",
+    "fit",
+    "inspect_dictionary",
+    "load_adapter",
+    "load_dictionary",
+    "measure",
+    "special_ids",
+    "splice",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -9,7 +9,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from jaxtyping import install_import_hook
 
-_hook = install_import_hook(["crosscoders", "diffing"], "typecheck.checked")
+_hook = install_import_hook(["crosscoders", "sae_lora", "diffing"], "typecheck.checked")
 _hook.__enter__()
 
 import pytest  # noqa: E402

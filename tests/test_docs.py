@@ -16,6 +16,7 @@ import torch
 
 import crosscoders.cli
 import diffing.cli
+import sae_lora.cli
 from crosscoders import ActivationCache, Crosscoder, CrosscoderConfig, InputError
 from crosscoders.command import Command, parse
 from crosscoders.config import PRESETS
@@ -23,9 +24,13 @@ from diffing.verdict import VERDICTS
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/math.md", "docs/formats.md", "docs/performance.md")
-PROGRAMS = {"crosscoders": crosscoders.cli.COMMANDS, "diffing": diffing.cli.COMMANDS}
+PROGRAMS = {
+    "crosscoders": crosscoders.cli.COMMANDS,
+    "sae-lora": sae_lora.cli.COMMANDS,
+    "diffing": diffing.cli.COMMANDS,
+}
 COMMON_FLAGS = {"config", "json", "debug", "print_config", "help"}
-PACKAGES = ("crosscoders", "diffing")
+PACKAGES = ("crosscoders", "sae_lora", "diffing")
 
 
 def read(name: str) -> str:
@@ -54,7 +59,7 @@ def command_lines(text: str) -> list[str]:
 
 def named_commands(text: str) -> list[str]:
     """Commands of our programs in inline code."""
-    return [span for span in spans(text) if re.match(r"(crosscoders|diffing) [a-z]", span)]
+    return [span for span in spans(text) if re.match(r"(crosscoders|sae-lora|diffing) [a-z]", span)]
 
 
 def settings_of(kind: type, prefix: str = "") -> set[str]:

@@ -1,0 +1,134 @@
+"""Settings of `sae-lora`, as frozen dataclasses. Imports nothing heavy."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from crosscoders.config import CacheConfig, DataSource, require_positive, require_range
+from crosscoders.errors import InputError
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Which documents are read, and how."""
+
+    data: str | list[str | DataSource]
+    """Documents: a path or `datasets` id, or a list of them, or of {path, text_column, weight, ...}."""
+    n_tokens: int = 15_360_000
+    """Scored tokens (no padding, no BOS) to read, once."""
+    context_length: int = 1024
+    """Tokens of a sequence; a document is cut there, or goes on in the next sequence with `pack`."""
+    pack: bool = False
+    """Join all documents and cut them into n_tokens // context_length full sequences, across their borders."""
+    batch_rows: int = 8
+    """Sequences in one forward pass."""
+    chat_template: str | None = None
+    """File with a chat template, for chats and a tokenizer without one."""
+    model_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type in which the model runs; auto: bfloat16 on a GPU, float32 on a CPU."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    seed: int = 0
+    """Seed of the order of documents, of LoRA's start and dropout, and of resamples."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "n_tokens", "context_length", "batch_rows")
+        require_range(self, 0, 2**63 - 1, "seed")
+        if self.pack and self.n_tokens < self.context_length:
+            raise InputError(
+                f"n_tokens = {self.n_tokens} is less than one packed sequence of {self.context_length}. Raise n_tokens."
+            )
+
+    def cache_config(self, model: str) -> CacheConfig:
+        """The settings of `crosscoders.tokens.tokenize_documents` that read these documents."""
+        return CacheConfig(
+            base=model, tuned=model, hook_point="blocks.0.hook_resid_post", data=self.data, out="-",
+            n_tokens=self.n_tokens, context_length=self.n_tokens + 1 if self.pack else self.context_length,
+            chat_template=self.chat_template, batch_rows=self.batch_rows, seed=self.seed,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitConfig(TextConfig):
+    """Fit LoRA so that the model with dictionaries spliced in predicts what it predicts without them."""
+
+    model: str
+    """Local folder or hub id."""
+    dictionary: str | list[str]
+    """Folder or file of a frozen dictionary, or a list of them at different hook points."""
+    hook_point: str | list[str] | None = None
+    """Where each dictionary belongs, for those whose files do not say it."""
+    side: Literal["base", "tuned", "both"] | None = None
+    """Whose reconstruction is taken, for crosscoders of two models."""
+    layers: Literal["after", "all"] | list[int] = "after"
+    """Layers that get LoRA: those after the (lowest) dictionary, all, or a list."""
+    rank: int = 64
+    """Rank of each LoRA."""
+    alpha: float | None = None
+    """The update is alpha / rank * B A x. Default: rank / 2, so that its scale does not change with the rank."""
+    dropout: float = 0.0
+    """Dropout of LoRA's input."""
+    loss: Literal["mean", "sum"] = "mean"
+    """mean: KL per token. sum: KL summed over a sequence, mean over sequences, as published; with clipping at 1 nearly
+    every step then has the same length."""
+    lr: float = 5e-5
+    """Learning rate of AdamW, constant."""
+    weight_decay: float = 0.01
+    """AdamW's decay."""
+    clip_norm: float | None = 1.0
+    """Largest global norm of the gradient; null: no clipping."""
+    chunk_tokens: int = 512
+    """Positions whose logits are turned into float32 probabilities together."""
+    log_every: int = 50
+    """Steps between two lines of train.jsonl."""
+    checkpoint_every: int = 500
+    """Steps between two states to resume from; the last two are kept."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(self, "rank", "lr", "chunk_tokens", "log_every", "checkpoint_every")
+        require_range(self, 0, None, "weight_decay", "clip_norm")
+        require_range(self, 0, 0.99, "dropout")
+        if self.alpha is not None and not self.alpha > 0:
+            raise InputError(f"alpha is {self.alpha}; give a number above 0.")
+        if isinstance(self.layers, list) and (not self.layers or len(set(self.layers)) < len(self.layers)):
+            raise InputError(f"layers is {self.layers}; name each layer once, or give after or all.")
+
+    def chosen_alpha(self) -> float:
+        """The setting `alpha`, or its default."""
+        return self.rank / 2 if self.alpha is None else self.alpha
+
+
+def pair_up(dictionary: str | list[str], hook_point: str | list[str] | None) -> list[tuple[str, str | None]]:
+    """Each dictionary with its hook point, where one is given.
+
+    Raises:
+        InputError: none, or another number of hook points than of dictionaries.
+    """
+    paths = [dictionary] if isinstance(dictionary, str) else dictionary
+    points: list[str] | list[None] = [hook_point] if isinstance(hook_point, str) else hook_point or [None] * len(paths)
+    if not paths or len(points) != len(paths):
+        raise InputError(
+            f"{len(paths)} dictionaries and {len(points)} hook points. Give one dictionary or more, and a hook point "
+            "for each or for none."
+        )
+    return list(zip(paths, points, strict=True))
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # Chen, Engels, Tegmark 2025 (arXiv 2501.19406), as in their training code: 15,000 sequences of 1,024, one epoch.
+    "paper": {
+        "n_tokens": 15_360_000,
+        "context_length": 1024,
+        "pack": True,
+        "batch_rows": 1,
+        "layers": "after",
+        "rank": 64,
+        "alpha": 32.0,
+        "dropout": 0.1,
+        "loss": "sum",
+        "lr": 5e-5,
+        "weight_decay": 0.01,
+        "clip_norm": 1.0,
+        "seed": 42,
+    },
+}

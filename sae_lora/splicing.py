@@ -1,0 +1,147 @@
+r"""Put frozen dictionaries into a running model, at one or many hook points, and prove that they ran.
+
+    replace   x -> x_hat                          at every position that is not kept
+    error     x -> x_hat + (x - x_hat).detach()   the numbers of x, the gradients of x_hat
+    off       x -> x                              counts only
+
+Kept positions (padding, and token ids such as BOS and EOS) have their own activation in every mode.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from crosscoders import hooks
+from crosscoders.errors import InputError
+from sae_lora.dictionary import FrozenDictionary
+
+Mode = Literal["replace", "error", "off"]
+Observe = Callable[[FrozenDictionary, Tensor, Tensor, Tensor], None]
+"""Gets the dictionary, and x, latents and x_hat of the positions that are not kept."""
+
+
+class Spliced:
+    """State of one `splice`: counts of what ran, and which positions of the running pass are kept."""
+
+    def __init__(self, hook_points: Sequence[str], keep_ids: Sequence[int]) -> None:
+        self.fired = dict.fromkeys(hook_points, 0)
+        """Forward passes in which each hook point was reached."""
+        self.keep_ids = torch.tensor(sorted(set(keep_ids)), dtype=torch.int64)
+        self.kept: Bool[Tensor, "rows seq"] | None = None
+
+    def start(self, ids: Int[Tensor, "rows seq"] | None, attention_mask: Tensor | None) -> None:
+        """Find the kept positions of a pass; with a key-value cache the mask is longer than the ids."""
+        if not isinstance(ids, Tensor):
+            raise InputError("splice needs the token ids to know BOS, EOS and padding. Call the model with input_ids.")
+        kept = torch.isin(ids, self.keep_ids.to(ids.device))
+        if attention_mask is not None:
+            if attention_mask.ndim != 2:
+                raise InputError(
+                    f"splice reads padding from an attention mask of shape (rows, seq), not "
+                    f"{tuple(attention_mask.shape)}. Pass the padding mask."
+                )
+            kept = kept | (attention_mask[:, -ids.shape[1] :] == 0)
+        self.kept = kept
+
+    def kept_at(self, hook_point: str, x: Tensor) -> Bool[Tensor, "rows seq"]:
+        if self.kept is None or self.kept.shape != x.shape[:2]:
+            raise InputError(
+                f"hook_point {hook_point!r} ran outside a forward pass of the whole model (or is recomputed by "
+                "gradient checkpointing), so kept positions are unknown. Call the language model itself, without "
+                "checkpointing."
+            )
+        return self.kept
+
+
+def core_model(model: Any) -> Any:
+    """The Hugging Face model inside a PEFT model or a TransformerBridge: every forward pass, also of `generate`, calls
+    it with the ids and the mask."""
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return getattr(model, "original_model", model)
+
+
+@contextlib.contextmanager
+def splice(
+    model: nn.Module,
+    dictionaries: FrozenDictionary | Sequence[FrozenDictionary],
+    *,
+    mode: Mode = "replace",
+    keep_ids: Sequence[int] = (),
+    observe: Observe | None = None,
+) -> Iterator[Spliced]:
+    """Run `model` with the dictionaries at their hook points; hooks are removed at the end, on errors too.
+
+    keep_ids: token ids whose positions keep their activation, normally BOS and EOS (`special_ids`). Padding, as the
+    attention mask says, is always kept. Activations are cast to the dictionary's type and back. `model` may be a
+    Hugging Face decoder, the same under PEFT, or a TransformerBridge. Splices nest.
+
+    Raises:
+        InputError: no such hook point; two dictionaries at one; a model called without ids; a hook point that was never
+            reached until the end of the block.
+    """
+    if mode not in ("replace", "error", "off"):
+        raise InputError(f"mode {mode!r} is unknown. Use replace, error or off.")
+    chosen = [dictionaries] if isinstance(dictionaries, FrozenDictionary) else list(dictionaries)
+    names = [dictionary.hook_point for dictionary in chosen]
+    if not names or len(set(names)) < len(names):
+        raise InputError(f"splice needs one dictionary for each hook point; it got {', '.join(names) or 'none'}.")
+    state = Spliced(names, keep_ids)
+
+    def begin(_module: nn.Module, args: tuple[Any, ...], settings: dict[str, Any]) -> None:
+        state.start(settings.get("input_ids", args[0] if args else None), settings.get("attention_mask"))
+
+    def end(*_: Any) -> None:
+        state.kept = None
+
+    with contextlib.ExitStack() as stack:
+        core = core_model(model)
+        stack.callback(core.register_forward_pre_hook(begin, with_kwargs=True).remove)
+        stack.callback(core.register_forward_hook(end, always_call=True).remove)
+        for dictionary in chosen:
+            edit = _edit(dictionary, mode, state, observe)
+            stack.enter_context(hooks.replace(model, dictionary.hook_point, edit))
+        yield state
+    missing = [name for name, count in state.fired.items() if not count]
+    if missing:
+        raise InputError(
+            f"the splice at {missing[0]!r} never fired: {type(model).__name__} was not run, or not through that point."
+        )
+
+
+def _edit(
+    dictionary: FrozenDictionary, mode: Mode, state: Spliced, observe: Observe | None
+) -> Callable[[Tensor], Tensor]:
+    def edit(x: Float[Tensor, "rows seq d_model"]) -> Float[Tensor, "rows seq d_model"]:
+        kept = state.kept_at(dictionary.hook_point, x)
+        state.fired[dictionary.hook_point] += 1
+        if x.shape[-1] != dictionary.info.d_model:
+            raise InputError(
+                f"dictionary {dictionary.info.path!r} has d_model {dictionary.info.d_model} but the activation at "
+                f"{dictionary.hook_point!r} has {x.shape[-1]}. Choose a dictionary of this model."
+            )
+        if mode == "off" and observe is None:
+            return x
+        flat = x.flatten(0, 1).to(dictionary.dtype)
+        latents = dictionary.encode(flat)
+        x_hat = dictionary.decode(latents)
+        if observe is not None:
+            used = ~kept.flatten()
+            observe(dictionary, flat[used], latents[used], x_hat[used])
+        if mode == "off":
+            return x
+        new = x_hat.to(x.dtype).view_as(x)
+        if mode == "error":
+            new = new + (x - new).detach()
+        return torch.where(kept[..., None], x, new)
+
+    return edit
+
+
+def special_ids(tokenizer: Any) -> list[int]:
+    """Ids of BOS, EOS and padding, as far as the tokenizer has them: what `keep_ids` normally is."""
+    found = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    return sorted({int(i) for i in found if i is not None})

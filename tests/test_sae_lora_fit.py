@@ -1,0 +1,426 @@
+"""Fitting and evaluation: identities, an independent route for every number, resuming, and what is refused."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from crosscoders import CorruptData, InputError, hooks
+from crosscoders.training import StopRequested
+from sae_lora import FitConfig, evaluation, fit, fitting, objective, splice
+from sae_lora.adapter import SIDECAR, add_lora, choose_layers, load_adapter, read_sidecar
+from sae_lora.cli import main
+from sae_lora.config import PRESETS, pair_up
+from sae_lora.dictionary import Constant, DictionaryInfo, FrozenDictionary
+from sae_lora.inputs import load_dictionaries, load_model, make_plan
+from sae_lora.loading import load_dictionary
+
+D, F = 16, 24
+POINT = "blocks.1.hook_resid_post"
+
+
+class Identity(FrozenDictionary):
+    def __init__(self, hook_point: str = POINT) -> None:
+        super().__init__(DictionaryInfo("constant", "", hook_point, D, D, {}))
+        self.register_buffer("unit", torch.ones(1))
+
+    def encode(self, x: Tensor) -> Tensor:
+        return x
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return latents * self.unit
+
+
+@pytest.fixture(scope="module")
+def scope(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Gemma Scope file in the published layout, for layer 1 of the tiny Gemma-2."""
+    folder = tmp_path_factory.mktemp("hub") / "gemma-scope-2b-pt-res" / "layer_1" / "width_16k" / "average_l0_9"
+    folder.mkdir(parents=True)
+    draw = np.random.default_rng(0)
+    W_dec = draw.normal(size=(F, D)).astype(np.float32) / D**0.5
+    arrays = {
+        "W_enc": W_dec.T,
+        "W_dec": W_dec,
+        "b_enc": np.zeros(F),
+        "b_dec": np.zeros(D),
+        "threshold": np.full(F, 0.1),
+    }
+    np.savez(folder / "params.npz", **{name: value.astype(np.float32) for name, value in arrays.items()})
+    return folder
+
+
+def config(pair: Any, scope: Path, **changes: object) -> FitConfig:
+    settings: dict[str, object] = {
+        "model": pair.tuned, "dictionary": str(scope), "data": pair.data, "n_tokens": 500, "context_length": 40,
+        "batch_rows": 4, "rank": 4, "lr": 1e-2, "log_every": 2, "checkpoint_every": 2,
+    }  # fmt: skip
+    return FitConfig(**{**settings, **changes})  # type: ignore[arg-type]
+
+
+def opened(settings: FitConfig) -> Any:
+    plan = make_plan(settings, settings.model, pair_up(settings.dictionary, settings.hook_point), settings.side)
+    device = torch.device("cpu")
+    model, dictionaries = load_model(plan, settings, device), load_dictionaries(plan, device)
+    return plan, model, dictionaries, list(plan.batches(settings.batch_rows, device))
+
+
+def adapter_weights(folder: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "adapter_model.safetensors")
+
+
+# --------------------------------------------------------------------------------------------------- identities
+
+
+def test_an_identity_dictionary_gives_no_kl_and_no_gradient(pair: Any, scope: Path) -> None:
+    plan, model, dictionaries, batches = opened(config(pair, scope))
+    adapted = add_lora(model, [2], rank=2, alpha=1.0)
+    for chosen, is_zero in (([Identity()], True), (dictionaries, False)):
+        adapted.zero_grad()
+        total = objective.batch_kl(adapted, chosen, batches[0], plan.keep_ids)
+        total.backward()
+        total = total.detach()
+        largest = max(float(w.grad.abs().max()) for w in adapted.parameters() if w.grad is not None)
+        assert (abs(float(total)) < 1e-6 and largest < 1e-6) == is_zero
+
+
+def test_kl_in_chunks_equals_kl_at_once_and_torch(pair: Any) -> None:
+    p, q = torch.randn(2, 11, 30, generator=torch.Generator().manual_seed(0)).unbind()
+    q.requires_grad_(True)
+    wanted = torch.nn.functional.kl_div(q.log_softmax(1), p.softmax(1), reduction="sum")
+    (gradient,) = torch.autograd.grad(wanted, q)
+    for chunk in (1, 4, 100):
+        found = objective.kl_total(p, q, chunk)
+        torch.testing.assert_close(found, wanted)
+        torch.testing.assert_close(torch.autograd.grad(found, q)[0], gradient)
+
+
+@pytest.mark.parametrize(
+    "points",
+    [[POINT], ["blocks.1.hook_resid_pre"], ["blocks.0.hook_resid_pre"], ["blocks.0.hook_resid_post", POINT]],
+)
+def test_a_shared_prefix_gives_equal_bits(pair: Any, scope: Path, points: list[str]) -> None:
+    plan, model, _, batches = opened(config(pair, scope))
+    adapted = add_lora(model, [2], rank=2, alpha=1.0)
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "lora_B" in name:
+                weight.normal_()
+    found = []
+    chosen = [Constant(point, torch.full((D,), 1.0 + i)) for i, point in enumerate(points)]
+    for prefix in (None, points[0]):
+        adapted.zero_grad()
+        total = objective.batch_kl(adapted, chosen, batches[0], plan.keep_ids, prefix=prefix)
+        total.backward()
+        found.append([total.detach(), *(w.grad for w in adapted.parameters() if w.requires_grad)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True)) and float(found[0][0]) > 0
+
+
+# ---------------------------------------------------------------------------------------------------- objective
+
+
+def test_the_paper_recipe_equals_a_straightforward_loop(pair: Any, scope: Path, tmp_path: Path) -> None:
+    """Published objective, step by step: batchmean KL over packed sequences, clip 1, AdamW; no dropout."""
+    settings = config(pair, scope, pack=True, batch_rows=2, loss="sum", alpha=2.0, n_tokens=320, lr=1e-3, clip_norm=1.0)
+    folder = fit(settings, tmp_path / "run")
+    _, model, (dictionary,), batches = opened(settings)
+    assert {batch.ids.shape for batch in batches} == {(2, 40)} and len(batches) == 4
+    target = re.compile(r"model\.layers\.2\..*_proj")
+    loop_config = peft.LoraConfig(r=4, lora_alpha=2.0, target_modules=target.pattern, task_type="CAUSAL_LM")
+    torch.manual_seed(0)
+    student = peft.get_peft_model(model, loop_config).eval()
+    optimizer = torch.optim.AdamW([w for w in student.parameters() if w.requires_grad], lr=1e-3, weight_decay=0.01)
+    layer = student.get_base_model().model.layers[1]
+    for batch in batches:
+        with torch.no_grad(), student.disable_adapter():
+            p = student(input_ids=batch.ids).logits.softmax(-1)
+        special = torch.isin(batch.ids, torch.tensor([0, 1, 2]))[..., None]
+        handle = layer.register_forward_hook(
+            lambda _m, _a, x, special=special: torch.where(special, x, dictionary(x.flatten(0, 1)).view_as(x))
+        )
+        q = student(input_ids=batch.ids).logits.log_softmax(-1)
+        handle.remove()
+        loss = torch.nn.functional.kl_div(q, p, reduction="batchmean")
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.step()
+    wanted = {name: w for name, w in student.state_dict().items() if "lora_" in name}
+    found = {name.replace(".weight", ".default.weight"): w for name, w in adapter_weights(folder).items()}
+    assert found.keys() == wanted.keys() and len(found) == 14
+    for name, weight in wanted.items():
+        torch.testing.assert_close(found[name], weight, rtol=1e-3, atol=2e-5)
+    assert max(float(w.abs().max()) for name, w in found.items() if "lora_B" in name) > 1e-3
+
+
+def test_only_layers_after_the_dictionary_are_adapted_unless_asked(pair: Any, scope: Path) -> None:
+    plan, *_ = opened(config(pair, scope))
+    assert choose_layers("after", plan.infos, 3) == [2] and choose_layers("all", plan.infos, 3) == [0, 1, 2]
+    assert choose_layers([2, 0], plan.infos, 3) == [0, 2]
+    with pytest.raises(InputError, match="layers has 3"):
+        choose_layers([3], plan.infos, 3)
+    with pytest.raises(InputError, match="no layer is after"):
+        choose_layers("after", plan.infos, 2)
+
+
+# ------------------------------------------------------------------------------------------------------ running
+
+
+def test_fit_and_eval_run_offline_and_close_a_part_of_the_kl(
+    pair: Any, scope: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    common = ["--data", pair.data, "--context-length", "40", "--batch-rows", "4", "--n-tokens", "500"]
+    flags = ["--model", pair.tuned, "--dictionary", str(scope), "--rank", "4", "--lr", "1e-2", "--out", str(run)]
+    assert main(["fit", *flags, *common, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["name"] == "fit"
+    assert main(["eval", str(run), *common, "--json", "--out", str(tmp_path / "eval.json")]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    values = {row["name"]: row for row in printed["rows"]}
+    assert json.loads((tmp_path / "eval.json").read_text())["rows"] == printed["rows"]
+    closed = values["eval.kl_closed"]
+    assert 0 < closed["low"] < closed["value"] < closed["high"] < 1
+    assert values["eval.kl.plain"]["value"] == 0 and values["eval.top1.plain"]["value"] == 1
+    assert values[f"eval.l0.{POINT}.before"]["value"] == values[f"eval.l0.{POINT}.after"]["value"] > 0  # LoRA is after
+    lines = [json.loads(line) for line in (run / "train.jsonl").read_text().splitlines()]
+    assert lines[-1]["kl"] < lines[0]["kl"] or len(lines) == 1
+    assert main(["eval", str(run), *common]) == 0
+    assert "adapted_spliced" in capsys.readouterr().out
+
+
+def test_two_dictionaries_are_fitted_and_measured_together(
+    pair: Any, scope: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lower = tmp_path / "layer_0" / "width_16k" / "average_l0_9"
+    lower.mkdir(parents=True)
+    (lower / "params.npz").write_bytes((scope / "params.npz").read_bytes())
+    folder = fit(config(pair, scope, dictionary=[str(scope), str(lower)]), tmp_path / "run")
+    sidecar = read_sidecar(folder)
+    assert [entry["hook_point"] for entry in sidecar["dictionaries"]] == ["blocks.0.hook_resid_post", POINT]
+    assert sidecar["layers"] == [1, 2]  # after the lower one
+    assert main(["eval", str(folder), "--data", pair.data, "--n-tokens", "200", "--json"]) == 0
+    values = {row["name"]: row["value"] for row in json.loads(capsys.readouterr().out)["rows"]}
+    assert values["eval.l0.blocks.0.hook_resid_post.before"] == values["eval.l0.blocks.0.hook_resid_post.after"]
+    assert values[f"eval.fve.{POINT}.before"] != values[f"eval.fve.{POINT}.after"]  # LoRA on layer 1 moves its input
+
+
+def test_an_interrupted_fit_goes_on_with_the_same_bits(
+    pair: Any, scope: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = config(pair, scope, dropout=0.2)
+    whole = adapter_weights(fit(settings, tmp_path / "whole"))
+    real, calls = fitting._step, []
+
+    def stopping(*args: Any) -> Any:
+        import os
+        import signal
+
+        calls.append(args)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args)
+
+    monkeypatch.setattr(fitting, "_step", stopping)
+    with pytest.raises(StopRequested, match="step 3"):
+        fit(settings, tmp_path / "cut")
+    assert not (tmp_path / "cut" / "adapter").exists()
+    found = adapter_weights(fit(settings, tmp_path / "cut"))
+    assert all(torch.equal(found[name], weight) for name, weight in whole.items())
+    n_lines = [len((tmp_path / name / "train.jsonl").read_text().splitlines()) for name in ("whole", "cut")]
+    assert n_lines[0] == n_lines[1]
+    assert fit(settings, tmp_path / "cut") == tmp_path / "cut" / "adapter"  # complete already
+    with pytest.raises(InputError, match=r"holds a run with rank = 4, now 5"):
+        fit(config(pair, scope, dropout=0.2, rank=5), tmp_path / "cut")
+
+
+def test_a_run_does_not_go_on_with_another_dictionary_at_the_same_path(pair: Any, scope: Path, tmp_path: Path) -> None:
+    lower = tmp_path / "layer_1" / "width_16k" / "x"
+    lower.mkdir(parents=True)
+    arrays = dict(np.load(scope / "params.npz"))
+    np.savez(lower / "params.npz", **arrays)
+    fit(config(pair, lower), tmp_path / "run")
+    np.savez(lower / "params.npz", **arrays | {"b_dec": arrays["b_dec"] + 1})
+    with pytest.raises(InputError, match=r"holds a run with dictionaries\.blocks\.1\.hook_resid_post\.hash"):
+        fit(config(pair, lower), tmp_path / "run")
+
+
+# --------------------------------------------------------------------------------------------------- evaluation
+
+
+def test_every_cell_equals_a_plain_loop(pair: Any, scope: Path) -> None:
+    plan, model, (dictionary,), batches = opened(config(pair, scope))
+    adapted = add_lora(model, [0, 2], rank=2, alpha=1.0)
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.05)
+    n = len(plan.rows.offsets) - 1
+    found = evaluation.measure(adapted, [dictionary], lambda: iter(batches), n, plan.keep_ids)
+    spliced = lambda x: dictionary(x.flatten(0, 1)).view_as(x)  # noqa: E731
+    xs = []
+    for i in range(n):
+        ids = torch.from_numpy(plan.rows.ids[plan.rows.offsets[i] : plan.rows.offsets[i + 1]]).long()[None]
+        with torch.no_grad(), adapted.disable_adapter(), hooks.capture(adapted, [POINT]) as seen:
+            adapted(input_ids=ids)
+        xs.append(seen[POINT][~torch.isin(ids, torch.tensor([0, 1, 2]))])
+    mean = torch.cat(xs).mean(dim=0)
+    edits = {"zero_ablated": torch.zeros_like, "mean_ablated": mean.expand_as}
+    for i in (0, 5, n - 1):
+        ids = torch.from_numpy(plan.rows.ids[plan.rows.offsets[i] : plan.rows.offsets[i + 1]]).long()[None]
+        special = torch.isin(ids, torch.tensor([0, 1, 2]))[..., None]
+        assert found.n_tokens[i] == ids.shape[1] - 1
+        log_p = None
+        for c, cell in enumerate(evaluation.CELLS):
+            edit = (lambda x: x) if cell in ("plain", "adapted") else edits.get(cell, spliced)
+
+            def keep(x: Tensor, edit: Any = edit, special: Tensor = special) -> Tensor:
+                return torch.where(special, x, edit(x))
+
+            with torch.no_grad(), hooks.replace(adapted, POINT, keep):
+                if cell.startswith("adapted"):
+                    loss = adapted(input_ids=ids, labels=ids).loss
+                    log_q = adapted(input_ids=ids).logits[0, :-1].log_softmax(-1)
+                else:
+                    with adapted.disable_adapter():
+                        loss = adapted(input_ids=ids, labels=ids).loss
+                        log_q = adapted(input_ids=ids).logits[0, :-1].log_softmax(-1)
+            log_p = log_q if log_p is None else log_p
+            kl = torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="sum")
+            top1 = (log_p.argmax(-1) == log_q.argmax(-1)).sum()
+            wanted = [float(loss) * (ids.shape[1] - 1), float(kl), float(top1)]
+            np.testing.assert_allclose(found.sums[c, :, i], wanted, rtol=2e-4, atol=2e-4, err_msg=cell)
+
+
+def test_an_adapter_with_b_zero_leaves_both_cells_as_they_are(pair: Any, scope: Path) -> None:
+    plan, model, dictionaries, batches = opened(config(pair, scope))
+    n = len(plan.rows.offsets) - 1
+    adapted = add_lora(model, [0, 1, 2], rank=2, alpha=1.0)
+    found = evaluation.measure(adapted, dictionaries, lambda: iter(batches), n, plan.keep_ids)
+    cell = {name: found.sums[i] for i, name in enumerate(evaluation.CELLS)}
+    assert np.array_equal(cell["adapted"], cell["plain"])
+    assert np.array_equal(cell["adapted_spliced"], cell["spliced"])
+    values = {row["name"]: row["value"] for row in evaluation.rows(found)}
+    assert values["eval.kl_closed"] == 0 and values["eval.kl.spliced"] > 0
+
+
+def test_shares_and_intervals_on_paper() -> None:
+    """Two sequences of 1 and 3 tokens. Means: plain 1, spliced 2, adapted 1.1, both 1.4, zero 5, mean 3."""
+    sums = np.zeros((6, 3, 2))
+    for c, value in enumerate((1.0, 2.0, 1.1, 1.4, 5.0, 3.0)):
+        sums[c, 0] = value * np.array([1, 3])
+        sums[c, 1] = (value - 1) * np.array([1, 3])
+    values = {row["name"]: row for row in evaluation.rows(evaluation.Measured(sums, np.array([1, 3]), {}))}
+    wanted = {
+        "ce.spliced": 2.0, "ce_gap.adapted": 0.1, "gap_closed": 0.6, "kl_closed": 0.6,
+        "loss_recovered.zero.spliced": 0.75, "loss_recovered.zero.adapted_spliced": 0.9,
+        "loss_recovered.mean.spliced": 0.5,
+    }  # fmt: skip
+    for name, value in wanted.items():
+        row = values[f"eval.{name}"]
+        np.testing.assert_allclose([row["value"], row["low"], row["high"]], value)  # every resample has this mean
+        assert row["n"] == 4
+    sums[1, 0] = sums[0, 0] - 1  # the splice helps: no gap, so no share of it
+    assert "eval.gap_closed" not in {
+        r["name"] for r in evaluation.rows(evaluation.Measured(sums, np.array([1, 3]), {}))
+    }
+
+
+# ------------------------------------------------------------------------------------------------------- folder
+
+
+@pytest.fixture(scope="module")
+def fitted(pair: Any, scope: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fit(config(pair, scope), tmp_path_factory.mktemp("fit") / "run")
+
+
+def copied(fitted: Path, to: Path) -> Path:
+    import shutil
+
+    return Path(shutil.copytree(fitted, to))
+
+
+def test_plain_peft_reads_the_adapter_to_equal_logits(pair: Any, scope: Path, fitted: Path) -> None:
+    load = lambda: AutoModelForCausalLM.from_pretrained(pair.tuned, dtype=torch.float32).eval()  # noqa: E731
+    ids = torch.tensor([[2, 7, 8, 9, 11]])
+    dictionary = load_dictionary(scope)
+    ours, plain = load_adapter(load(), fitted, [dictionary]), peft.PeftModel.from_pretrained(load(), fitted).eval()
+    with splice(ours, dictionary), splice(plain, dictionary):
+        assert torch.equal(ours(input_ids=ids).logits, plain(input_ids=ids).logits)
+        with ours.disable_adapter():
+            assert not torch.equal(ours(input_ids=ids).logits, plain(input_ids=ids).logits)
+
+
+def test_the_sidecar_names_dictionary_positions_and_model(scope: Path, fitted: Path) -> None:
+    sidecar = read_sidecar(fitted.parent)
+    (entry,) = sidecar["dictionaries"]
+    assert entry["hash"] == load_dictionary(scope).content_hash()
+    assert (entry["hook_point"], entry["dtype"], sidecar["layers"]) == (POINT, "float32", [2])
+    assert sidecar["kept_positions"] == {"padding": True, "token_ids": [0, 1, 2]}
+
+
+def test_adapters_without_their_dictionary_are_refused(pair: Any, scope: Path, fitted: Path, tmp_path: Path) -> None:
+    model, dictionary = torch.nn.Linear(1, 1), load_dictionary(scope)
+    with pytest.raises(InputError, match="needs a dictionary at"):
+        load_adapter(model, fitted, [])
+    with pytest.raises(InputError, match="was fitted around"):
+        load_adapter(model, fitted, [Identity()])
+    with pytest.raises(InputError, match="knows no dictionary at"):
+        load_adapter(model, fitted, [dictionary, Identity("blocks.0.hook_resid_post")])
+    bare = copied(fitted, tmp_path / "bare")
+    (bare / SIDECAR).unlink()
+    with pytest.raises(InputError, match=r"an adapter without splice\.json"):
+        load_adapter(model, bare, [dictionary])
+    changed = copied(fitted, tmp_path / "changed")
+    data = bytearray((changed / "adapter_model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (changed / "adapter_model.safetensors").write_bytes(data)
+    with pytest.raises(CorruptData, match="is not the file that"):
+        load_adapter(model, changed, [dictionary])
+    with pytest.raises(InputError, match="holds no adapter"):
+        read_sidecar(tmp_path)
+
+
+def test_wrong_input_is_one_line_before_the_model_loads(
+    pair: Any, scope: Path, fitted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
+    narrow = tmp_path / "narrow.npz"
+    np.savez(
+        narrow, W_enc=np.ones((3, 4)), W_dec=np.ones((4, 3)), b_enc=np.ones(4), b_dec=np.ones(3), threshold=np.ones(4)
+    )
+    fits = ["fit", "--model", pair.tuned, "--data", pair.data, "--n-tokens", "100", "--out", str(tmp_path / "o")]
+    at = ["--hook-point", POINT]
+    for flags, said in (
+        ([*fits, "--dictionary", str(narrow), *at], "d_model 3 but model"),
+        ([*fits, "--dictionary", str(narrow)], "does not say its hook point"),
+        ([*fits, "--dictionary", str(scope), "--layers", "[7]"], "layers has 7"),
+        ([*fits, "--dictionary", str(scope), "--rank", "0"], "rank is 0"),
+        ([*fits, "--dictionary", f'["{scope}", "{scope}"]'], "two dictionaries sit at"),
+        ([*fits, "--dictionary", str(scope), "--hook-point", f'["{POINT}", "{POINT}"]'], "1 dictionaries and 2 hook"),
+        ([*fits, "--dictionary", str(scope), "--side", "base"], "is for crosscoders"),
+        ([*fits, "--dictionary", str(tmp_path / "none")], "there is no dictionary"),
+        (["eval", str(tmp_path), "--data", pair.data], "holds no adapter"),
+        (["eval", str(fitted), "--data", pair.data, "--n-tokens", "100", "--model", pair.base], "is not the one that"),
+    ):
+        assert main(flags) == 2
+        captured = capsys.readouterr().err.strip().splitlines()
+        assert said in captured[-1] and captured[-1].startswith("error: "), captured
+
+
+def test_the_table_of_the_preset_has_the_values_of_the_code() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "math.md").read_text()
+    table = text[text.index("**Preset `paper`**") :].split("## ")[0]
+    shown = dict(re.findall(r"^\| `(\w+)` \| (\S+) \|$", table, re.M))
+    assert shown.keys() == PRESETS["paper"].keys()
+    for key, value in PRESETS["paper"].items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        assert (float(shown[key].replace(",", "")) == value) if number else (shown[key] == str(value).lower()), key
