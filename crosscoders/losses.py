@@ -13,49 +13,34 @@ from torch import Tensor
 from crosscoders.model import code_norm
 
 
-class _MeanNorm(torch.autograd.Function):
-    """Mean of ||err||, with d/d err = err / (||err|| n) in one pass (0 where err is 0)."""
+class _SquareNorms(torch.autograd.Function):
+    """||err_nm||^2, with its gradient 2 err_nm in one pass."""
 
     @staticmethod
     def forward(ctx: Any, err: Tensor) -> Tensor:
-        norms = err.norm(dim=2)
-        ctx.save_for_backward(err, norms)
-        return norms.mean()
+        ctx.save_for_backward(err)
+        return torch.linalg.vector_norm(err, dim=2).square_()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        err, norms = ctx.saved_tensors
-        return err * torch.where(norms > 0, grads[0] / (norms * norms.numel()), 0.0)[..., None]
+        (err,) = ctx.saved_tensors
+        return err * (2 * grads[0])[..., None]
 
 
-def _square(x: Tensor) -> Float[Tensor, ""]:
-    return torch.dot(x.flatten(), x.flatten())
+def square_norms(err: Float[Tensor, "batch n_models d_model"]) -> Float[Tensor, "batch n_models"]:
+    """||err_nm||^2 of each token and model, with its gradient."""
+    return _SquareNorms.apply(err)
 
 
-class _SquaredDistance(torch.autograd.Function):
-    """||goal - guess||^2 / total, with gradients to the guess alone, in one pass."""
-
-    @staticmethod
-    def forward(ctx: Any, guess: Tensor, goal: Tensor, total: Tensor) -> Tensor:
-        left = goal - guess
-        ctx.save_for_backward(left, total)
-        return _square(left) / total
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        left, total = ctx.saved_tensors
-        return left * (-2 * grads[0] / total), None, None
-
-
-def reconstruction_loss(err: Float[Tensor, "batch n_models d_model"], kind: str) -> Float[Tensor, ""]:
-    r"""norm: mean over tokens and models of ||err||. squared: mean over tokens of sum_m ||err_m||^2.
+def reconstruction_loss(squares: Float[Tensor, "batch n_models"], kind: str) -> Float[Tensor, ""]:
+    r"""From ||err_nm||^2. norm: mean over tokens and models of ||err||. squared: mean over tokens of sum_m ||err_m||^2.
 
     The published crosscoder code trains on the un-squared norm although its paper writes the square; coefficients of
-    other terms do not carry over between the two.
+    other terms do not carry over between the two. Where err is 0, its norm has the gradient 0.
     """
     if kind == "norm":
-        return _MeanNorm.apply(err)
-    return err.pow(2).sum(dim=(1, 2)).mean()
+        return squares.clamp_min(torch.finfo(squares.dtype).tiny).sqrt().mean()
+    return squares.sum(dim=1).mean()
 
 
 class _CodeNorm(torch.autograd.Function):
@@ -82,13 +67,13 @@ def differentiable_code_norm(
 
 
 def auxiliary_loss(
-    err: Float[Tensor, "batch n_models d_model"], err_hat: Float[Tensor, "batch n_models d_model"]
+    squares: Float[Tensor, "batch n_models"], err: Float[Tensor, "batch n_models d_model"]
 ) -> Float[Tensor, ""]:
-    r"""||err - err_hat||^2 / ||err - mean err||^2, sums over the batch, with err detached.
+    r"""||err - err_hat||^2 / ||err - mean err||^2, sums over the batch, from the squared norms above the line.
 
-    err_hat decodes, without bias, the k_aux dead latents of largest ReLU(pre_j) c_j of each token. 0 when the error
-    does not vary. Source: Gao et al. 2024, section A.2, as in the published crosscoder trainer.
+    err is a constant; err_hat decodes, without bias, the k_aux dead latents of largest ReLU(pre_j) c_j of each token. 0
+    when the error does not vary. Source: Gao et al. 2024, section A.2, as in the published crosscoder trainer.
     """
-    err = err.detach()
-    total = _square(err - err.mean(dim=0))
-    return _SquaredDistance.apply(err_hat, err, total) if total > 0 else err_hat.sum() * 0
+    varying = (err - err.mean(dim=0)).flatten()
+    total = torch.dot(varying, varying)
+    return squares.sum() / total if total > 0 else squares.sum() * 0

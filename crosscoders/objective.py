@@ -12,7 +12,7 @@ from torch import Tensor
 
 from crosscoders import dense, sparse
 from crosscoders.config import TrainConfig
-from crosscoders.losses import auxiliary_loss, differentiable_code_norm, reconstruction_loss
+from crosscoders.losses import auxiliary_loss, differentiable_code_norm, reconstruction_loss, square_norms
 from crosscoders.model import Crosscoder, code_norm
 
 SPARSE_DENSITY = 0.1
@@ -64,15 +64,15 @@ def forward(
         sets.append(sparse.largest_per_token(pre_acts, c, dead.nonzero().squeeze(1), k_aux))
     if products != torch.float32:
         sets = [sparse.refine(entries, model.W_enc, model.b_enc, x.flatten(1)) for entries in sets]
-    _, x_hat, *err_hat = sparse.reconstruct(*_parameters(model), x.flatten(1), *sets)
-    entries, err = sets[0], x - x_hat.view_as(x)
-    terms = {"reconstruction": reconstruction_loss(err, config.reconstruction)}
-    if err_hat:
-        terms["auxiliary"] = config.aux_coefficient * auxiliary_loss(err, err_hat[0].view_as(x))
+    _, left, squares, *of_auxiliary = sparse.residuals(*_parameters(model), x.flatten(1), *sets)
+    entries, err = sets[0], left.view_as(x)
+    terms = {"reconstruction": reconstruction_loss(squares, config.reconstruction)}
+    if of_auxiliary:
+        terms["auxiliary"] = config.aux_coefficient * auxiliary_loss(of_auxiliary[0], err)
     scaled = entries.values * c[entries.latents]
     smallest = scaled.min() if len(scaled) else scaled.new_tensor(torch.inf)
     fired = torch.bincount(entries.latents, minlength=len(dead))
-    return StepResult(terms, fired, err.detach(), smallest)
+    return StepResult(terms, fired, err, smallest)
 
 
 def _forward_relu(
@@ -91,16 +91,17 @@ def _forward_relu(
         entries = sparse.active(latents, torch.zeros_like(model.b_enc))
         if products != torch.float32:
             entries = sparse.refine(entries, model.W_enc, model.b_enc, x.flatten(1))
-        values, x_hat = sparse.reconstruct(*_parameters(model), x.flatten(1), entries)
+        values, err, squares = sparse.residuals(*_parameters(model), x.flatten(1), entries)
         penalty = values @ c[entries.latents]
     else:
         x_hat, penalty = dense.reconstruct(*_parameters(model), x.flatten(1), latents, c, products)
-    err = x - x_hat.view_as(x)
-    terms = {"reconstruction": reconstruction_loss(err, config.reconstruction)}
+        err = x - x_hat.view_as(x)
+        squares = square_norms(err)
+    terms = {"reconstruction": reconstruction_loss(squares, config.reconstruction)}
     if config.l1_coefficient:
         weight = config.l1_coefficient * min(1.0, (step + 1) / max(1, config.l1_warmup_steps))
         terms["sparsity"] = weight * penalty / len(x)
-    return StepResult(terms, fired.long(), err.detach(), x.new_tensor(torch.inf))
+    return StepResult(terms, fired.long(), err.detach().view_as(x), x.new_tensor(torch.inf))
 
 
 def _pre_acts(

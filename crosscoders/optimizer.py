@@ -42,7 +42,7 @@ class Optimizer:
             tensor.grad, parameter.grad = parameter.grad.permute(order), None
         divisor = torch.ones((), device=self.W_dec.device)
         if self.clip_norm is not None:
-            norm = torch.nn.utils.get_total_norm([t.grad for t in self.shared if t.grad is not None])
+            norm = self._gradient_norm()
             divisor = ((norm + 1e-6) / self.clip_norm).clamp_min(1.0)
         if self.is_compiled:
             self._compiled_step(lr, 1 / divisor.item())
@@ -52,6 +52,13 @@ class Optimizer:
                 group["lr"] = lr
             self.adam.step()
         self.adam.zero_grad(set_to_none=True)
+
+    def _gradient_norm(self) -> Float[Tensor, ""]:
+        """Euclidean norm of all gradients together."""
+        grads = [tensor.grad.contiguous() for tensor in self.shared if tensor.grad is not None]
+        if not self.is_compiled:
+            return torch.nn.utils.get_total_norm(grads)
+        return torch.tensor(sum(cpu.sum_squares(grad) for grad in grads)).sqrt()
 
     def _compiled_step(self, lr: float, scale: float) -> None:
         for tensor, parameter in zip(self.shared, self.parameters, strict=True):

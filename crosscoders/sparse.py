@@ -6,13 +6,14 @@ r"""The fast path: products with latents that touch only the active ones, forwar
     refine        values of selected entries in full precision
     decode        f W, one bag per token
     transposed    f^T y, one bag per latent
-    reconstruct   x_hat from one or several sets of entries, with gradients through active entries only
+    residuals     what one or several sets of entries leave, with gradients through active entries only
     per_latent    counts and sums
 
 At k / dict_size below 1%, these are 8 to 27 times cheaper on a CPU than the dense products. Gradients equal those of
 the dense path, and the compiled kernels equal torch (tests/test_sparse.py).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -31,6 +32,10 @@ USES = 8
 """Entries per row and per bag from which packed kernels are faster than torch (measured at 4 to 250)."""
 
 
+def _packed_pays(n_entries: int, n_rows: int, n_bags: int) -> bool:
+    return n_entries >= USES * max(n_rows, n_bags)
+
+
 def _bags(
     ids: Int[Tensor, " n"],
     weights: Float[Tensor, " n"],
@@ -39,7 +44,7 @@ def _bags(
     bias: Float[Tensor, " width"] | None = None,
 ) -> Float[Tensor, "bags width"]:
     """out_b = bias + sum over the entries i of bag b of weights_i rows[ids_i]."""
-    if len(ids) >= USES * max(len(rows), len(starts)) and cpu.usable(weights, rows):
+    if _packed_pays(len(ids), len(rows), len(starts)) and cpu.usable(weights, rows):
         return cpu.bags(ids, weights, starts, rows, bias)
     if gpu.usable(weights, rows):
         return gpu.bags(ids, weights, starts, rows, bias)
@@ -51,8 +56,6 @@ def _dots(
     entries: "Active", left: Float[Tensor, "batch width"], right: Float[Tensor, "dict_size width"]
 ) -> Float[Tensor, " n_active"]:
     """<left[token], right[latent]> of each entry."""
-    if len(entries.tokens) >= USES * len(right) and cpu.usable(left, right):
-        return cpu.dots(entries.tokens, entries.latents, left, right)
     if gpu.usable(left, right):
         return gpu.dots(entries.tokens, entries.latents, left, right)
     # what embedding_bag does for the gradient of its weights
@@ -62,17 +65,12 @@ def _dots(
 
 
 def _sort_by_key(
-    keys: Int[Tensor, " n"],
-    ids: Int[Tensor, " n"],
-    values: Float[Tensor, " n"],
-    others: Float[Tensor, " n"],
-    n_keys: int,
+    keys: Int[Tensor, " n"], ids: Int[Tensor, " n"], values: Float[Tensor, " n"], n_keys: int
 ) -> cpu.Sorted:
-    if cpu.usable(keys, ids, values, others):
-        return cpu.sort_by_key(keys, ids, values, others, n_keys)
+    if cpu.usable(keys, ids, values):
+        return cpu.sort_by_key(keys, ids, values, n_keys)
     order = keys.argsort(stable=True)
-    sums = others.new_zeros(n_keys).index_add_(0, keys, others)
-    return cpu.Sorted(_starts(keys[order], n_keys), sums, ids[order], values[order], others[order])
+    return cpu.Sorted(_starts(keys[order], n_keys), ids[order], values[order])
 
 
 def _starts(sorted_ids: Int[Tensor, " n"], n: int) -> Int[Tensor, " n_bags"]:
@@ -208,56 +206,95 @@ def decode(entries: Active, weight: Float[Tensor, "dict_size width"]) -> Float[T
 
 def transposed(entries: Active, y: Float[Tensor, "batch width"]) -> Float[Tensor, "dict_size width"]:
     """f^T y: one bag per latent."""
-    found = _sort_by_key(entries.latents, entries.tokens, entries.values, entries.values, entries.dict_size)
+    found = _sort_by_key(entries.latents, entries.tokens, entries.values, entries.dict_size)
     return _bags(found.ids, found.values, found.starts, y)
 
 
-class _Reconstruct(torch.autograd.Function):
+def _residual(
+    entries: Active,
+    rows: Float[Tensor, "latents width"],
+    bias: Float[Tensor, " width"] | None,
+    goal: Float[Tensor, "batch width"],
+    n_models: int,
+    out: Float[Tensor, "batch width"],
+) -> cpu.Residual:
+    """goal - bias - f rows, written to `out`, with the squared norms and products that its gradients need."""
+    if _packed_pays(len(entries.tokens), len(rows), len(goal)) and cpu.usable(entries.values, rows, goal):
+        return cpu.residual(entries.latents, entries.values, entries.starts, rows, bias, goal, n_models, out)
+    torch.sub(goal, _bags(entries.latents, entries.values, entries.starts, rows, bias), out=out)
+    parts = out.view(len(goal), n_models, -1)
+    by_model = zip(parts.unbind(1), rows.view(len(rows), n_models, -1).unbind(1), strict=True)
+    dots = torch.stack([_dots(entries, part.contiguous(), chosen.contiguous()) for part, chosen in by_model])
+    return cpu.Residual(out, torch.linalg.vector_norm(parts, dim=2).square_(), dots)
+
+
+class _Residuals(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, x: Tensor, *sets: Active
     ) -> tuple[Tensor, ...]:
-        weight = W_dec.flatten(1)
-        rows = [weight if entries.columns is None else weight[entries.columns] for entries in sets]
-        biases = [b_dec.flatten(), *[None] * (len(sets) - 1)]
-        ctx.sets, ctx.shape = sets, W_enc.shape
-        ctx.save_for_backward(x, *rows)
-        decoded = (
-            _bags(entries.latents, entries.values, entries.starts, chosen, bias)
-            for entries, chosen, bias in zip(sets, rows, biases, strict=True)
-        )
-        return sets[0].values.clone(), *decoded
+        weight, bias, goal, parts = W_dec.flatten(1), b_dec.flatten(), x, list[cpu.Residual]()
+        left = x.new_empty(len(sets) * len(x), x.shape[1])
+        for entries, out in zip(sets, left.split(len(x)), strict=True):
+            rows = weight if entries.columns is None else weight[entries.columns]
+            parts.append(_residual(entries, rows, None if parts else bias, goal, len(b_dec), out))
+            goal = parts[0].left
+        ctx.sets, ctx.parts, ctx.left, ctx.x, ctx.shape = sets, parts, left, x, W_enc.shape
+        ctx.mark_non_differentiable(parts[0].left)
+        return sets[0].values.clone(), parts[0].left, *(part.squares for part in parts)
 
     @staticmethod
-    def backward(ctx: Any, direct: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        sets, (x, *rows), (n_models, d_model, n_latents) = ctx.sets, ctx.saved_tensors, ctx.shape
-        y = _join([grad.contiguous() for grad in grads])  # (sets * batch, width)
-        # d f_nj = <grad_n, W_dec_j>, one product per active entry
-        parts = zip(sets, y.split(len(x)), rows, strict=True)
-        values_grad = _join([_dots(entries, part, chosen) for entries, part, chosen in parts])
-        values_grad[: len(direct)] += direct
-        # One bag per latent over the entries of all sets: the gradient of each weight is written once.
-        latents = _join([entries.dictionary_latents for entries in sets])
-        places = _join([entries.tokens + i * len(x) for i, entries in enumerate(sets)])
-        values = _join([entries.values for entries in sets])
-        found = _sort_by_key(latents, places, values, values_grad, n_latents)
-        W_dec_grad = _bags(found.ids, found.values, found.starts, y)
-        W_enc_grad = _bags(found.ids, found.others, found.starts, x.repeat(len(sets), 1) if len(sets) > 1 else x)
+    def backward(ctx: Any, direct: Tensor | None, _: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        # dL / dx_hat_nm = scale_nm left_nm, so dL / df_nj = sum_m scale_nm <left_nm, d_jm>
+        n_models, d_model, n_latents = ctx.shape
+        scales = [(-2 * grad).contiguous() for grad in grads]
+        found = [
+            cpu.EntrySet(e.tokens, e.latents, e.columns, e.values, part.dots, scale, None)
+            for e, part, scale in zip(ctx.sets, ctx.parts, scales, strict=True)
+        ]
+        found[0] = found[0]._replace(direct=direct)
+        n = sum(len(entries.tokens) for entries in ctx.sets)
+        is_packed = _packed_pays(n, n_latents, len(ctx.x)) and cpu.usable(ctx.left, ctx.x, *scales)
+        run = cpu.row_gradients if is_packed else _row_gradients
+        W_dec_grad, W_enc_grad, b_enc_grad = run(found, ctx.left, ctx.x, n_latents)
+        by_model = zip(scales[0].unbind(1), ctx.parts[0].left.view(-1, n_models, d_model).unbind(1), strict=True)
         return (
             W_enc_grad.t().view(ctx.shape),
-            found.sums,
+            b_enc_grad,
             W_dec_grad.view(n_latents, n_models, d_model),
-            y[: len(x)].sum(dim=0).view(n_models, d_model),
+            torch.stack([scale @ left for scale, left in by_model]),
             None,
-            *(None for _ in sets),
+            *(None for _ in ctx.sets),
         )
+
+
+def _row_gradients(
+    sets: Sequence[cpu.EntrySet],
+    left: Float[Tensor, "places width"],
+    x: Float[Tensor, "batch width"],
+    dict_size: int,
+) -> tuple[Float[Tensor, "dict_size width"], Float[Tensor, "dict_size width"], Float[Tensor, " dict_size"]]:
+    """What `cpu.row_gradients` gives, in torch."""
+    scale = _join([entries.scale for entries in sets])
+    y = (left.view(len(left), scale.shape[1], -1) * scale[:, :, None]).flatten(1)
+    # One bag per latent over the entries of all sets: the gradient of each weight is written once.
+    latents = _join([e.latents if e.columns is None else e.columns[e.latents] for e in sets])
+    places = _join([entries.tokens + i * len(x) for i, entries in enumerate(sets)])
+    values = _join([entries.values for entries in sets])
+    gradients = _join([(entries.dots * entries.scale.t()[:, entries.tokens]).sum(dim=0) for entries in sets])
+    if sets[0].direct is not None:
+        gradients[: len(sets[0].direct)] += sets[0].direct
+    of_y = _sort_by_key(latents, places, values, dict_size)
+    of_x = _sort_by_key(latents, places % len(x), gradients, dict_size)
+    b_enc_grad = gradients.new_zeros(dict_size).index_add_(0, latents, gradients)
+    return _bags(of_y.ids, of_y.values, of_y.starts, y), _bags(of_x.ids, of_x.values, of_x.starts, x), b_enc_grad
 
 
 def _join(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def reconstruct(
+def residuals(
     W_enc: Float[Tensor, "n_models d_model dict_size"],
     b_enc: Float[Tensor, " dict_size"],
     W_dec: Float[Tensor, "dict_size n_models d_model"],
@@ -265,11 +302,12 @@ def reconstruct(
     x: Float[Tensor, "batch width"],
     *sets: Active,
 ) -> tuple[Tensor, ...]:
-    """Values of the first set of entries of pre = x W_enc + b_enc; its f W_dec + b_dec; f W_dec of the other sets.
+    """Values of the first set of entries of pre = x W_enc + b_enc; err = x - (f W_dec + b_dec), without gradients; its
+    ||err_nm||^2 (batch, n_models); and for each other set ||err_nm - (f W_dec)_nm||^2, where err is a constant.
 
     Gradients reach the parameters, W_enc and b_enc through the active entries alone; x gets none.
     """
-    return _Reconstruct.apply(W_enc, b_enc, W_dec, b_dec, x, *sets)
+    return _Residuals.apply(W_enc, b_enc, W_dec, b_dec, x, *sets)
 
 
 class PerLatent(NamedTuple):

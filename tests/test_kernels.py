@@ -33,19 +33,72 @@ def entries(n_tokens: int, dict_size: int, share: float) -> sparse.Active:
     return sparse.active(pre, torch.full((dict_size,), float(pre.flatten().quantile(1 - share))))
 
 
+def dense(found: sparse.Active, values: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(found.n_tokens, found.dict_size).index_put((found.tokens, found.latents), values)
+
+
 @compiled
 @pytest.mark.parametrize("width", [3, 64, 130, 200])
-def test_bags_and_dots_equal_dense_products(width: int, threads: int) -> None:
+def test_bags_equal_dense_products(width: int, threads: int) -> None:
     found = entries(13, 29, 0.2)
-    f = torch.zeros(13, 29).index_put((found.tokens, found.latents), found.values)
+    f = dense(found, found.values)
     W, y, bias = random(29, width, seed=1), random(13, width, seed=2), random(width, seed=3)
     torch.testing.assert_close(cpu.bags(found.latents, found.values, found.starts, W), f @ W)
     torch.testing.assert_close(cpu.bags(found.latents, found.values, found.starts, W, bias), f @ W + bias)
-    by_latent = cpu.sort_by_key(found.latents, found.tokens, found.values, found.values.square(), 29)
+    by_latent = cpu.sort_by_key(found.latents, found.tokens, found.values, 29)
     torch.testing.assert_close(cpu.bags(by_latent.ids, by_latent.values, by_latent.starts, y), f.T @ y)
-    torch.testing.assert_close(by_latent.sums, f.square().sum(dim=0))
-    expected = (y[found.tokens] * W[found.latents]).sum(dim=1)
-    torch.testing.assert_close(cpu.dots(found.tokens, found.latents, y, W), expected)
+
+
+@compiled
+@pytest.mark.parametrize("n_models", [1, 2, 3])
+@pytest.mark.parametrize("d_model", [3, 64, 100])
+def test_a_residual_and_its_products_equal_dense_ones(d_model: int, n_models: int, threads: int) -> None:
+    found = entries(13, 29, 0.9)  # more than one group of 16 entries in a token
+    width = n_models * d_model
+    W, goal, bias = random(29, width, seed=1), random(13, width, seed=2), random(width, seed=3)
+    for b in (bias, None):
+        part = cpu.residual(found.latents, found.values, found.starts, W, b, goal, n_models, torch.empty(13, width))
+        left = goal - dense(found, found.values) @ W - (0 if b is None else b)
+        torch.testing.assert_close(part.left, left, rtol=1e-4, atol=1e-5)
+        parts, rows = left.view(13, n_models, d_model), W.view(29, n_models, d_model)
+        torch.testing.assert_close(part.squares, parts.square().sum(dim=2), rtol=1e-4, atol=1e-5)
+        expected = (parts[found.tokens] * rows[found.latents]).sum(dim=2).T
+        torch.testing.assert_close(part.dots, expected, rtol=1e-4, atol=1e-4)
+
+
+@compiled
+@pytest.mark.parametrize("d_model", [3, 64, 100])
+def test_row_gradients_equal_dense_products(d_model: int, threads: int) -> None:
+    found, other, columns = entries(13, 29, 0.3), entries(13, 7, 0.6), torch.arange(7) * 4
+    left, x = random(26, 2 * d_model), random(13, 2 * d_model, seed=1)
+    dots, scale, direct = random(2, len(found.tokens)), random(13, 2, seed=2), random(len(found.tokens), seed=3)
+    more_dots, more_scale = random(2, len(other.tokens), seed=4), random(13, 2, seed=5)
+    sets = [
+        cpu.EntrySet(found.tokens, found.latents, None, found.values, dots, scale, direct),
+        cpu.EntrySet(other.tokens, other.latents, columns, other.values, more_dots, more_scale, None),
+    ]
+    W_dec_grad, W_enc_grad, b_enc_grad = cpu.row_gradients(sets, left, x, 29)
+    f, f_grad = dense(found, found.values), dense(found, direct + (dots * scale[found.tokens].T).sum(dim=0))
+    g, g_grad = torch.zeros(2, 13, 29)
+    g[:, columns] = dense(other, other.values)
+    g_grad[:, columns] = dense(other, (more_dots * more_scale[other.tokens].T).sum(dim=0))
+    y, more_y = (
+        (part.view(13, 2, -1) * s[:, :, None]).flatten(1)
+        for part, s in zip(left.split(13), (scale, more_scale), strict=True)
+    )
+    torch.testing.assert_close(W_dec_grad, f.T @ y + g.T @ more_y, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(W_enc_grad, (f_grad + g_grad).T @ x, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(b_enc_grad, (f_grad + g_grad).sum(dim=0), rtol=1e-4, atol=1e-4)
+    slow = sparse._row_gradients(sets, left, x, 29)
+    for a, b in zip(slow, (W_dec_grad, W_enc_grad, b_enc_grad), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@compiled
+@pytest.mark.parametrize("n", [1, 31, 1024, 5000])
+def test_the_sum_of_squares_equals_torch(n: int, threads: int) -> None:
+    values = random(n)
+    assert cpu.sum_squares(values) == pytest.approx(float(values.double().square().sum()), rel=1e-6)
 
 
 @compiled
@@ -114,7 +167,12 @@ def test_the_split_over_threads_changes_no_bit() -> None:
         torch.set_num_threads(n)
         found = entries(40, 30, 0.5)
         W = random(30, 70)
-        results.append([*cpu.bags(found.latents, found.values, found.starts, W), cpu.row_norms(W), found.values])
+        part = cpu.residual(found.latents, found.values, found.starts, W, None, random(40, 70), 2, torch.empty(40, 70))
+        of_set = found.tokens, found.latents, None, found.values, part.dots, part.squares, None
+        grads = cpu.row_gradients([cpu.EntrySet(*of_set)], part.left, random(40, 70), 30)
+        sums = torch.tensor(cpu.sum_squares(W))
+        bags = cpu.bags(found.latents, found.values, found.starts, W)
+        results.append([bags, *part, *grads, sums, cpu.row_norms(W), found.values])
     torch.set_num_threads(before)
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)

@@ -104,6 +104,7 @@ int64_t largest_per_token(const float *pre, const int64_t *columns, const float 
     memset(scratch, 0, n_padded * sizeof *scratch);
     for (int64_t t = begin; t < end; t++) {
         const float *row = pre + t * dict_size;
+        for (int64_t j = 0; j < dict_size; j += LANES) __builtin_prefetch(row + dict_size + j, 0, 2); /* the next one */
         int64_t n_ties = k;
         int32_t n_positive = 0;
         for (int64_t c = 0; c < n_columns; c++) {
@@ -126,33 +127,88 @@ int64_t largest_per_token(const float *pre, const int64_t *columns, const float 
     return n_all;
 }
 
-/* The entries in stable order of their keys; starts: the first place of each key; sums: of `others`, for each key. */
-void sort_by_key(const int64_t *keys, const int64_t *ids, const float *values, const float *others, int64_t n,
-                 int64_t n_keys, int64_t *starts, float *sums, int64_t *sorted_ids, float *sorted_values, float *sorted_others) {
-    memset(starts, 0, n_keys * sizeof *starts);
-    memset(sums, 0, n_keys * sizeof *sums);
-    for (int64_t i = 0; i < n; i++) starts[keys[i]]++;
+/* From how many entries each key has to the first place of each. */
+static void starts_of(int64_t *counts, int64_t n_keys) {
     for (int64_t j = 0, sum = 0; j < n_keys; j++) {
-        int64_t count = starts[j];
-        starts[j] = sum;
-        sum += count;
+        int64_t count = counts[j];
+        counts[j] = sum, sum += count;
     }
+}
+
+/* The entries in stable order of their keys; starts: the first place of each key. */
+void sort_by_key(const int64_t *keys, const int64_t *ids, const float *values, int64_t n, int64_t n_keys,
+                 int64_t *starts, int64_t *sorted_ids, float *sorted_values) {
+    memset(starts, 0, n_keys * sizeof *starts);
+    for (int64_t i = 0; i < n; i++) starts[keys[i]]++;
+    starts_of(starts, n_keys);
     for (int64_t i = 0; i < n; i++) {
         int64_t place = starts[keys[i]]++;
-        sums[keys[i]] += others[i];
-        sorted_ids[place] = ids[i], sorted_values[place] = values[i], sorted_others[place] = others[i];
+        sorted_ids[place] = ids[i], sorted_values[place] = values[i];
     }
     for (int64_t j = n_keys - 1; j > 0; j--) starts[j] = starts[j - 1];
     if (n_keys) starts[0] = 0;
 }
 
+/* An active latent of a token as the backward pass reads it: the row of its residual, its token, f and dL/df. */
+typedef struct {
+    int32_t place, token;
+    float value, gradient;
+} entry;
+
 /* ------------------------------------------------------------------------------------------------------- products */
+
+/* Blocks of rows lie far apart, so no hardware prefetcher follows: ask for those AHEAD. */
+#define AHEAD 16
+
+static void ask(const float *rows, int64_t r, int64_t n_rows, int64_t width, int64_t column, int64_t size) {
+    if (r + AHEAD < n_rows)
+        for (int64_t c = 0; c < size; c += LANES) __builtin_prefetch(rows + (r + AHEAD) * width + column + c, 0, 2);
+}
 
 static void pack(const float *rows, int64_t n_rows, int64_t width, int64_t column, int64_t size, float *packed) {
     for (int64_t r = 0; r < n_rows; r++) {
+        ask(rows, r, n_rows, width, column, size);
         memcpy(packed + r * BLOCK, rows + r * width + column, size * sizeof *rows);
         memset(packed + r * BLOCK + size, 0, (BLOCK - size) * sizeof *packed);
     }
+}
+
+/* The same with each row times scale[r][part]. */
+static void pack_scaled(const float *rows, int64_t n_rows, int64_t width, int64_t column, int64_t size,
+                        const float *scale, int64_t n_parts, int64_t part, float *packed) {
+    for (int64_t r = 0; r < n_rows; r++) {
+        const float *row = rows + r * width + column;
+        float factor = scale[r * n_parts + part], *to = packed + r * BLOCK;
+        ask(rows, r, n_rows, width, column, size);
+        for (int64_t c = 0; c < size; c++) to[c] = factor * row[c];
+        memset(to + size, 0, (BLOCK - size) * sizeof *to);
+    }
+}
+
+/* Store a block past the caches: what is written whole and read much later need not be read before it is written. */
+static inline void stream(float *to, const lanes *block, int64_t size) {
+    int whole = size == BLOCK && (uintptr_t)to % 64 == 0;
+#if defined(__AVX512F__)
+    if (whole) {
+        for (int q = 0; q < BLOCK / LANES; q++) _mm512_stream_ps(to + q * LANES, (__m512)block[q]);
+        return;
+    }
+#elif defined(__AVX2__)
+    if (whole) {
+        const float *from = (const float *)block;
+        for (int q = 0; q < BLOCK; q += 8) _mm256_stream_ps(to + q, _mm256_loadu_ps(from + q));
+        return;
+    }
+#endif
+    (void)whole;
+    memcpy(to, block, size * sizeof *to);
+}
+
+/* Make streamed stores visible to other threads. */
+static inline void settle(void) {
+#if defined(__AVX512F__) || defined(__AVX2__)
+    _mm_sfence();
+#endif
 }
 
 /* out[b] = bias + sum over the entries i of bag b of weights[i] rows[ids[i]]; no bias is 0. */
@@ -190,23 +246,121 @@ static inline float total(lanes v) {
 #endif
 }
 
-/* out[i] = <left[left_ids[i]], right[right_ids[i]]>; entries that follow each other should share left rows. */
-void dots(const int64_t *left_ids, const int64_t *right_ids, const float *left, const float *right, int64_t n_right,
-          int64_t width, int64_t begin, int64_t end, float *out, float *packed) {
-    memset(out + begin, 0, (end - begin) * sizeof *out);
-    for (int64_t column = 0; column < width; column += BLOCK) {
-        int64_t size = width - column < BLOCK ? width - column : BLOCK;
-        pack(right, n_right, width, column, size, packed);
-        for (int64_t i = begin; i < end; i++) {
-            const float *a = left + left_ids[i] * width + column, *b = packed + right_ids[i] * BLOCK;
-            if (size == BLOCK) {
-                const lanes *x = (const lanes *)a, *y = (const lanes *)b;
-                out[i] += total((x[0] * y[0] + x[1] * y[1]) + (x[2] * y[2] + x[3] * y[3]));
-            } else {
-                for (int64_t c = 0; c < size; c++) out[i] += a[c] * b[c];
+/* out[e] += sum of the lanes of v[e], for LANES vectors. */
+static inline void add_totals(const lanes *v, float *out) {
+#if defined(__AVX512F__)
+    /* Four rounds, each of which folds two vectors into one: 15 additions in place of 16 reductions. */
+    __m512 a[8], b[4], c[2];
+    for (int e = 0; e < 8; e++)
+        a[e] = _mm512_shuffle_f32x4((__m512)v[e], (__m512)v[e + 8], 0x44) + _mm512_shuffle_f32x4((__m512)v[e], (__m512)v[e + 8], 0xee);
+    for (int e = 0; e < 4; e++)
+        b[e] = _mm512_shuffle_f32x4(a[e], a[e + 4], 0x88) + _mm512_shuffle_f32x4(a[e], a[e + 4], 0xdd);
+    for (int e = 0; e < 2; e++) c[e] = _mm512_shuffle_ps(b[e], b[e + 2], 0x44) + _mm512_shuffle_ps(b[e], b[e + 2], 0xee);
+    __m512 sums = _mm512_shuffle_ps(c[0], c[1], 0x88) + _mm512_shuffle_ps(c[0], c[1], 0xdd);
+    const __m512i order = _mm512_setr_epi32(0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15);
+    _mm512_storeu_ps(out, _mm512_loadu_ps(out) + _mm512_permutexvar_ps(order, sums));
+#else
+    for (int e = 0; e < LANES; e++) out[e] += total(v[e]);
+#endif
+}
+
+/* For the tokens of a range: residual = goal - bias - sum over their entries of weights[i] rows[ids[i]]; the squared
+   norm of each of the n_parts parts of a residual; and dots[part][i], the product of part and row of each entry.
+   A part is width / n_parts columns; no bias is 0. */
+void residuals(const int64_t *ids, const float *weights, const int64_t *starts, int64_t n_entries, int64_t n_tokens,
+               const float *rows, int64_t n_rows, const float *bias, const float *goal, int64_t width, int64_t n_parts,
+               int64_t begin, int64_t end, float *residual, float *squares, float *dots, float *packed) {
+    int64_t part_width = width / n_parts;
+    memset(squares + begin * n_parts, 0, (end - begin) * n_parts * sizeof *squares);
+    for (int64_t part = 0; part < n_parts; part++) {
+        float *products = dots + part * n_entries;
+        int64_t first = starts[begin], last = end < n_tokens ? starts[end] : n_entries;
+        memset(products + first, 0, (last - first) * sizeof *products);
+        for (int64_t column = part * part_width; column < (part + 1) * part_width; column += BLOCK) {
+            int64_t left = (part + 1) * part_width - column, size = left < BLOCK ? left : BLOCK;
+            pack(rows, n_rows, width, column, size, packed);
+            for (int64_t t = begin; t < end; t++) {
+                int64_t start = starts[t], stop = t + 1 < n_tokens ? starts[t + 1] : n_entries;
+                float sum[BLOCK] __attribute__((aligned(64))) = {0};
+                memcpy(sum, goal + t * width + column, size * sizeof *sum);
+                if (bias)
+                    for (int64_t c = 0; c < size; c++) sum[c] -= bias[column + c];
+                lanes *sums = (lanes *)sum;
+                lanes a = sums[0], b = sums[1], c = sums[2], d = sums[3];
+                for (int64_t i = start; i < stop; i++) {
+                    const lanes *row = (const lanes *)(packed + ids[i] * BLOCK);
+                    a -= weights[i] * row[0], b -= weights[i] * row[1], c -= weights[i] * row[2], d -= weights[i] * row[3];
+                }
+                sums[0] = a, sums[1] = b, sums[2] = c, sums[3] = d;
+                memcpy(residual + t * width + column, sum, size * sizeof *sum);
+                squares[t * n_parts + part] += total((a * a + b * b) + (c * c + d * d));
+                for (int64_t i = start; i < stop; i += LANES) {
+                    lanes v[LANES];
+                    int n = stop - i < LANES ? stop - i : LANES;
+                    for (int e = 0; e < LANES; e++) {
+                        const lanes *row = (const lanes *)(packed + ids[e < n ? i + e : i] * BLOCK);
+                        v[e] = (a * row[0] + b * row[1]) + (c * row[2] + d * row[3]);
+                    }
+                    if (n == LANES) {
+                        add_totals(v, products + i);
+                    } else {
+                        float some[LANES] = {0};
+                        add_totals(v, some);
+                        for (int e = 0; e < n; e++) products[i + e] += some[e];
+                    }
+                }
             }
         }
     }
+}
+
+/* How many entries each latent has, added to counts; latent l stands for columns[l] where columns are given. */
+void count_entries(const int64_t *latents, const int64_t *columns, int64_t n, int64_t *counts) {
+    for (int64_t i = 0; i < n; i++) counts[columns ? columns[latents[i]] : latents[i]]++;
+}
+
+/* Put the entries of one set where their latents' entries go on (from cursors, which move), with the gradient
+   direct[i] + sum over parts of scale[token][part] dots[part][i], no direct being 0; sums gets it for each latent. */
+void place_entries(const int64_t *tokens, const int64_t *latents, const int64_t *columns, const float *values, int64_t n,
+                   const float *dots, const float *scale, int64_t n_parts, const float *direct, int64_t first_place,
+                   int64_t *cursors, float *sums, entry *sorted) {
+    for (int64_t i = 0; i < n; i++) {
+        int64_t token = tokens[i], latent = columns ? columns[latents[i]] : latents[i];
+        float gradient = direct ? direct[i] : 0;
+        for (int64_t part = 0; part < n_parts; part++)
+            gradient += scale[token * n_parts + part] * dots[part * n + i];
+        sums[latent] += gradient;
+        sorted[cursors[latent]++] = (entry){first_place + token, token, values[i], gradient};
+    }
+}
+
+/* For the latents of a range, over their entries: dec_grad = sum of value scale[place] y[place] and
+   enc_grad = sum of gradient x[token]. ends: one past each latent's last entry. */
+void row_gradients(const entry *entries, const int64_t *ends, const float *y, int64_t n_places, const float *scale,
+                   const float *x, int64_t n_tokens, int64_t width, int64_t n_parts, int64_t begin, int64_t end,
+                   float *dec_grad, float *enc_grad, float *packed) {
+    float *packed_x = packed + n_places * BLOCK;
+    int64_t part_width = width / n_parts;
+    for (int64_t part = 0; part < n_parts; part++)
+        for (int64_t column = part * part_width; column < (part + 1) * part_width; column += BLOCK) {
+            int64_t left = (part + 1) * part_width - column, size = left < BLOCK ? left : BLOCK;
+            pack_scaled(y, n_places, width, column, size, scale, n_parts, part, packed);
+            pack(x, n_tokens, width, column, size, packed_x);
+            for (int64_t j = begin; j < end; j++) {
+                lanes a = {0}, b = {0}, c = {0}, d = {0}, e = {0}, f = {0}, g = {0}, h = {0};
+                for (int64_t i = j ? ends[j - 1] : 0; i < ends[j]; i++) {
+                    const lanes *of_y = (const lanes *)(packed + entries[i].place * BLOCK);
+                    const lanes *of_x = (const lanes *)(packed_x + entries[i].token * BLOCK);
+                    float v = entries[i].value, o = entries[i].gradient;
+                    a += v * of_y[0], b += v * of_y[1], c += v * of_y[2], d += v * of_y[3];
+                    e += o * of_x[0], f += o * of_x[1], g += o * of_x[2], h += o * of_x[3];
+                }
+                lanes dec[] = {a, b, c, d}, enc[] = {e, f, g, h};
+                stream(dec_grad + j * width + column, dec, size);
+                stream(enc_grad + j * width + column, enc, size);
+            }
+        }
+    settle();
 }
 
 /* ------------------------------------------------------------------------------------------------------------- relu */
@@ -251,6 +405,24 @@ void row_norms(const float *rows, int64_t width, int64_t begin, int64_t end, flo
     }
 }
 
+/* Sums of squares of blocks begin to end of SUMMED values each. */
+#define SUMMED 1024
+
+void sum_squares(const float *values, int64_t n, int64_t begin, int64_t end, double *sums) {
+    for (int64_t block = begin; block < end; block++) {
+        int64_t i = block * SUMMED, stop = n - i < SUMMED ? n : i + SUMMED;
+        lanes a = {0}, b = {0};
+        float rest = 0;
+        for (; i + 2 * LANES <= stop; i += 2 * LANES) {
+            const lanes *v = (const lanes *)(values + i);
+            __builtin_prefetch(values + i + 2 * SUMMED, 0, 2), __builtin_prefetch(values + i + 2 * SUMMED + LANES, 0, 2);
+            a += v[0] * v[0], b += v[1] * v[1];
+        }
+        for (; i < stop; i++) rest += values[i] * values[i];
+        sums[block] = total(a + b) + rest;
+    }
+}
+
 /* One step of Adam on rows begin to end, with gradients times `scale`; then the norms of the rows where wanted.
    correction1 and correction2 are 1 - beta1^step and 1 - beta2^step. */
 void adam(float *parameter, const float *gradient, float *mean, float *square, int64_t width, int64_t begin,
@@ -258,11 +430,18 @@ void adam(float *parameter, const float *gradient, float *mean, float *square, i
           float correction2, float *norms) {
     float step = rate / correction1, root = 1 / sqrtf(correction2);
     for (int64_t r = begin; r < end; r++) {
-        for (int64_t i = r * width; i < (r + 1) * width; i++) {
-            float g = gradient[i] * scale;
-            mean[i] += (1 - beta1) * (g - mean[i]);
-            square[i] = beta2 * square[i] + (1 - beta2) * g * g;
-            parameter[i] -= step * mean[i] / (sqrtf(square[i]) * root + epsilon);
+        for (int64_t block = r * width; block < (r + 1) * width; block += BLOCK) {
+            int64_t stop = (r + 1) * width - block < BLOCK ? (r + 1) * width : block + BLOCK;
+            for (int64_t i = block + 8 * BLOCK; i < block + 9 * BLOCK; i += LANES) {
+                __builtin_prefetch(parameter + i, 1, 2), __builtin_prefetch(gradient + i, 0, 2);
+                __builtin_prefetch(mean + i, 1, 2), __builtin_prefetch(square + i, 1, 2);
+            }
+            for (int64_t i = block; i < stop; i++) {
+                float g = gradient[i] * scale;
+                mean[i] += (1 - beta1) * (g - mean[i]);
+                square[i] = beta2 * square[i] + (1 - beta2) * g * g;
+                parameter[i] -= step * mean[i] / (sqrtf(square[i]) * root + epsilon);
+            }
         }
         if (norms) row_norms(parameter, width, r, r + 1, norms);
     }

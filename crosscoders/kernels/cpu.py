@@ -1,9 +1,10 @@
 """The C kernels of cpu.c, built once per machine with its C compiler and kept in the user's cache folder.
 
     library      the loaded functions, or None where they cannot be had; `state` says which and why
-    select_above, keep_largest, largest_per_token, sort_by_key, bags, dots     sparse, on tensors
+    select_above, keep_largest, largest_per_token, sort_by_key     sparse, on tensors
+    bags, residual, row_gradients     their products
     relu_count_, relu_backward_     dense
-    row_norms, adam_     the optimiser
+    row_norms, sum_squares, adam_     the optimiser
     keep_large_blocks     lets malloc reuse large blocks instead of mapping fresh pages each step
 
 Without a compiler, or with MODEL_DIFFING_KERNELS=torch, `crosscoders.sparse` uses torch and numpy: the same results
@@ -31,6 +32,8 @@ SOURCE = Path(__file__).with_name("cpu.c")
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-shared", "-fPIC")
 BLOCK = 64
 """Columns that the products read at a time; as in cpu.c."""
+SUMMED = 1024
+"""Values whose squares are added in float32 before float64 takes over; as in cpu.c."""
 
 
 class Library:
@@ -87,7 +90,8 @@ def usable(*tensors: Tensor) -> bool:
 
 
 def _call(name: str, *arguments: Tensor | int | float | None) -> int:
-    return int(getattr(library().functions, name)(*map(_argument, arguments)))
+    found: int = getattr(library().functions, name)(*map(_argument, arguments))
+    return found
 
 
 def _argument(value: Tensor | int | float | None) -> Any:
@@ -186,23 +190,13 @@ class Sorted(NamedTuple):
 
     starts: Int[Tensor, " n_keys"]
     """First place of each key."""
-    sums: Float[Tensor, " n_keys"]
-    """Sum of `others` for each key."""
     ids: Int[Tensor, " n"]
     values: Float[Tensor, " n"]
-    others: Float[Tensor, " n"]
 
 
-def sort_by_key(
-    keys: Int[Tensor, " n"],
-    ids: Int[Tensor, " n"],
-    values: Float[Tensor, " n"],
-    others: Float[Tensor, " n"],
-    n_keys: int,
-) -> Sorted:
-    starts, sums = torch.empty(n_keys, dtype=torch.int64), torch.empty(n_keys)
-    found = Sorted(starts, sums, torch.empty_like(ids), torch.empty_like(values), torch.empty_like(others))
-    _call("sort_by_key", keys, ids, values, others, len(keys), n_keys, *found)
+def sort_by_key(keys: Int[Tensor, " n"], ids: Int[Tensor, " n"], values: Float[Tensor, " n"], n_keys: int) -> Sorted:
+    found = Sorted(torch.empty(n_keys, dtype=torch.int64), torch.empty_like(ids), torch.empty_like(values))
+    _call("sort_by_key", keys, ids, values, len(keys), n_keys, *found)
     return found
 
 
@@ -225,22 +219,78 @@ def bags(
     return out
 
 
-def dots(
-    left_ids: Int[Tensor, " n"],
-    right_ids: Int[Tensor, " n"],
-    left: Float[Tensor, "left width"],
-    right: Float[Tensor, "right width"],
-) -> Float[Tensor, " n"]:
-    """out_i = <left[left_ids_i], right[right_ids_i]>."""
-    n_right, width = right.shape
-    out = torch.empty(len(left_ids))
+class Residual(NamedTuple):
+    """What the reconstruction from active entries leaves of a goal."""
+
+    left: Float[Tensor, "batch width"]
+    """goal - bias - f W"""
+    squares: Float[Tensor, "batch n_models"]
+    """Squared norm of each model's part of it."""
+    dots: Float[Tensor, "n_models n"]
+    """Each entry's product of that part, at its token, and of its row of W."""
+
+
+def residual(
+    ids: Int[Tensor, " n"],
+    weights: Float[Tensor, " n"],
+    starts: Int[Tensor, " batch"],
+    rows: Float[Tensor, "rows width"],
+    bias: Float[Tensor, " width"] | None,
+    goal: Float[Tensor, "batch width"],
+    n_models: int,
+    left: Float[Tensor, "batch width"],
+) -> Residual:
+    """One pass over the rows for all three parts; `left` is where the first is written."""
+    n_tokens, (n_rows, width) = len(starts), rows.shape
+    found = Residual(left, torch.empty(n_tokens, n_models), torch.empty(n_models, len(ids)))
 
     def run(begin: int, end: int) -> int:
-        sizes = n_right, width, begin, end
-        return _call("dots", left_ids, right_ids, left, right, *sizes, out, torch.empty(n_right * BLOCK))
+        sizes = len(ids), n_tokens, rows, n_rows, bias, goal, width, n_models, begin, end
+        return _call("residuals", ids, weights, starts, *sizes, *found, torch.empty(n_rows * BLOCK))
 
-    _split(len(left_ids), run)
-    return out
+    _split(n_tokens, run)
+    return found
+
+
+class EntrySet(NamedTuple):
+    """Active entries with what the loss says of them."""
+
+    tokens: Int[Tensor, " n"]
+    latents: Int[Tensor, " n"]
+    columns: Int[Tensor, " chosen"] | None
+    """Where latents are counted among these only."""
+    values: Float[Tensor, " n"]
+    dots: Float[Tensor, "n_models n"]
+    scale: Float[Tensor, "batch n_models"]
+    """dL/dx_hat is the residual times this."""
+    direct: Float[Tensor, " n"] | None
+    """What else reaches dL/df."""
+
+
+def row_gradients(
+    sets: Sequence[EntrySet], left: Float[Tensor, "places width"], x: Float[Tensor, "batch width"], dict_size: int
+) -> tuple[Float[Tensor, "dict_size width"], Float[Tensor, "dict_size width"], Float[Tensor, " dict_size"]]:
+    """Gradients of W_dec and W_enc (latent by latent) and b_enc, over the entries of all sets."""
+    (n_places, width), n_models = left.shape, sets[0].scale.shape[1]
+    cursors, sums = torch.zeros(dict_size, dtype=torch.int64), torch.zeros(dict_size)
+    for entries in sets:
+        _call("count_entries", entries.latents, entries.columns, len(entries.tokens), cursors)
+    n = int(cursors.sum())
+    cursors = cursors.cumsum(0).sub_(cursors)
+    placed = torch.empty(n, 4)  # place, token, value, gradient
+    for number, entries in enumerate(sets):
+        tokens, latents, columns, values, dots, scale, direct = entries
+        sizes = tokens, latents, columns, values, len(tokens), dots, scale, n_models, direct, number * len(x)
+        _call("place_entries", *sizes, cursors, sums, placed)
+    scales = torch.cat([entries.scale for entries in sets])
+    grads = torch.empty(dict_size, width), torch.empty(dict_size, width)
+
+    def run(begin: int, end: int) -> int:
+        sizes = left, n_places, scales, x, len(x), width, n_models, begin, end
+        return _call("row_gradients", placed, cursors, *sizes, *grads, torch.empty((n_places + len(x)) * BLOCK))
+
+    _split(dict_size, run)
+    return *grads, sums
 
 
 def relu_count_(f: Float[Tensor, "batch dict_size"]) -> Float[Tensor, " dict_size"]:
@@ -270,6 +320,13 @@ def row_norms(rows: Float[Tensor, "rows width"]) -> Float[Tensor, " rows"]:
 
     _split(len(rows), run)
     return norms
+
+
+def sum_squares(values: Tensor) -> float:
+    """Sum of the squares of all elements."""
+    sums = torch.empty(-(-values.numel() // SUMMED), dtype=torch.float64)
+    _split(len(sums), lambda begin, end: _call("sum_squares", values, values.numel(), begin, end, sums))
+    return sums.sum().item()
 
 
 def adam_(
