@@ -60,11 +60,13 @@ class _Reconstruct(torch.autograd.Function):
         )
 
 
-def relu_(pre_acts: Float[Tensor, "batch dict_size"]) -> tuple[Float[Tensor, "batch dict_size"], Float[Tensor, " n"]]:
-    """ReLU in place, and the number of tokens on which each latent is positive."""
-    if cpu.usable(pre_acts):
-        return pre_acts, cpu.relu_count_(pre_acts)
-    latents = pre_acts.relu_()
+def relu_(
+    products: Float[Tensor, "batch dict_size"], bias: Float[Tensor, " dict_size"] | None = None
+) -> tuple[Float[Tensor, "batch dict_size"], Float[Tensor, " dict_size"]]:
+    """ReLU(products + bias) in place, and the number of tokens on which each latent is positive."""
+    if cpu.usable(products):
+        return products, cpu.relu_count_(products, products.new_zeros(products.shape[1]) if bias is None else bias)
+    latents = (products if bias is None else products.add_(bias)).relu_()
     return latents, latents.new_ones(len(latents)) @ latents.sign()
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from crosscoders import dense, sparse
 from crosscoders.config import TrainConfig
+from crosscoders.kernels import cpu
 from crosscoders.losses import auxiliary_loss, differentiable_code_norm, reconstruction_loss, square_norms
 from crosscoders.model import Crosscoder, code_norm
 
@@ -30,6 +31,8 @@ class StepResult(NamedTuple):
     """x - x_hat, training space."""
     smallest_active: Float[Tensor, ""]
     """Smallest active f_j c_j of the batch, BatchTopK only."""
+    weight_squares: list[Tensor]
+    """After the backward pass, where it is known: the sum of the squares of the gradients of W_enc and W_dec."""
 
 
 def forward(
@@ -56,15 +59,16 @@ def forward(
         return _forward_relu(model, config, x, norms, step, products)
     assert k is not None
     with torch.no_grad():
-        pre_acts, c = _pre_acts(model, x, products), code_norm(norms, config.crosscoder.code_norm)
-    sets = [select(pre_acts, c, k * len(x))]
+        (found, bias), c = _products(model, x, products), code_norm(norms, config.crosscoder.code_norm)
+    sets = [select(found, c, k * len(x), bias)]
     if config.aux_coefficient and bool(dead.any()):
         # d_model // 2 takes the width of one model, not of all (Gao et al. 2024, B.1)
         k_aux = config.k_aux or x.shape[2] // 2
-        sets.append(sparse.largest_per_token(pre_acts, c, dead.nonzero().squeeze(1), k_aux))
+        sets.append(sparse.largest_per_token(found, c, dead.nonzero().squeeze(1), k_aux, bias))
     if products != torch.float32:
         sets = [sparse.refine(entries, model.W_enc, model.b_enc, x.flatten(1)) for entries in sets]
-    _, left, squares, *of_auxiliary = sparse.residuals(*_parameters(model), x.flatten(1), *sets)
+    weight_squares: list[Tensor] = []
+    _, left, squares, *of_auxiliary = sparse.residuals(*_parameters(model), x.flatten(1), *sets, squares=weight_squares)
     entries, err = sets[0], left.view_as(x)
     terms = {"reconstruction": reconstruction_loss(squares, config.reconstruction)}
     if of_auxiliary:
@@ -72,7 +76,7 @@ def forward(
     scaled = entries.values * c[entries.latents]
     smallest = scaled.min() if len(scaled) else scaled.new_tensor(torch.inf)
     fired = torch.bincount(entries.latents, minlength=len(dead))
-    return StepResult(terms, fired, err, smallest)
+    return StepResult(terms, fired, err, smallest, weight_squares)
 
 
 def _forward_relu(
@@ -85,7 +89,7 @@ def _forward_relu(
 ) -> StepResult:
     """Dense or sparse by the density of this batch, so that no step depends on the one before."""
     with torch.no_grad():
-        latents, fired = dense.relu_(_pre_acts(model, x, products))
+        latents, fired = dense.relu_(*_products(model, x, products))
     c = differentiable_code_norm(model.W_dec, norms, config.crosscoder.code_norm)
     if float(fired.sum()) <= SPARSE_DENSITY * latents.numel():
         entries = sparse.active(latents, torch.zeros_like(model.b_enc))
@@ -101,15 +105,16 @@ def _forward_relu(
     if config.l1_coefficient:
         weight = config.l1_coefficient * min(1.0, (step + 1) / max(1, config.l1_warmup_steps))
         terms["sparsity"] = weight * penalty / len(x)
-    return StepResult(terms, fired.long(), err.detach().view_as(x), x.new_tensor(torch.inf))
+    return StepResult(terms, fired.long(), err.detach().view_as(x), x.new_tensor(torch.inf), [])
 
 
-def _pre_acts(
-    model: Crosscoder, x: Float[Tensor, "batch n_models d_model"], products: torch.dtype
-) -> Float[Tensor, "batch dict_size"]:
-    if products == torch.float32:
-        return model.pre_acts(x)
-    return dense.product(x.flatten(1), model.W_enc.flatten(0, 1), products).add_(model.b_enc)
+def _products(
+    model: Crosscoder, x: Float[Tensor, "batch n_models d_model"], dtype: torch.dtype
+) -> tuple[Float[Tensor, "batch dict_size"], Float[Tensor, " dict_size"] | None]:
+    """x W_enc with the bias that is still to be added, which the compiled kernels do in passing."""
+    if dtype == torch.float32 and not cpu.usable(x):
+        return model.pre_acts(x), None
+    return dense.product(x.flatten(1), model.W_enc.flatten(0, 1), dtype), model.b_enc.detach()
 
 
 def _parameters(model: Crosscoder) -> tuple[Tensor, Tensor, Tensor, Tensor]:

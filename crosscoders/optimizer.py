@@ -1,5 +1,7 @@
 """Adam as the training loop uses it: one pass over memory, clip folded in, learning rate by step."""
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -35,14 +37,17 @@ class Optimizer:
             self.norms = cpu.row_norms(self.W_dec.detach().flatten(0, 1))
         return self.norms.view(self.W_dec.shape[:2])
 
-    def step_(self, lr: float) -> None:
-        """One step with the gradients of the last backward pass, which are then forgotten."""
+    def step_(self, lr: float, weight_squares: Sequence[Tensor] = ()) -> None:
+        """One step with the gradients of the last backward pass, which are then forgotten.
+
+        weight_squares: terms of the sum of squares of the gradients of W_enc and W_dec, where it is known already.
+        """
         for tensor, parameter, order in zip(self.shared, self.parameters, self.orders, strict=True):
             assert parameter.grad is not None
             tensor.grad, parameter.grad = parameter.grad.permute(order), None
         divisor = torch.ones((), device=self.W_dec.device)
         if self.clip_norm is not None:
-            norm = self._gradient_norm()
+            norm = self._gradient_norm(weight_squares)
             divisor = ((norm + 1e-6) / self.clip_norm).clamp_min(1.0)
         if self.is_compiled:
             self._compiled_step(lr, 1 / divisor.item())
@@ -53,12 +58,15 @@ class Optimizer:
             self.adam.step()
         self.adam.zero_grad(set_to_none=True)
 
-    def _gradient_norm(self) -> Float[Tensor, ""]:
+    def _gradient_norm(self, weight_squares: Sequence[Tensor]) -> Float[Tensor, ""]:
         """Euclidean norm of all gradients together."""
-        grads = [tensor.grad.contiguous() for tensor in self.shared if tensor.grad is not None]
-        if not self.is_compiled:
-            return torch.nn.utils.get_total_norm(grads)
-        return torch.tensor(sum(cpu.sum_squares(grad) for grad in grads)).sqrt()
+        grads = [tensor.grad for tensor in self.shared if tensor.grad is not None]
+        if weight_squares:
+            biases = [grad.square().sum() for grad in grads if grad.ndim < 3]
+            return torch.stack([*weight_squares, *biases]).sum().sqrt().float()
+        if self.is_compiled:
+            return torch.tensor(sum(cpu.sum_squares(grad.contiguous()) for grad in grads)).sqrt()
+        return torch.nn.utils.get_total_norm(grads)
 
     def _compiled_step(self, lr: float, scale: float) -> None:
         for tensor, parameter in zip(self.shared, self.parameters, strict=True):

@@ -32,10 +32,6 @@ USES = 8
 """Entries per row and per bag from which packed kernels are faster than torch (measured at 4 to 250)."""
 
 
-def _packed_pays(n_entries: int, n_rows: int, n_bags: int) -> bool:
-    return n_entries >= USES * max(n_rows, n_bags)
-
-
 def _bags(
     ids: Int[Tensor, " n"],
     weights: Float[Tensor, " n"],
@@ -44,7 +40,7 @@ def _bags(
     bias: Float[Tensor, " width"] | None = None,
 ) -> Float[Tensor, "bags width"]:
     """out_b = bias + sum over the entries i of bag b of weights_i rows[ids_i]."""
-    if _packed_pays(len(ids), len(rows), len(starts)) and cpu.usable(weights, rows):
+    if len(ids) >= USES * max(len(rows), len(starts)) and cpu.usable(weights, rows):
         return cpu.bags(ids, weights, starts, rows, bias)
     if gpu.usable(weights, rows):
         return gpu.bags(ids, weights, starts, rows, bias)
@@ -104,14 +100,16 @@ class Active:
 
 
 def _above(
-    pre_acts: Float[Tensor, "batch dict_size"],
+    products: Float[Tensor, "batch dict_size"],
+    bias: Float[Tensor, " dict_size"] | None,
     gate_at: Float[Tensor, " dict_size"],
     weight: Float[Tensor, " dict_size"],
     guess: int,
 ) -> cpu.Selected:
-    """Entries above their column's gate, ordered by token and latent; `guess` says about how many there are."""
-    if cpu.usable(pre_acts, gate_at, weight):
-        return cpu.select_above(pre_acts, gate_at, weight, guess)
+    """Entries of products + bias above their column's gate, ordered by token and latent; about `guess` of them."""
+    if cpu.usable(products, gate_at, weight):
+        return cpu.select_above(products, torch.zeros_like(weight) if bias is None else bias, gate_at, weight, guess)
+    pre_acts = products if bias is None else products + bias
     if pre_acts.device.type == "cpu":  # numpy compares and searches 4 to 5 times faster than torch on one thread
         flat = torch.from_numpy(np.flatnonzero(pre_acts.numpy() > gate_at.numpy()))
     else:
@@ -124,7 +122,7 @@ def _above(
 def active(pre_acts: Float[Tensor, "batch dict_size"], gate_at: Float[Tensor, " dict_size"], guess: int = 0) -> Active:
     """Entries with pre_j > gate_at_j, where gate_at >= 0; their value is pre_j. `guess`: about how many there are."""
     pre_acts, gate_at = pre_acts.detach(), gate_at.detach()
-    found = _above(pre_acts, gate_at, gate_at, guess or pre_acts.numel() // 32)
+    found = _above(pre_acts, None, gate_at, gate_at, guess or pre_acts.numel() // 32)
     return Active(found.tokens, found.latents, found.values, *pre_acts.shape)
 
 
@@ -132,7 +130,7 @@ class WarmSelection:
     """The n largest ReLU(pre_j) c_j of a batch, exactly; ties at the cut go to the lower token and latent.
 
     Only entries above 0.95 of the last cut are looked at; when fewer than n are, the search is repeated over all
-    positive ones. So the state saves time and never changes the result.
+    positive ones. So the state saves time and never changes the result. With a bias, pre = products + bias.
     """
 
     def __init__(self) -> None:
@@ -140,17 +138,21 @@ class WarmSelection:
         self.n_retries = 0
 
     def __call__(
-        self, pre_acts: Float[Tensor, "batch dict_size"], code_norm: Float[Tensor, " dict_size"], n: int
+        self,
+        products: Float[Tensor, "batch dict_size"],
+        code_norm: Float[Tensor, " dict_size"],
+        n: int,
+        bias: Float[Tensor, " dict_size"] | None = None,
     ) -> Active:
-        pre_acts, code_norm = pre_acts.detach(), code_norm.detach()
+        products, code_norm = products.detach(), code_norm.detach()
         nowhere = torch.where(code_norm > 0, 0.0, torch.inf)  # a latent without a decoder is never among the largest
-        found = _above(pre_acts, 0.95 * self.cut / code_norm + nowhere, code_norm, 2 * n)
+        found = _above(products, bias, 0.95 * self.cut / code_norm + nowhere, code_norm, 2 * n)
         if len(found.tokens) < n and self.cut > 0:
             self.n_retries += 1
-            found = _above(pre_acts, nowhere, code_norm, pre_acts.numel())
+            found = _above(products, bias, nowhere, code_norm, products.numel())
         if len(found.tokens) > n:
             found, self.cut = _keep_largest(found, n)
-        return Active(found.tokens, found.latents, found.values, *pre_acts.shape)
+        return Active(found.tokens, found.latents, found.values, *products.shape)
 
 
 def _keep_largest(found: cpu.Selected, n: int) -> tuple[cpu.Selected, float]:
@@ -164,21 +166,25 @@ def _keep_largest(found: cpu.Selected, n: int) -> tuple[cpu.Selected, float]:
 
 
 def largest_per_token(
-    pre_acts: Float[Tensor, "batch dict_size"],
+    products: Float[Tensor, "batch dict_size"],
     code_norm: Float[Tensor, " dict_size"],
     columns: Int[Tensor, " chosen"],
     k: int,
+    bias: Float[Tensor, " dict_size"] | None = None,
 ) -> Active:
-    """The k largest ReLU(pre_j) c_j of each token among some columns; entries that are 0 are left out."""
-    pre_acts, weight, k = pre_acts.detach(), code_norm.detach()[columns], min(k, len(columns))
-    if cpu.usable(pre_acts, weight, columns):
-        tokens, places, values = cpu.largest_per_token(pre_acts, weight, columns, k)
+    """The k largest ReLU(pre_j) c_j of each token among some columns; entries that are 0 are left out. With a bias,
+    pre = products + bias."""
+    products, weight, k = products.detach(), code_norm.detach()[columns], min(k, len(columns))
+    bias = torch.zeros_like(weight) if bias is None else bias[columns]
+    if cpu.usable(products, weight, columns):
+        tokens, places, values = cpu.largest_per_token(products, bias, weight, columns, k)
     else:
-        scaled = pre_acts[:, columns].relu() * weight
+        pre_acts = products[:, columns] + bias
+        scaled = pre_acts.relu() * weight
         kept = torch.zeros_like(scaled, dtype=torch.bool).scatter(1, scaled.topk(k, dim=1, sorted=False).indices, True)
         tokens, places = (kept & (scaled > 0)).nonzero(as_tuple=True)
-        values = pre_acts[tokens, columns[places]]
-    return Active(tokens, places, values, len(pre_acts), len(columns), columns)
+        values = pre_acts[tokens, places]
+    return Active(tokens, places, values, len(products), len(columns), columns)
 
 
 def refine(
@@ -219,7 +225,7 @@ def _residual(
     out: Float[Tensor, "batch width"],
 ) -> cpu.Residual:
     """goal - bias - f rows, written to `out`, with the squared norms and products that its gradients need."""
-    if _packed_pays(len(entries.tokens), len(rows), len(goal)) and cpu.usable(entries.values, rows, goal):
+    if cpu.usable(entries.values, rows, goal):
         return cpu.residual(entries.latents, entries.values, entries.starts, rows, bias, goal, n_models, out)
     torch.sub(goal, _bags(entries.latents, entries.values, entries.starts, rows, bias), out=out)
     parts = out.view(len(goal), n_models, -1)
@@ -231,7 +237,14 @@ def _residual(
 class _Residuals(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, x: Tensor, *sets: Active
+        ctx: Any,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        W_dec: Tensor,
+        b_dec: Tensor,
+        x: Tensor,
+        squares: list[Tensor],
+        *sets: Active,
     ) -> tuple[Tensor, ...]:
         weight, bias, goal, parts = W_dec.flatten(1), b_dec.flatten(), x, list[cpu.Residual]()
         left = x.new_empty(len(sets) * len(x), x.shape[1])
@@ -239,7 +252,7 @@ class _Residuals(torch.autograd.Function):
             rows = weight if entries.columns is None else weight[entries.columns]
             parts.append(_residual(entries, rows, None if parts else bias, goal, len(b_dec), out))
             goal = parts[0].left
-        ctx.sets, ctx.parts, ctx.left, ctx.x, ctx.shape = sets, parts, left, x, W_enc.shape
+        ctx.sets, ctx.parts, ctx.left, ctx.x, ctx.shape, ctx.squares = sets, parts, left, x, W_enc.shape, squares
         ctx.mark_non_differentiable(parts[0].left)
         return sets[0].values.clone(), parts[0].left, *(part.squares for part in parts)
 
@@ -253,16 +266,16 @@ class _Residuals(torch.autograd.Function):
             for e, part, scale in zip(ctx.sets, ctx.parts, scales, strict=True)
         ]
         found[0] = found[0]._replace(direct=direct)
-        n = sum(len(entries.tokens) for entries in ctx.sets)
-        is_packed = _packed_pays(n, n_latents, len(ctx.x)) and cpu.usable(ctx.left, ctx.x, *scales)
-        run = cpu.row_gradients if is_packed else _row_gradients
-        W_dec_grad, W_enc_grad, b_enc_grad = run(found, ctx.left, ctx.x, n_latents)
+        run = cpu.row_gradients if cpu.usable(ctx.left, ctx.x, *scales) else _row_gradients
+        grads_of = run(found, ctx.left, ctx.x, n_latents)
+        ctx.squares.append(grads_of.squares.double().sum())
         by_model = zip(scales[0].unbind(1), ctx.parts[0].left.view(-1, n_models, d_model).unbind(1), strict=True)
         return (
-            W_enc_grad.t().view(ctx.shape),
-            b_enc_grad,
-            W_dec_grad.view(n_latents, n_models, d_model),
+            grads_of.W_enc.t().view(ctx.shape),
+            grads_of.b_enc,
+            grads_of.W_dec.view(n_latents, n_models, d_model),
             torch.stack([scale @ left for scale, left in by_model]),
+            None,
             None,
             *(None for _ in ctx.sets),
         )
@@ -273,7 +286,7 @@ def _row_gradients(
     left: Float[Tensor, "places width"],
     x: Float[Tensor, "batch width"],
     dict_size: int,
-) -> tuple[Float[Tensor, "dict_size width"], Float[Tensor, "dict_size width"], Float[Tensor, " dict_size"]]:
+) -> cpu.RowGradients:
     """What `cpu.row_gradients` gives, in torch."""
     scale = _join([entries.scale for entries in sets])
     y = (left.view(len(left), scale.shape[1], -1) * scale[:, :, None]).flatten(1)
@@ -287,7 +300,9 @@ def _row_gradients(
     of_y = _sort_by_key(latents, places, values, dict_size)
     of_x = _sort_by_key(latents, places % len(x), gradients, dict_size)
     b_enc_grad = gradients.new_zeros(dict_size).index_add_(0, latents, gradients)
-    return _bags(of_y.ids, of_y.values, of_y.starts, y), _bags(of_x.ids, of_x.values, of_x.starts, x), b_enc_grad
+    grads = _bags(of_y.ids, of_y.values, of_y.starts, y), _bags(of_x.ids, of_x.values, of_x.starts, x)
+    squares = sum(torch.linalg.vector_norm(grad, dim=1).square_() for grad in grads)
+    return cpu.RowGradients(*grads, b_enc_grad, squares)
 
 
 def _join(parts: list[Tensor]) -> Tensor:
@@ -301,13 +316,15 @@ def residuals(
     b_dec: Float[Tensor, "n_models d_model"],
     x: Float[Tensor, "batch width"],
     *sets: Active,
+    squares: list[Tensor] | None = None,
 ) -> tuple[Tensor, ...]:
     """Values of the first set of entries of pre = x W_enc + b_enc; err = x - (f W_dec + b_dec), without gradients; its
     ||err_nm||^2 (batch, n_models); and for each other set ||err_nm - (f W_dec)_nm||^2, where err is a constant.
 
-    Gradients reach the parameters, W_enc and b_enc through the active entries alone; x gets none.
+    Gradients reach the parameters, W_enc and b_enc through the active entries alone; x gets none. The backward pass
+    appends to `squares` the sum of the squares of the gradients that it gives W_enc and W_dec.
     """
-    return _Residuals.apply(W_enc, b_enc, W_dec, b_dec, x, *sets)
+    return _Residuals.apply(W_enc, b_enc, W_dec, b_dec, x, [] if squares is None else squares, *sets)
 
 
 class PerLatent(NamedTuple):

@@ -113,7 +113,7 @@ def train(
 
             # ---- one optimiser step
             loss.backward()
-            optimizer.step_(lr_at(config, step))
+            optimizer.step_(lr_at(config, step), result.weight_squares)
             step += 1
 
             # ---- counters: dead latents, inference threshold

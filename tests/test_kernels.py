@@ -77,7 +77,7 @@ def test_row_gradients_equal_dense_products(d_model: int, threads: int) -> None:
         cpu.EntrySet(found.tokens, found.latents, None, found.values, dots, scale, direct),
         cpu.EntrySet(other.tokens, other.latents, columns, other.values, more_dots, more_scale, None),
     ]
-    W_dec_grad, W_enc_grad, b_enc_grad = cpu.row_gradients(sets, left, x, 29)
+    W_dec_grad, W_enc_grad, b_enc_grad, squares = cpu.row_gradients(sets, left, x, 29)
     f, f_grad = dense(found, found.values), dense(found, direct + (dots * scale[found.tokens].T).sum(dim=0))
     g, g_grad = torch.zeros(2, 13, 29)
     g[:, columns] = dense(other, other.values)
@@ -89,8 +89,9 @@ def test_row_gradients_equal_dense_products(d_model: int, threads: int) -> None:
     torch.testing.assert_close(W_dec_grad, f.T @ y + g.T @ more_y, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(W_enc_grad, (f_grad + g_grad).T @ x, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(b_enc_grad, (f_grad + g_grad).sum(dim=0), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(squares, (W_dec_grad.square() + W_enc_grad.square()).sum(dim=1))
     slow = sparse._row_gradients(sets, left, x, 29)
-    for a, b in zip(slow, (W_dec_grad, W_enc_grad, b_enc_grad), strict=True):
+    for a, b in zip(slow, (W_dec_grad, W_enc_grad, b_enc_grad, squares), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
@@ -104,12 +105,14 @@ def test_the_sum_of_squares_equals_torch(n: int, threads: int) -> None:
 @compiled
 @pytest.mark.parametrize("n_columns", [1, 15, 16, 37])
 def test_selections_equal_a_sort(n_columns: int, threads: int) -> None:
-    pre, gate, weight = random(11, n_columns), random(n_columns, seed=1), torch.rand(n_columns) + 0.1
-    found = cpu.select_above(pre, gate, weight, 1)  # the guess is too small
+    gate, weight = random(n_columns, seed=1), torch.rand(n_columns) + 0.1
+    products, bias = random(11, n_columns, seed=2), random(n_columns, seed=3)
+    pre = products + bias
+    found = cpu.select_above(products, bias, gate, weight, 1)  # the guess is too small
     assert torch.equal(found.tokens * n_columns + found.latents, (pre > gate).flatten().nonzero()[:, 0])
     assert torch.equal(found.values, pre[pre > gate])
     assert torch.equal(found.scaled, (pre * weight)[pre > gate])
-    positive = cpu.select_above(pre, torch.zeros(n_columns), weight, 1000)
+    positive = cpu.select_above(products, bias, torch.zeros(n_columns), weight, 1000)
     for n in (1, len(positive.tokens) // 2):
         if n:
             kept, cut = cpu.keep_largest(cpu.Selected(*(column.clone() for column in positive)), n)
@@ -120,29 +123,29 @@ def test_selections_equal_a_sort(n_columns: int, threads: int) -> None:
 @compiled
 def test_the_kernels_take_ties_as_torch_does() -> None:
     pre = torch.tensor([[2.0, 1.0, 2.0, 2.0, 0.5, -1.0]])
-    tokens, places, values = cpu.largest_per_token(pre, torch.ones(5), torch.tensor([0, 1, 2, 3, 5]), 2)
+    tokens, places, values = cpu.largest_per_token(pre, torch.zeros(5), torch.ones(5), torch.tensor([0, 1, 2, 3, 5]), 2)
     assert (tokens.tolist(), places.tolist(), values.tolist()) == ([0, 0], [0, 2], [2.0, 2.0])
-    found = cpu.select_above(pre, torch.zeros(6), torch.ones(6), 8)
+    found = cpu.select_above(pre, torch.zeros(6), torch.zeros(6), torch.ones(6), 8)
     assert cpu.keep_largest(found, 2)[0].latents.tolist() == [0, 2]
 
 
 @compiled
 def test_relu_and_its_gradient_equal_torch(threads: int) -> None:
-    pre, gradient, penalty = random(6, 9), random(6, 9, seed=1), random(9, seed=2)
-    f, counts = pre.clone(), (pre > 0).sum(dim=0).float()
-    assert torch.equal(cpu.relu_count_(f), counts) and torch.equal(f, pre.relu())
+    f, bias, gradient, penalty = random(6, 9), random(9, seed=3), random(6, 9, seed=1), random(9, seed=2)
+    pre = f + bias
+    assert torch.equal(cpu.relu_count_(f, bias), (pre > 0).sum(dim=0).float()) and torch.equal(f, pre.relu())
     expected = torch.where(f > 0, gradient + penalty, 0.0)
     sums = cpu.relu_backward_(gradient, f, penalty)
     assert torch.equal(gradient, expected)
     torch.testing.assert_close(sums, expected.sum(dim=0))
-    assert cpu.relu_count_(torch.tensor([[torch.nan, 1.0]])).tolist() == [0, 1]
+    assert cpu.relu_count_(torch.tensor([[torch.nan, 1.0]]), torch.zeros(2)).tolist() == [0, 1]
 
 
 @compiled
 def test_nan_is_never_selected_and_infinity_is() -> None:
     pre = torch.tensor([[torch.nan, torch.inf, 1.0, 3.0]])
-    assert cpu.select_above(pre, torch.zeros(4), torch.ones(4), 8).latents.tolist() == [1, 2, 3]
-    assert cpu.largest_per_token(pre, torch.ones(4), torch.arange(4), 2)[1].tolist() == [1, 3]
+    assert cpu.select_above(pre, torch.zeros(4), torch.zeros(4), torch.ones(4), 8).latents.tolist() == [1, 2, 3]
+    assert cpu.largest_per_token(pre, torch.zeros(4), torch.ones(4), torch.arange(4), 2)[1].tolist() == [1, 3]
 
 
 @compiled

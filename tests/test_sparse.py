@@ -143,9 +143,9 @@ def test_fifty_steps_stay_on_the_dense_trajectory(variant: str, monkeypatch: pyt
         x = random(64, 2, 6, seed=100 + step)
         norms = fast.decoder_norms()
         k = None if l1 else 3
-        terms = forward(model, config, x, dead=dead, k=k, step=step, select=select, decoder_norms=norms).terms
-        torch.stack(list(terms.values())).sum().backward()
-        fast.step_(1e-2)
+        result = forward(model, config, x, dead=dead, k=k, step=step, select=select, decoder_norms=norms)
+        torch.stack(list(result.terms.values())).sum().backward()
+        fast.step_(1e-2, result.weight_squares)
         slow.zero_grad()
         torch.stack(list(reference.dense_terms(other, config, x, dead=dead, k=k).values())).sum().backward()
         torch.nn.utils.clip_grad_norm_(other.parameters(), 1.0)
@@ -171,14 +171,14 @@ def test_the_optimiser_equals_plain_adam_with_clipped_gradients(clip_norm: float
     plain, ours = torch.optim.Adam(other.parameters(), lr=1e-2), Optimizer(model, config)
     alive = torch.zeros(20, dtype=torch.bool)
     for step in range(5):
-        for m in (model, other):
+        for m in (other, model):
             result = forward(m, config, x, dead=alive, k=3, step=step, select=sparse.WarmSelection())
             result.terms["reconstruction"].backward()
         if clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(other.parameters(), clip_norm)
         plain.step()
         plain.zero_grad()
-        ours.step_(1e-2)
+        ours.step_(1e-2, result.weight_squares if step else ())  # both ways to the norm
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         assert a.grad is None and (a - b).norm() <= 1e-5 * b.norm()
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.throughput import equality, memory
 from benchmarks.throughput.adapters import PEERS, UNIT_NORM, Build, Known, Peer, foreign_import
-from benchmarks.throughput.steps import SHAPES, Shape, our_step, planted, rate_row, start_model, turns
+from benchmarks.throughput.steps import SHAPES, Shape, encoder_product, our_step, planted, rate_row, start_model, turns
 from benchmarks.timing import interleaved, median_row, ratio_row
 from crosscoders import Crosscoder
 from crosscoders.errors import EnvironmentFault, InputError, nearest
@@ -65,7 +65,7 @@ def time_rows(shape: Shape, builds: dict[str, Build], *, n_rounds: int) -> list[
     name, config, batches = f"throughput.step.{shape}", shape.config(), planted(shape)
     model = start_model(config.crosscoder, UNIT_NORM)
     parts: dict[str, Callable[[], object]] = {
-        "encode": lambda: model.pre_acts(batches[0]).detach(),
+        "encode": lambda: encoder_product(model, batches[0]),
         "ours": turns(our_step(model, config), batches),
     }
     for peer, build in builds.items():

@@ -73,7 +73,7 @@ def our_step(
         result = forward(model, config, x, dead=taking_part, k=config.crosscoder.k, step=0, select=select, **known)
         loss = torch.stack(list(result.terms.values())).sum()
         loss.backward()
-        optimizer.step_(1e-4)
+        optimizer.step_(1e-4, result.weight_squares)
         return loss.item()
 
     return step
@@ -130,6 +130,12 @@ def dense_auxiliary(
     return missed / (fixed - fixed.mean(dim=0)).pow(2).sum()
 
 
+def encoder_product(model: Crosscoder, x: torch.Tensor) -> torch.Tensor:
+    """x W_enc alone, without its bias: the floor of a step."""
+    with torch.no_grad():
+        return x.flatten(1) @ model.W_enc.flatten(0, 1)
+
+
 def require_close(name: str, ours: Step, other: Step, batches: list[torch.Tensor], tolerance: float) -> None:
     """Step both over the batches; the losses must agree, or the times would not compare.
 
@@ -156,7 +162,7 @@ def compare(name: str, config: TrainConfig, shape: Shape, dead_share: float, n_r
     ours, dense = our_step(models[0], config, dead), dense_step(models[1], config, dead)
     require_close(name, ours, dense, batches, 1e-4)
     parts: dict[str, Callable[[], object]] = {
-        "encode": lambda: models[0].pre_acts(batches[0]).detach(),
+        "encode": lambda: encoder_product(models[0], batches[0]),
         "ours": turns(ours, batches),
         "dense": turns(dense, batches),
     }

@@ -19,12 +19,13 @@ typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias
 /* ------------------------------------------------------------------------------------------------------ selection */
 
 /* Bit i: value[i] > bound[i]. */
-static inline uint32_t above(const float *value, const float *bound) {
+static inline uint32_t above(lanes value, lanes bound) {
 #if defined(__AVX512F__)
-    return _mm512_cmp_ps_mask(_mm512_loadu_ps(value), _mm512_loadu_ps(bound), _CMP_GT_OQ);
+    return _mm512_cmp_ps_mask((__m512)value, (__m512)bound, _CMP_GT_OQ);
 #elif defined(__AVX2__)
-    __m256 low = _mm256_cmp_ps(_mm256_loadu_ps(value), _mm256_loadu_ps(bound), _CMP_GT_OQ);
-    __m256 high = _mm256_cmp_ps(_mm256_loadu_ps(value + 8), _mm256_loadu_ps(bound + 8), _CMP_GT_OQ);
+    const float *v = (const float *)&value, *b = (const float *)&bound;
+    __m256 low = _mm256_cmp_ps(_mm256_loadu_ps(v), _mm256_loadu_ps(b), _CMP_GT_OQ);
+    __m256 high = _mm256_cmp_ps(_mm256_loadu_ps(v + 8), _mm256_loadu_ps(b + 8), _CMP_GT_OQ);
     return (uint32_t)_mm256_movemask_ps(low) | (uint32_t)_mm256_movemask_ps(high) << 8;
 #else
     uint32_t mask = 0;
@@ -33,23 +34,26 @@ static inline uint32_t above(const float *value, const float *bound) {
 #endif
 }
 
-/* Entries with pre[t][j] > gate[j] in ascending order, with scaled = pre[t][j] weight[j]. Returns how many there are;
-   the first `room` of them are stored. */
-int64_t select_above(const float *pre, const float *gate, const float *weight, int64_t dict_size, int64_t begin,
-                     int64_t end, int64_t room, int64_t *tokens, int64_t *latents, float *values, float *scaled) {
+/* Entries with v = pre[t][j] + bias[j] > gate[j] in ascending order, with scaled = v weight[j]. Returns how many there
+   are; the first `room` of them are stored. */
+int64_t select_above(const float *pre, const float *bias, const float *gate, const float *weight, int64_t dict_size,
+                     int64_t begin, int64_t end, int64_t room, int64_t *tokens, int64_t *latents, float *values,
+                     float *scaled) {
     int64_t n = 0;
     for (int64_t t = begin; t < end; t++) {
         const float *row = pre + t * dict_size;
         for (int64_t j = 0; j < dict_size; j += LANES) {
             uint32_t mask = 0;
+            __builtin_prefetch(row + j + 64 * LANES, 0, 2);
             if (j + LANES <= dict_size)
-                mask = above(row + j, gate + j);
+                mask = above(*(const lanes *)(row + j) + *(const lanes *)(bias + j), *(const lanes *)(gate + j));
             else
-                for (int64_t i = j; i < dict_size; i++) mask |= (uint32_t)(row[i] > gate[i]) << (i - j);
+                for (int64_t i = j; i < dict_size; i++) mask |= (uint32_t)(row[i] + bias[i] > gate[i]) << (i - j);
             for (; mask; mask &= mask - 1, n++) {
                 int64_t i = j + __builtin_ctz(mask);
                 if (n >= room) continue;
-                tokens[n] = t, latents[n] = i, values[n] = row[i], scaled[n] = row[i] * weight[i];
+                float value = row[i] + bias[i];
+                tokens[n] = t, latents[n] = i, values[n] = value, scaled[n] = value * weight[i];
             }
         }
     }
@@ -95,34 +99,74 @@ void keep_largest(int64_t n, int64_t n_kept, int64_t *tokens, int64_t *latents, 
     }
 }
 
-/* For each token the k largest positive pre[t][columns[c]] weight[c], ascending by c, ties to lower ones. Returns how
-   many they are in all; tokens, places (c) and values (pre) have room for k a token, scratch for n_columns floats and 15 more. */
-int64_t largest_per_token(const float *pre, const int64_t *columns, const float *weight, int64_t dict_size,
-                          int64_t n_columns, int64_t k, int64_t begin, int64_t end, int64_t *tokens, int64_t *places,
-                          float *values, float *restrict scratch) {
-    int64_t n_all = 0, n_padded = (n_columns + LANES - 1) / LANES * LANES;
-    memset(scratch, 0, n_padded * sizeof *scratch);
+/* The positive v weight[c] with v = row[columns[c]] + bias[c], their v and c, in order; returns how many. Each output
+   has room for n_columns and LANES more. */
+static int64_t positives(const float *row, const int32_t *columns, const float *bias, const float *weight,
+                         int64_t n_columns, float *scaled, float *values, int32_t *places) {
+    int64_t n = 0, c = 0;
+#if defined(__AVX512F__)
+    __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    for (; c + LANES <= n_columns; c += LANES) {
+        __m512 v = _mm512_i32gather_ps(_mm512_loadu_si512(columns + c), row, 4) + _mm512_loadu_ps(bias + c);
+        __m512 found = v * _mm512_loadu_ps(weight + c);
+        __mmask16 mask = _mm512_cmp_ps_mask(found, _mm512_setzero_ps(), _CMP_GT_OQ);
+        _mm512_storeu_ps(scaled + n, _mm512_maskz_compress_ps(mask, found));
+        _mm512_storeu_ps(values + n, _mm512_maskz_compress_ps(mask, v));
+        _mm512_storeu_si512(places + n, _mm512_maskz_compress_epi32(mask, _mm512_set1_epi32(c) + lane));
+        n += __builtin_popcount(mask);
+    }
+#endif
+    for (; c < n_columns; c++) {
+        float v = row[columns[c]] + bias[c];
+        scaled[n] = v * weight[c], values[n] = v, places[n] = c;
+        n += scaled[n] > 0;
+    }
+    return n;
+}
+
+/* The n entries with scaled above cut, and n_ties of those at it, in order; returns how many. Outputs as above. */
+static int64_t take(const float *scaled, const float *values, const int32_t *places, int64_t n, float cut,
+                    int64_t n_ties, int64_t *taken, float *taken_values) {
+    int64_t n_taken = 0, i = 0;
+#if defined(__AVX512F__)
+    for (; i + LANES <= n; i += LANES) {
+        __m512 v = _mm512_loadu_ps(scaled + i);
+        uint32_t mask = _mm512_cmp_ps_mask(v, _mm512_set1_ps(cut), _CMP_GT_OQ);
+        uint32_t ties = _mm512_cmp_ps_mask(v, _mm512_set1_ps(cut), _CMP_EQ_OQ);
+        for (; ties && n_ties > 0; ties &= ties - 1, n_ties--) mask |= ties & -ties;
+        __m512i found = _mm512_maskz_compress_epi32(mask, _mm512_loadu_si512(places + i));
+        _mm512_storeu_si512(taken + n_taken, _mm512_cvtepi32_epi64(_mm512_castsi512_si256(found)));
+        _mm512_storeu_si512(taken + n_taken + 8, _mm512_cvtepi32_epi64(_mm512_extracti64x4_epi64(found, 1)));
+        _mm512_storeu_ps(taken_values + n_taken, _mm512_maskz_compress_ps(mask, _mm512_loadu_ps(values + i)));
+        n_taken += __builtin_popcount(mask);
+    }
+#endif
+    for (; i < n; i++) {
+        int tie = scaled[i] == cut, kept = (scaled[i] > cut) | (tie & (n_ties > 0)); /* no branch to mispredict */
+        n_ties -= tie;
+        taken[n_taken] = places[i], taken_values[n_taken] = values[i], n_taken += kept;
+    }
+    return n_taken;
+}
+
+/* For each token the k largest positive v weight[c] with v = pre[t][columns[c]] + bias[c], ascending by c, ties to
+   lower ones. Returns how many they are in all; tokens, places (c) and values (v) have room for k a token and LANES
+   more, scratch for 4 (n_columns + LANES). */
+int64_t largest_per_token(const float *pre, const int64_t *columns, const float *bias, const float *weight,
+                          int64_t dict_size, int64_t n_columns, int64_t k, int64_t begin, int64_t end, int64_t *tokens,
+                          int64_t *places, float *values, float *scratch) {
+    int64_t n_all = 0, room = n_columns + LANES;
+    float *scaled = scratch, *raw = scratch + room;
+    int32_t *found = (int32_t *)(scratch + 2 * room), *narrow = (int32_t *)(scratch + 3 * room);
+    for (int64_t c = 0; c < n_columns; c++) narrow[c] = columns[c];
     for (int64_t t = begin; t < end; t++) {
         const float *row = pre + t * dict_size;
         for (int64_t j = 0; j < dict_size; j += LANES) __builtin_prefetch(row + dict_size + j, 0, 2); /* the next one */
-        int64_t n_ties = k;
-        int32_t n_positive = 0;
-        for (int64_t c = 0; c < n_columns; c++) {
-            float value = row[columns[c]] * weight[c];
-            scratch[c] = value > 0 ? value : 0;
-        }
-        for (int64_t c = 0; c < n_columns; c++) n_positive += scratch[c] > 0;
-        float cut = n_positive > k ? cut_at(scratch, n_columns, k, &n_ties) : 0, below[LANES];
-        bits before;
-        memcpy(&before, &cut, sizeof cut);
-        before -= before > 0;
-        for (int i = 0; i < LANES; i++) memcpy(below + i, &before, sizeof before);
-        for (int64_t block = 0; block < n_padded; block += LANES)
-            for (uint32_t mask = above(scratch + block, below); mask; mask &= mask - 1) {
-                int64_t c = block + __builtin_ctz(mask);
-                if (scratch[c] == cut && n_ties-- <= 0) continue;
-                tokens[n_all] = t, places[n_all] = c, values[n_all++] = row[columns[c]];
-            }
+        int64_t n = positives(row, narrow, bias, weight, n_columns, scaled, raw, found), n_ties = n;
+        float cut = n > k ? cut_at(scaled, n, k, &n_ties) : 0;
+        int64_t n_taken = take(scaled, raw, found, n, cut, n_ties, places + n_all, values + n_all);
+        for (int64_t i = 0; i < n_taken; i++) tokens[n_all + i] = t;
+        n_all += n_taken;
     }
     return n_all;
 }
@@ -160,28 +204,37 @@ typedef struct {
 /* Blocks of rows lie far apart, so no hardware prefetcher follows: ask for those AHEAD. */
 #define AHEAD 16
 
-static void ask(const float *rows, int64_t r, int64_t n_rows, int64_t width, int64_t column, int64_t size) {
+static inline void ask(const float *rows, int64_t r, int64_t n_rows, int64_t width, int64_t column, int64_t size) {
     if (r + AHEAD < n_rows)
         for (int64_t c = 0; c < size; c += LANES) __builtin_prefetch(rows + (r + AHEAD) * width + column + c, 0, 2);
 }
 
-static void pack(const float *rows, int64_t n_rows, int64_t width, int64_t column, int64_t size, float *packed) {
-    for (int64_t r = 0; r < n_rows; r++) {
-        ask(rows, r, n_rows, width, column, size);
-        memcpy(packed + r * BLOCK, rows + r * width + column, size * sizeof *rows);
-        memset(packed + r * BLOCK + size, 0, (BLOCK - size) * sizeof *packed);
+/* A block of `size` values from memory, with zeros after them. */
+static inline void load(lanes *block, const float *from, int64_t size) {
+    if (size == BLOCK) {
+        for (int q = 0; q < BLOCK / LANES; q++) block[q] = ((const lanes *)from)[q];
+    } else {
+        memset(block, 0, BLOCK * sizeof *from);
+        memcpy(block, from, size * sizeof *from);
     }
 }
 
-/* The same with each row times scale[r][part]. */
-static void pack_scaled(const float *rows, int64_t n_rows, int64_t width, int64_t column, int64_t size,
-                        const float *scale, int64_t n_parts, int64_t part, float *packed) {
+static inline void store(float *to, const lanes *block, int64_t size) {
+    if (size == BLOCK)
+        for (int q = 0; q < BLOCK / LANES; q++) ((lanes *)to)[q] = block[q];
+    else
+        memcpy(to, block, size * sizeof *to);
+}
+
+/* One block of columns of all rows, each times scale[r][part] where scales are given. */
+static void pack(const float *rows, int64_t n_rows, int64_t width, int64_t column, int64_t size, const float *scale,
+                 int64_t n_parts, int64_t part, float *packed) {
     for (int64_t r = 0; r < n_rows; r++) {
-        const float *row = rows + r * width + column;
-        float factor = scale[r * n_parts + part], *to = packed + r * BLOCK;
+        lanes block[BLOCK / LANES];
         ask(rows, r, n_rows, width, column, size);
-        for (int64_t c = 0; c < size; c++) to[c] = factor * row[c];
-        memset(to + size, 0, (BLOCK - size) * sizeof *to);
+        load(block, rows + r * width + column, size);
+        float factor = scale ? scale[r * n_parts + part] : 1;
+        for (int q = 0; q < BLOCK / LANES; q++) ((lanes *)(packed + r * BLOCK))[q] = factor * block[q];
     }
 }
 
@@ -217,19 +270,18 @@ void bags(const int64_t *ids, const float *weights, const int64_t *starts, int64
           float *packed) {
     for (int64_t column = 0; column < width; column += BLOCK) {
         int64_t size = width - column < BLOCK ? width - column : BLOCK;
-        pack(rows, n_rows, width, column, size, packed);
+        pack(rows, n_rows, width, column, size, 0, 0, 0, packed);
         for (int64_t b = begin; b < end; b++) {
             int64_t stop = b + 1 < n_bags ? starts[b + 1] : n_entries;
-            float sum[BLOCK] __attribute__((aligned(64))) = {0};
-            if (bias) memcpy(sum, bias + column, size * sizeof *sum);
-            lanes *sums = (lanes *)sum;
+            lanes sums[BLOCK / LANES] = {{0}};
+            if (bias) load(sums, bias + column, size);
             lanes a = sums[0], c = sums[1], d = sums[2], e = sums[3];
             for (int64_t i = starts[b]; i < stop; i++) {
                 const lanes *row = (const lanes *)(packed + ids[i] * BLOCK);
                 a += weights[i] * row[0], c += weights[i] * row[1], d += weights[i] * row[2], e += weights[i] * row[3];
             }
             sums[0] = a, sums[1] = c, sums[2] = d, sums[3] = e;
-            memcpy(out + b * width + column, sum, size * sizeof *sum);
+            store(out + b * width + column, sums, size);
         }
     }
 }
@@ -278,21 +330,19 @@ void residuals(const int64_t *ids, const float *weights, const int64_t *starts, 
         memset(products + first, 0, (last - first) * sizeof *products);
         for (int64_t column = part * part_width; column < (part + 1) * part_width; column += BLOCK) {
             int64_t left = (part + 1) * part_width - column, size = left < BLOCK ? left : BLOCK;
-            pack(rows, n_rows, width, column, size, packed);
+            lanes sums[BLOCK / LANES], biases[BLOCK / LANES] = {{0}};
+            pack(rows, n_rows, width, column, size, 0, 0, 0, packed);
+            if (bias) load(biases, bias + column, size);
             for (int64_t t = begin; t < end; t++) {
                 int64_t start = starts[t], stop = t + 1 < n_tokens ? starts[t + 1] : n_entries;
-                float sum[BLOCK] __attribute__((aligned(64))) = {0};
-                memcpy(sum, goal + t * width + column, size * sizeof *sum);
-                if (bias)
-                    for (int64_t c = 0; c < size; c++) sum[c] -= bias[column + c];
-                lanes *sums = (lanes *)sum;
-                lanes a = sums[0], b = sums[1], c = sums[2], d = sums[3];
+                load(sums, goal + t * width + column, size);
+                lanes a = sums[0] - biases[0], b = sums[1] - biases[1], c = sums[2] - biases[2], d = sums[3] - biases[3];
                 for (int64_t i = start; i < stop; i++) {
                     const lanes *row = (const lanes *)(packed + ids[i] * BLOCK);
                     a -= weights[i] * row[0], b -= weights[i] * row[1], c -= weights[i] * row[2], d -= weights[i] * row[3];
                 }
                 sums[0] = a, sums[1] = b, sums[2] = c, sums[3] = d;
-                memcpy(residual + t * width + column, sum, size * sizeof *sum);
+                store(residual + t * width + column, sums, size);
                 squares[t * n_parts + part] += total((a * a + b * b) + (c * c + d * d));
                 for (int64_t i = start; i < stop; i += LANES) {
                     lanes v[LANES];
@@ -335,17 +385,18 @@ void place_entries(const int64_t *tokens, const int64_t *latents, const int64_t 
 }
 
 /* For the latents of a range, over their entries: dec_grad = sum of value scale[place] y[place] and
-   enc_grad = sum of gradient x[token]. ends: one past each latent's last entry. */
+   enc_grad = sum of gradient x[token]; squares: of both. ends: one past each latent's last entry. */
 void row_gradients(const entry *entries, const int64_t *ends, const float *y, int64_t n_places, const float *scale,
                    const float *x, int64_t n_tokens, int64_t width, int64_t n_parts, int64_t begin, int64_t end,
-                   float *dec_grad, float *enc_grad, float *packed) {
+                   float *dec_grad, float *enc_grad, float *squares, float *packed) {
     float *packed_x = packed + n_places * BLOCK;
     int64_t part_width = width / n_parts;
+    memset(squares + begin, 0, (end - begin) * sizeof *squares);
     for (int64_t part = 0; part < n_parts; part++)
         for (int64_t column = part * part_width; column < (part + 1) * part_width; column += BLOCK) {
             int64_t left = (part + 1) * part_width - column, size = left < BLOCK ? left : BLOCK;
-            pack_scaled(y, n_places, width, column, size, scale, n_parts, part, packed);
-            pack(x, n_tokens, width, column, size, packed_x);
+            pack(y, n_places, width, column, size, scale, n_parts, part, packed);
+            pack(x, n_tokens, width, column, size, 0, 0, 0, packed_x);
             for (int64_t j = begin; j < end; j++) {
                 lanes a = {0}, b = {0}, c = {0}, d = {0}, e = {0}, f = {0}, g = {0}, h = {0};
                 for (int64_t i = j ? ends[j - 1] : 0; i < ends[j]; i++) {
@@ -356,6 +407,7 @@ void row_gradients(const entry *entries, const int64_t *ends, const float *y, in
                     e += o * of_x[0], f += o * of_x[1], g += o * of_x[2], h += o * of_x[3];
                 }
                 lanes dec[] = {a, b, c, d}, enc[] = {e, f, g, h};
+                squares[j] += total(((a * a + b * b) + (c * c + d * d)) + ((e * e + f * f) + (g * g + h * h)));
                 stream(dec_grad + j * width + column, dec, size);
                 stream(enc_grad + j * width + column, enc, size);
             }
@@ -365,13 +417,13 @@ void row_gradients(const entry *entries, const int64_t *ends, const float *y, in
 
 /* ------------------------------------------------------------------------------------------------------------- relu */
 
-/* Columns begin to end of f = max(f, 0) in place, and how many entries of each are positive. */
-void relu_count(float *restrict f, int64_t n_tokens, int64_t dict_size, int64_t begin, int64_t end,
-                float *restrict counts) {
+/* Columns begin to end of f = max(f + bias, 0) in place, and how many entries of each are positive. */
+void relu_count(float *restrict f, const float *restrict bias, int64_t n_tokens, int64_t dict_size, int64_t begin,
+                int64_t end, float *restrict counts) {
     memset(counts + begin, 0, (end - begin) * sizeof *counts);
     for (int64_t t = 0; t < n_tokens; t++)
         for (int64_t j = begin; j < end; j++) {
-            float value = f[t * dict_size + j];
+            float value = f[t * dict_size + j] + bias[j];
             counts[j] += value > 0 ? 1.0f : 0.0f;
             f[t * dict_size + j] = value < 0 ? 0 : value; /* keeps NaN */
         }

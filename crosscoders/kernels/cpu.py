@@ -32,6 +32,8 @@ SOURCE = Path(__file__).with_name("cpu.c")
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-shared", "-fPIC")
 BLOCK = 64
 """Columns that the products read at a time; as in cpu.c."""
+LANES = 16
+"""Values that are worked on at a time; as in cpu.c."""
 SUMMED = 1024
 """Values whose squares are added in float32 before float64 takes over; as in cpu.c."""
 
@@ -134,20 +136,24 @@ class Selected(NamedTuple):
 
 
 def select_above(
-    pre_acts: Float[Tensor, "batch dict_size"],
+    products: Float[Tensor, "batch dict_size"],
+    bias: Float[Tensor, " dict_size"],
     gate_at: Float[Tensor, " dict_size"],
     weight: Float[Tensor, " dict_size"],
     guess: int,
 ) -> Selected:
-    """Entries with pre_j > gate_at_j, and pre_j weight_j; room is made for `guess` of them, and for more if need be."""
-    n_tokens, dict_size = pre_acts.shape
+    """Entries with pre_j = products_j + bias_j > gate_at_j, and pre_j weight_j.
+
+    Room is made for `guess` of them, and for more if need be.
+    """
+    n_tokens, dict_size = products.shape
 
     def run(begin: int, end: int) -> Selected:
         room = guess * (end - begin) // n_tokens + 1
         while True:
             ids = (torch.empty(room, dtype=torch.int64), torch.empty(room, dtype=torch.int64))
             found = Selected(*ids, torch.empty(room), torch.empty(room))
-            n = _call("select_above", pre_acts, gate_at, weight, dict_size, begin, end, room, *found)
+            n = _call("select_above", products, bias, gate_at, weight, dict_size, begin, end, room, *found)
             if n <= room:
                 return Selected(*(column[:n] for column in found))
             room = n
@@ -166,19 +172,20 @@ def keep_largest(found: Selected, n: int) -> tuple[Selected, float]:
 
 
 def largest_per_token(
-    pre_acts: Float[Tensor, "batch dict_size"],
+    products: Float[Tensor, "batch dict_size"],
+    bias: Float[Tensor, " chosen"],
     weight: Float[Tensor, " chosen"],
     columns: Int[Tensor, " chosen"],
     k: int,
 ) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"], Float[Tensor, " n"]]:
-    """Tokens, places among `columns` and pre_j of each token's k largest positive pre_j weight_j."""
-    n_tokens, dict_size = pre_acts.shape
+    """Tokens, places among `columns` and pre_j of each token's k largest positive pre_j weight_j; pre as above."""
+    n_tokens, dict_size = products.shape
 
     def run(begin: int, end: int) -> tuple[Tensor, ...]:
-        room = k * (end - begin)
+        room = k * (end - begin) + LANES
         found = torch.empty(room, dtype=torch.int64), torch.empty(room, dtype=torch.int64), torch.empty(room)
-        sizes, scratch = (dict_size, len(columns), k, begin, end), torch.empty(len(columns) + 15)
-        n = _call("largest_per_token", pre_acts, columns, weight, *sizes, *found, scratch)
+        sizes, scratch = (dict_size, len(columns), k, begin, end), torch.empty(4 * (len(columns) + LANES))
+        n = _call("largest_per_token", products, columns, bias, weight, *sizes, *found, scratch)
         return tuple(column[:n] for column in found)
 
     tokens, places, values = _joined(_split(n_tokens, run))
@@ -267,15 +274,25 @@ class EntrySet(NamedTuple):
     """What else reaches dL/df."""
 
 
+class RowGradients(NamedTuple):
+    """Gradients of a crosscoder's parameters, latent by latent."""
+
+    W_dec: Float[Tensor, "dict_size width"]
+    W_enc: Float[Tensor, "dict_size width"]
+    b_enc: Float[Tensor, " dict_size"]
+    squares: Float[Tensor, " dict_size"]
+    """Sums of the squares of the first two."""
+
+
 def row_gradients(
     sets: Sequence[EntrySet], left: Float[Tensor, "places width"], x: Float[Tensor, "batch width"], dict_size: int
-) -> tuple[Float[Tensor, "dict_size width"], Float[Tensor, "dict_size width"], Float[Tensor, " dict_size"]]:
-    """Gradients of W_dec and W_enc (latent by latent) and b_enc, over the entries of all sets."""
+) -> RowGradients:
+    """Over the entries of all sets; `left` holds what each set leaves, one after the other."""
     (n_places, width), n_models = left.shape, sets[0].scale.shape[1]
     cursors, sums = torch.zeros(dict_size, dtype=torch.int64), torch.zeros(dict_size)
     for entries in sets:
         _call("count_entries", entries.latents, entries.columns, len(entries.tokens), cursors)
-    n = int(cursors.sum())
+    n = sum(len(entries.tokens) for entries in sets)
     cursors = cursors.cumsum(0).sub_(cursors)
     placed = torch.empty(n, 4)  # place, token, value, gradient
     for number, entries in enumerate(sets):
@@ -283,20 +300,20 @@ def row_gradients(
         sizes = tokens, latents, columns, values, len(tokens), dots, scale, n_models, direct, number * len(x)
         _call("place_entries", *sizes, cursors, sums, placed)
     scales = torch.cat([entries.scale for entries in sets])
-    grads = torch.empty(dict_size, width), torch.empty(dict_size, width)
+    found = torch.empty(dict_size, width), torch.empty(dict_size, width), torch.empty(dict_size)
 
     def run(begin: int, end: int) -> int:
         sizes = left, n_places, scales, x, len(x), width, n_models, begin, end
-        return _call("row_gradients", placed, cursors, *sizes, *grads, torch.empty((n_places + len(x)) * BLOCK))
+        return _call("row_gradients", placed, cursors, *sizes, *found, torch.empty((n_places + len(x)) * BLOCK))
 
     _split(dict_size, run)
-    return *grads, sums
+    return RowGradients(*found[:2], sums, found[2])
 
 
-def relu_count_(f: Float[Tensor, "batch dict_size"]) -> Float[Tensor, " dict_size"]:
-    """f = max(f, 0) in place; how many entries of each column are positive."""
+def relu_count_(f: Float[Tensor, "batch dict_size"], bias: Float[Tensor, " dict_size"]) -> Float[Tensor, " dict_size"]:
+    """f = max(f + bias, 0) in place; how many entries of each column are positive."""
     counts = torch.empty(f.shape[1])
-    _split(f.shape[1], lambda begin, end: _call("relu_count", f, *f.shape, begin, end, counts))
+    _split(f.shape[1], lambda begin, end: _call("relu_count", f, bias, *f.shape, begin, end, counts))
     return counts
 
 
