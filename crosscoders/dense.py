@@ -4,13 +4,15 @@ The least that a step needs is two products forward, two for the decoder's and t
 encoder's; autograd adds passes over (batch, dict_size) and (dict_size, n_models, d_model) tensors, which this avoids.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from crosscoders.kernels import cpu
+from crosscoders.losses import code_norm_factors
+from crosscoders.model import code_norm
 
 
 def product(a: Float[Tensor, "rows inner"], b: Float[Tensor, "inner columns"], dtype: torch.dtype) -> Tensor:
@@ -20,7 +22,27 @@ def product(a: Float[Tensor, "rows inner"], b: Float[Tensor, "inner columns"], d
     return (a.to(dtype) @ b.to(dtype)).to(a.dtype)
 
 
-class _Reconstruct(torch.autograd.Function):
+class Latents(NamedTuple):
+    """f = ReLU(x W_enc + b_enc) of a batch, with sums over its tokens."""
+
+    f: Float[Tensor, "batch dict_size"]
+    n_active: Float[Tensor, " dict_size"]
+    """Tokens on which it is positive."""
+    sums: Float[Tensor, " dict_size"]
+
+
+def relu_(products: Float[Tensor, "batch dict_size"], bias: Float[Tensor, " dict_size"] | None = None) -> Latents:
+    """ReLU(products + bias), in place."""
+    if cpu.usable(products):
+        return Latents(
+            products, *cpu.relu_count_(products, products.new_zeros(products.shape[1]) if bias is None else bias)
+        )
+    f = (products if bias is None else products.add_(bias)).relu_()
+    ones = f.new_ones(len(f))
+    return Latents(f, ones @ f.sign(), ones @ f)
+
+
+class _Residual(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -29,59 +51,55 @@ class _Reconstruct(torch.autograd.Function):
         W_dec: Tensor,
         b_dec: Tensor,
         x: Tensor,
-        f: Tensor,
-        c: Tensor,
+        latents: Latents,
+        norms: Tensor,
+        rule: str,
         products: torch.dtype,
-    ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(W_dec, x, f, c)
-        ctx.shape, ctx.products = W_enc.shape, products
-        return product(f, W_dec.flatten(1), products).add_(b_dec.flatten()), (f @ c).sum()
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        x_hat = product(latents.f, W_dec.flatten(1), products).add_(b_dec.flatten())
+        err = torch.sub(x, x_hat, out=x_hat).view(len(x), *b_dec.shape)
+        ctx.save_for_backward(W_dec, x, norms)
+        ctx.err, ctx.latents, ctx.shape, ctx.rule, ctx.products = err, latents, W_enc.shape, rule, products
+        ctx.mark_non_differentiable(err)
+        return err, torch.linalg.vector_norm(err, dim=2).square_(), latents.sums @ code_norm(norms, rule)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        W_dec, x, f, c = ctx.saved_tensors
-        y = grads[0].contiguous()
+    def backward(ctx: Any, _: Tensor, of_squares: Tensor, of_penalty: Tensor) -> tuple[Tensor | None, ...]:
+        (W_dec, x, norms), (f, _, sums) = ctx.saved_tensors, ctx.latents
+        y = (ctx.err * (-2 * of_squares)[:, :, None]).flatten(1)  # dL / dx_hat
         pre_grad = product(y, W_dec.flatten(1).t(), ctx.products)
-        penalty, ones = grads[1] * c, f.new_ones(len(f))
+        penalty = of_penalty * code_norm(norms, ctx.rule)
         if cpu.usable(pre_grad, f, penalty):
             b_enc_grad = cpu.relu_backward_(pre_grad, f, penalty)
         else:
             pre_grad = torch.ops.aten.threshold_backward(pre_grad.add_(penalty), f, 0)
-            b_enc_grad = ones @ pre_grad
+            b_enc_grad = f.new_ones(len(f)) @ pre_grad
+        W_dec_grad = product(f.t(), y, ctx.products).view_as(W_dec)
+        if ctx.rule != "none":
+            W_dec_grad.addcmul_(W_dec, (of_penalty * sums[:, None] * code_norm_factors(norms, ctx.rule))[:, :, None])
         return (
             product(pre_grad.t(), x, ctx.products).t().view(ctx.shape),
             b_enc_grad,
-            product(f.t(), y, ctx.products).view_as(W_dec),
+            W_dec_grad,
             y.sum(dim=0).view(W_dec.shape[1:]),
-            None,
-            None,
-            grads[1] * (ones @ f),
-            None,
+            *(None,) * 5,
         )
 
 
-def relu_(
-    products: Float[Tensor, "batch dict_size"], bias: Float[Tensor, " dict_size"] | None = None
-) -> tuple[Float[Tensor, "batch dict_size"], Float[Tensor, " dict_size"]]:
-    """ReLU(products + bias) in place, and the number of tokens on which each latent is positive."""
-    if cpu.usable(products):
-        return products, cpu.relu_count_(products, products.new_zeros(products.shape[1]) if bias is None else bias)
-    latents = (products if bias is None else products.add_(bias)).relu_()
-    return latents, latents.new_ones(len(latents)) @ latents.sign()
-
-
-def reconstruct(
+def residual(
     W_enc: Float[Tensor, "n_models d_model dict_size"],
     b_enc: Float[Tensor, " dict_size"],
     W_dec: Float[Tensor, "dict_size n_models d_model"],
     b_dec: Float[Tensor, "n_models d_model"],
     x: Float[Tensor, "batch width"],
-    f: Float[Tensor, "batch dict_size"],
-    c: Float[Tensor, " dict_size"],
+    latents: Latents,
+    norms: Float[Tensor, "dict_size n_models"],
+    rule: str,
     products: torch.dtype = torch.float32,
-) -> tuple[Float[Tensor, "batch width"], Float[Tensor, ""]]:
-    """f W_dec + b_dec and the sum over tokens of sum_j f_j c_j, for f = ReLU(x W_enc + b_enc).
+) -> tuple[Float[Tensor, "batch n_models d_model"], Float[Tensor, "batch n_models"], Float[Tensor, ""]]:
+    """err = x - (f W_dec + b_dec), without gradients, ||err_nm||^2, and the sum over tokens of sum_j f_j c_j.
 
-    Gradients reach the parameters through f, and c; x gets none.
+    f = ReLU(x W_enc + b_enc). Gradients reach the parameters, through f and through c, whose decoder norms are given; x
+    gets none.
     """
-    return _Reconstruct.apply(W_enc, b_enc, W_dec, b_dec, x, f, c, products)
+    return _Residual.apply(W_enc, b_enc, W_dec, b_dec, x, latents, norms, rule, products)

@@ -13,25 +13,6 @@ from torch import Tensor
 from crosscoders.model import code_norm
 
 
-class _SquareNorms(torch.autograd.Function):
-    """||err_nm||^2, with its gradient 2 err_nm in one pass."""
-
-    @staticmethod
-    def forward(ctx: Any, err: Tensor) -> Tensor:
-        ctx.save_for_backward(err)
-        return torch.linalg.vector_norm(err, dim=2).square_()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        (err,) = ctx.saved_tensors
-        return err * (2 * grads[0])[..., None]
-
-
-def square_norms(err: Float[Tensor, "batch n_models d_model"]) -> Float[Tensor, "batch n_models"]:
-    """||err_nm||^2 of each token and model, with its gradient."""
-    return _SquareNorms.apply(err)
-
-
 def reconstruction_loss(squares: Float[Tensor, "batch n_models"], kind: str) -> Float[Tensor, ""]:
     r"""From ||err_nm||^2. norm: mean over tokens and models of ||err||. squared: mean over tokens of sum_m ||err_m||^2.
 
@@ -43,26 +24,33 @@ def reconstruction_loss(squares: Float[Tensor, "batch n_models"], kind: str) -> 
     return squares.sum(dim=1).mean()
 
 
+def code_norm_factors(norms: Float[Tensor, "dict_size n_models"], rule: str) -> Float[Tensor, "dict_size n_models"]:
+    r"""What d_jm is multiplied by in d c_j / d d_jm.
+
+    sum: 1 / ||d_jm||. concat: 1 / ||d_j||. 0 where that norm is 0, and for none.
+    """
+    if rule == "none":
+        return torch.zeros_like(norms)
+    lengths = norms if rule == "sum" else code_norm(norms, rule)[:, None].expand_as(norms)
+    return torch.where(lengths > 0, 1 / lengths, 0.0)
+
+
 class _CodeNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, W_dec: Tensor, norms: Tensor, rule: str) -> Tensor:
-        c = code_norm(norms, rule)
-        ctx.save_for_backward(W_dec, norms if rule == "sum" else c[:, None].expand_as(norms))
-        return c
+        ctx.save_for_backward(W_dec, code_norm_factors(norms, rule))
+        return code_norm(norms, rule)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        W_dec, norms = ctx.saved_tensors
-        return W_dec * torch.where(norms > 0, grads[0][:, None] / norms, 0.0)[:, :, None], None, None
+        W_dec, factors = ctx.saved_tensors
+        return W_dec * (grads[0][:, None] * factors)[:, :, None], None, None
 
 
 def differentiable_code_norm(
     W_dec: Float[Tensor, "dict_size n_models d_model"], norms: Float[Tensor, "dict_size n_models"], rule: str
 ) -> Float[Tensor, " dict_size"]:
-    r"""c_j from decoder norms that are known already, with d c_j / d d_jm in closed form.
-
-    sum: d_jm / ||d_jm||. concat: d_jm / ||d_j||. none: 0. 0 where the norm is 0.
-    """
+    """c_j from decoder norms that are known already, with its gradient in closed form."""
     return code_norm(norms, rule) if rule == "none" else _CodeNorm.apply(W_dec, norms, rule)
 
 

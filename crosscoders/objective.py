@@ -13,7 +13,7 @@ from torch import Tensor
 from crosscoders import dense, sparse
 from crosscoders.config import TrainConfig
 from crosscoders.kernels import cpu
-from crosscoders.losses import auxiliary_loss, differentiable_code_norm, reconstruction_loss, square_norms
+from crosscoders.losses import auxiliary_loss, differentiable_code_norm, reconstruction_loss
 from crosscoders.model import Crosscoder, code_norm
 
 SPARSE_DENSITY = 0.1
@@ -89,23 +89,21 @@ def _forward_relu(
 ) -> StepResult:
     """Dense or sparse by the density of this batch, so that no step depends on the one before."""
     with torch.no_grad():
-        latents, fired = dense.relu_(*_products(model, x, products))
-    c = differentiable_code_norm(model.W_dec, norms, config.crosscoder.code_norm)
-    if float(fired.sum()) <= SPARSE_DENSITY * latents.numel():
-        entries = sparse.active(latents, torch.zeros_like(model.b_enc))
+        latents = dense.relu_(*_products(model, x, products))
+    rule, fired = config.crosscoder.code_norm, latents.n_active
+    if float(fired.sum()) <= SPARSE_DENSITY * latents.f.numel():
+        entries = sparse.active(latents.f, torch.zeros_like(model.b_enc))
         if products != torch.float32:
             entries = sparse.refine(entries, model.W_enc, model.b_enc, x.flatten(1))
         values, err, squares = sparse.residuals(*_parameters(model), x.flatten(1), entries)
-        penalty = values @ c[entries.latents]
+        penalty = values @ differentiable_code_norm(model.W_dec, norms, rule)[entries.latents]
     else:
-        x_hat, penalty = dense.reconstruct(*_parameters(model), x.flatten(1), latents, c, products)
-        err = x - x_hat.view_as(x)
-        squares = square_norms(err)
+        err, squares, penalty = dense.residual(*_parameters(model), x.flatten(1), latents, norms, rule, products)
     terms = {"reconstruction": reconstruction_loss(squares, config.reconstruction)}
     if config.l1_coefficient:
         weight = config.l1_coefficient * min(1.0, (step + 1) / max(1, config.l1_warmup_steps))
         terms["sparsity"] = weight * penalty / len(x)
-    return StepResult(terms, fired.long(), err.detach().view_as(x), x.new_tensor(torch.inf), [])
+    return StepResult(terms, fired.long(), err.view_as(x), x.new_tensor(torch.inf), [])
 
 
 def _products(

@@ -417,15 +417,18 @@ void row_gradients(const entry *entries, const int64_t *ends, const float *y, in
 
 /* ------------------------------------------------------------------------------------------------------------- relu */
 
-/* Columns begin to end of f = max(f + bias, 0) in place, and how many entries of each are positive. */
+/* Columns begin to end of f = max(f + bias, 0) in place, how many entries of each are positive, and their sums. */
 void relu_count(float *restrict f, const float *restrict bias, int64_t n_tokens, int64_t dict_size, int64_t begin,
-                int64_t end, float *restrict counts) {
+                int64_t end, float *restrict counts, float *restrict sums) {
     memset(counts + begin, 0, (end - begin) * sizeof *counts);
+    memset(sums + begin, 0, (end - begin) * sizeof *sums);
     for (int64_t t = 0; t < n_tokens; t++)
         for (int64_t j = begin; j < end; j++) {
             float value = f[t * dict_size + j] + bias[j];
+            value = value < 0 ? 0 : value; /* keeps NaN */
             counts[j] += value > 0 ? 1.0f : 0.0f;
-            f[t * dict_size + j] = value < 0 ? 0 : value; /* keeps NaN */
+            sums[j] += value;
+            f[t * dict_size + j] = value;
         }
 }
 

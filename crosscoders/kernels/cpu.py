@@ -310,11 +310,13 @@ def row_gradients(
     return RowGradients(*found[:2], sums, found[2])
 
 
-def relu_count_(f: Float[Tensor, "batch dict_size"], bias: Float[Tensor, " dict_size"]) -> Float[Tensor, " dict_size"]:
-    """f = max(f + bias, 0) in place; how many entries of each column are positive."""
-    counts = torch.empty(f.shape[1])
-    _split(f.shape[1], lambda begin, end: _call("relu_count", f, bias, *f.shape, begin, end, counts))
-    return counts
+def relu_count_(
+    f: Float[Tensor, "batch dict_size"], bias: Float[Tensor, " dict_size"]
+) -> tuple[Float[Tensor, " dict_size"], Float[Tensor, " dict_size"]]:
+    """f = max(f + bias, 0) in place; how many entries of each column are positive, and their sums."""
+    found = torch.empty(f.shape[1]), torch.empty(f.shape[1])
+    _split(f.shape[1], lambda begin, end: _call("relu_count", f, bias, *f.shape, begin, end, *found))
+    return found
 
 
 def relu_backward_(
