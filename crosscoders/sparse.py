@@ -49,15 +49,16 @@ def _bags(
 
 
 def _dots(
-    entries: "Active", left: Float[Tensor, "batch width"], right: Float[Tensor, "dict_size width"]
-) -> Float[Tensor, " n_active"]:
-    """<left[token], right[latent]> of each entry."""
+    entries: "Active", left: Float[Tensor, "batch width"], right: Float[Tensor, "dict_size width"], n_parts: int
+) -> Float[Tensor, "parts n_active"]:
+    """<left[token], right[latent]> of each entry, over each of n_parts equal parts of the columns."""
     if gpu.usable(left, right):
-        return gpu.dots(entries.tokens, entries.latents, left, right)
+        return gpu.dots(entries.tokens, entries.latents, left, right, n_parts)
     # what embedding_bag does for the gradient of its weights
-    return torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        left, right, entries.latents, entries.starts, entries.tokens, 0
-    )
+    product, width = torch.ops.aten._embedding_bag_per_sample_weights_backward, left.shape[1] // n_parts
+    parts = zip(left.split(width, dim=1), right.split(width, dim=1), strict=True)
+    indices = entries.latents, entries.starts, entries.tokens, 0
+    return torch.stack([product(a.contiguous(), b.contiguous(), *indices) for a, b in parts])
 
 
 def _sort_by_key(
@@ -199,7 +200,7 @@ def refine(
     """
     rows = W_enc.permute(2, 0, 1).flatten(1)  # contiguous: W_enc is stored latent by latent
     rows, bias = (rows, b_enc) if entries.columns is None else (rows[entries.columns], b_enc[entries.columns])
-    return replace(entries, values=(_dots(entries, x, rows.detach()) + bias.detach()[entries.latents]).relu_())
+    return replace(entries, values=(_dots(entries, x, rows.detach(), 1)[0] + bias.detach()[entries.latents]).relu_())
 
 
 # ----------------------------------------------------------------------------------------------------------- products
@@ -228,10 +229,8 @@ def _residual(
     if cpu.usable(entries.values, rows, goal):
         return cpu.residual(entries.latents, entries.values, entries.starts, rows, bias, goal, n_models, out)
     torch.sub(goal, _bags(entries.latents, entries.values, entries.starts, rows, bias), out=out)
-    parts = out.view(len(goal), n_models, -1)
-    by_model = zip(parts.unbind(1), rows.view(len(rows), n_models, -1).unbind(1), strict=True)
-    dots = torch.stack([_dots(entries, part.contiguous(), chosen.contiguous()) for part, chosen in by_model])
-    return cpu.Residual(out, torch.linalg.vector_norm(parts, dim=2).square_(), dots)
+    squares = torch.linalg.vector_norm(out.view(len(goal), n_models, -1), dim=2).square_()
+    return cpu.Residual(out, squares, _dots(entries, out, rows, n_models))
 
 
 class _Residuals(torch.autograd.Function):

@@ -30,7 +30,7 @@ def trajectory(device: str, activation: str, products: torch.dtype) -> list[torc
             model, config, x, dead=dead, k=shape.k, step=step, select=select, decoder_norms=norms, products=products
         )
         torch.stack(list(result.terms.values())).sum().backward()
-        optimizer.step_(1e-3)
+        optimizer.step_(1e-3, result.weight_squares)
     return [p.detach().cpu() for p in model.parameters()]
 
 

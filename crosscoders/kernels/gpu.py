@@ -1,7 +1,7 @@
 """Triton kernels for the two sparse products on a GPU. Where Triton is missing, `crosscoders.sparse` uses torch.
 
     bags    one program per bag and block of columns: no (entries, width) tensor, no atomic additions
-    dots    one program per entry
+    dots    one program per entry and part of the columns
 
 Both accumulate in float32 in the order of the entries, so a result does not change from run to run.
 """
@@ -52,11 +52,13 @@ def dots(
     right_ids: Int[Tensor, " n"],
     left: Float[Tensor, "left width"],
     right: Float[Tensor, "right width"],
-) -> Float[Tensor, " n"]:
-    """out_i = <left[left_ids_i], right[right_ids_i]>."""
+    n_parts: int,
+) -> Float[Tensor, "parts n"]:
+    """out_pi = <left[left_ids_i], right[right_ids_i]> over the p-th of n_parts equal parts of the columns."""
     from crosscoders.kernels import triton_source
 
-    out = torch.empty(len(left_ids), device=left.device)
-    if len(left_ids):
-        triton_source.dots[(len(left_ids),)](left_ids, right_ids, left, right, out, left.shape[1], BLOCK)
+    n, width = len(left_ids), left.shape[1]
+    out = torch.empty(n_parts, n, device=left.device)
+    if n:
+        triton_source.dots[(n, n_parts)](left_ids, right_ids, left, right, out, width, width // n_parts, n, BLOCK)
     return out
