@@ -36,6 +36,10 @@ class Fitted(NamedTuple):
     weights: list[nn.Parameter]
     """What is trained."""
 
+    @property
+    def n_weights(self) -> int:
+        return sum(weight.numel() for weight in self.weights)
+
 
 class Corrected(FrozenDictionary):
     """A dictionary and a map after it; the map's parameters are the only trainable ones, in float32."""

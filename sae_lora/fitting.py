@@ -59,11 +59,10 @@ def fit(config: FitConfig, out: str | Path) -> Path:
         restored = checkpoint.load_state(out, held, optimizer)
         step = restored[0] if restored else 0
         n_steps = len(plan.rows.batches(config.batch_rows))
-        n_weights = sum(weight.numel() for weight in fitted.weights)
         kind = f"rank {config.rank} on layers {layers[0]} to {layers[-1]}" if layers else config.corrector
         control = "" if config.control == "none" else f", control {config.control}"
         say(
-            f"fit {kind} of {plan.model} ({n_weights:,} weights) "
+            f"fit {kind} of {plan.model} ({fitted.n_weights:,} weights) "
             f"around {', '.join(info.hook_point for info in plan.infos)}{control}: {plan.rows.n_scored:,} tokens in "
             f"{len(plan.rows.offsets) - 1:,} sequences, {n_steps:,} steps, to {out}"
             + (f"; going on at step {step:,}" if step else "")
