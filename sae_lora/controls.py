@@ -44,10 +44,6 @@ class Control(FrozenDictionary):
             drawn = torch.randperm(source.info.dict_size, generator=torch.Generator().manual_seed(seed))
             self.register_buffer("permutation", drawn.to(decoder_of(source).device))
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.source.dtype
-
     def encode(self, x: Float[Tensor, "tokens d_model"]) -> Float[Tensor, "tokens dict_size"]:
         return self.source.encode(x)
 

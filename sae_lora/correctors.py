@@ -47,8 +47,8 @@ class Corrected(FrozenDictionary):
     def __init__(self, source: FrozenDictionary) -> None:
         super().__init__(source.info)
         self.source = source.requires_grad_(False)
-        like = next(source.buffers(), next(source.parameters(), torch.zeros(())))
-        self.shift = nn.Parameter(torch.zeros(source.info.d_model, device=like.device))
+        device = next(iter(source.state_dict().values())).device
+        self.shift = nn.Parameter(torch.zeros(source.info.d_model, device=device))
 
     @property
     def dtype(self) -> torch.dtype:

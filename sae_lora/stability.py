@@ -54,10 +54,6 @@ class Ablating(FrozenDictionary):
         self.directions: Float[Tensor, "tokens d_model"] | None = None
         """Unit vectors to push along in place of the ablation."""
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.source.dtype
-
     def reconstruct(
         self, x: Float[Tensor, "tokens d_model"]
     ) -> tuple[Float[Tensor, "tokens dict_size"], Float[Tensor, "tokens d_model"]]:

@@ -1,6 +1,8 @@
 """Controls in place of a dictionary, and the cheaper correctors: identities, independent routes, what is refused."""
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,14 @@ from torch import Tensor
 
 from crosscoders import CrosscoderConfig, InputError
 from crosscoders.model import Crosscoder
-from sae_lora import FitConfig, fit, load_corrector, load_dictionary, objective, splice
+from crosscoders.training import StopRequested
+from sae_lora import FitConfig, fit, fitting, load_adapter, load_corrector, load_dictionary, objective, splice
 from sae_lora.adapter import read_sidecar
 from sae_lora.cli import main
 from sae_lora.config import pair_up
 from sae_lora.controls import Control, decoder_of, unit_noise, with_control
-from sae_lora.correctors import start
-from sae_lora.dictionary import DictionaryInfo, FrozenDictionary, JumpReLU
+from sae_lora.correctors import start, trainable_copy
+from sae_lora.dictionary import CrosscoderSide, DictionaryInfo, FrozenDictionary, JumpReLU
 from sae_lora.inputs import load_dictionaries, load_model, make_plan
 
 D, F = 16, 24
@@ -95,8 +98,6 @@ def test_a_random_decoder_leaves_selection_by_decoder_norm_alone() -> None:
     with torch.no_grad():
         crosscoder.W_dec.mul_(torch.linspace(0.2, 2, F)[:, None, None])
         crosscoder.threshold.fill_(0.5)
-    from sae_lora.dictionary import CrosscoderSide
-
     source = CrosscoderSide(DictionaryInfo("crosscoder", "", POINT, D, F, {}, "tuned"), crosscoder)
     wanted = source.encode(X)
     assert 0 < (wanted > 0).float().mean() < 0.5
@@ -229,8 +230,6 @@ def test_the_fine_tuned_sae_keeps_thresholds_and_the_file_keeps_the_sae(pair: An
 def test_saes_of_other_layouts_are_fine_tuned_too(tmp_path: Path, changes: dict[str, Any]) -> None:
     from safetensors.torch import save_file
 
-    from sae_lora.correctors import trainable_copy
-
     w = {name: torch.from_numpy(value).contiguous() for name, value in arrays().items()}
     folder = tmp_path / "sae"
     if "crosscoder" in changes:
@@ -294,8 +293,6 @@ def test_folders_refuse_other_dictionaries_controls_and_seeds(pair: Any, scope: 
         with pytest.raises(InputError, match="was fitted around"):
             load_corrector(model, folder, wrong)
     load_corrector(model, folder, with_control([source], "shuffled-decoder", 0))
-    from sae_lora import load_adapter
-
     with pytest.raises(InputError, match="no LoRA"):
         load_adapter(model, folder, [source])
 
@@ -312,3 +309,23 @@ def test_settings_without_effect_are_refused(
     ):
         assert main([*fits, *flags]) == 2
         assert said in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(("corrector", "control"), [("affine", "noise"), ("sae", "none")])
+def test_an_interrupted_fit_of_a_corrector_goes_on_with_the_same_bits(
+    pair: Any, scope: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, corrector: str, control: str
+) -> None:
+    settings = config(pair, scope, corrector=corrector, control=control)
+    whole = (fit(settings, tmp_path / "whole") / "corrector.safetensors").read_bytes()
+    real, calls = fitting._step, []
+
+    def stopping(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args)
+
+    monkeypatch.setattr(fitting, "_step", stopping)
+    with pytest.raises(StopRequested, match="step 3"):
+        fit(settings, tmp_path / "cut")
+    assert (fit(settings, tmp_path / "cut") / "corrector.safetensors").read_bytes() == whole
