@@ -5,9 +5,9 @@ r"""What is put in place of a dictionary to see whether a share of the gap close
     random-decoder    decoder rows with random directions and the norms that they had, per model
     shuffled-decoder  latent j writes the decoder row of latent sigma(j), sigma a random permutation
 
-The latents are those of the dictionary under every control, so L0 is too. u is a hash of the activation, and so a pure
-function of x and the seed: no state, the same in any batch and on any device, again when a run goes on, and in all
-cells of an evaluation. The last bit of x changes all of it. No gradient flows into the noise.
+The latents are those of the dictionary under every control, so L0 is too. u is a hash of the activation: a pure
+function of x and the seed, without state, the same again when a run goes on and in all cells that read the same x. The
+last bit of x changes all of it: a device or a batch that rounds x otherwise draws other noise. It takes no gradient.
 
 `with_control` wraps dictionaries; `unit_noise` is u.
 """
@@ -103,7 +103,7 @@ def unit_noise(x: Float[Tensor, "tokens d_model"], seed: int) -> Float[Tensor, "
     """An isotropic unit vector for each token, a pure function of its float32 bits and the seed.
 
     The bits are hashed to a 64-bit key, which starts a SplitMix64 sequence of d_model numbers (Steele, Lea, Flood
-    2014); normal quantiles of those, normalised. Integers wrap around alike on every device.
+    2014); normal quantiles of those, normalised.
     """
     d_model = x.shape[1]
     odd = torch.randint(-(2**62), 2**62, (d_model,), generator=torch.Generator().manual_seed(seed)) * 2 + 1

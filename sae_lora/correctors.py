@@ -2,12 +2,12 @@ r"""What a fit may train around a frozen dictionary, from the cheapest on; every
 
     mean-scale   x_hat -> (1 + scale) x_hat + shift     one scale, shift (d_model,)
     affine       x_hat -> x_hat + x_hat W + shift       W (d_model, d_model)
-    sae          the dictionary's own weights, all but its thresholds: which latents are active is decided as before
+    sae          the dictionary's own weights, all but its thresholds; the rule by which latents are active stays
     lora         LoRA in the model, see `adapter`
 
-Where decode is linear, each of the first three can express the one before: an affine map after a decoder is another
-decoder. They leave the model alone, so that without the dictionary nothing changes. `start` makes a corrector, `save`
-and `load_corrector` keep it in a folder whose sidecar names the dictionaries.
+Where decode is linear and selection does not read decoder norms, each of the first three can express the one before: an
+affine map after a decoder is another decoder. They leave the model alone, so that without the dictionary nothing
+changes. `start` makes a corrector; `save` and `load_corrector` keep it in a folder with the sidecar of `adapter`.
 """
 
 import copy
