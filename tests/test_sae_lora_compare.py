@@ -285,8 +285,7 @@ def test_runs_that_are_not_comparable_are_refused_in_one_line(
         assert said in capsys.readouterr().err.strip().splitlines()[-1]
 
 
-def test_a_splice_without_a_fit_is_the_first_cell_of_every_run(pair: Any, scope: Path) -> None:
-    """Resampled weights are shared, so a paired difference of a run with itself is 0 in every resample."""
+def test_a_run_compared_with_itself_differs_by_nothing_in_every_resample(pair: Any, scope: Path) -> None:
     plan, fitted, dictionaries, batches = lora(config(pair, scope, n_tokens=300), 0.05)
     n = len(plan.rows.offsets) - 1
     measured = evaluation.measure(fitted.model, dictionaries, lambda: iter(batches), n, plan.keep_ids)
