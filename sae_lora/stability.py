@@ -9,6 +9,7 @@ A model that learns to route around the dictionary reacts less. As it may react 
 size at the same tokens, in a fixed random direction for each latent, is measured beside it (`random`).
 """
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from crosscoders.reporting import row, wilson
 from sae_lora.adapter import lora_off
 from sae_lora.correctors import Fitted
 from sae_lora.dictionary import FrozenDictionary
+from sae_lora.evaluation import RESAMPLES
 from sae_lora.inputs import Batch
 from sae_lora.objective import logits
 from sae_lora.splicing import splice
@@ -30,7 +32,6 @@ MIN_TOKENS = 10
 """Latents that fire on fewer tokens have no rate worth comparing, and are not ablated."""
 MAX_SEQUENCES = 64
 """Sequences in which a latent is ablated: the first ones where it fires."""
-RESAMPLES = 2000
 PERTURBATIONS = ("latent", "random")
 
 
@@ -128,7 +129,7 @@ def _runner(
             ablating.which = which.repeat_interleave(width)
             ablating.directions = None if directions is None else directions.repeat_interleave(width, dim=0)
         with (
-            lora_off(fitted.model) if put is not None else torch.no_grad(),
+            lora_off(fitted.model) if put is not None else contextlib.nullcontext(),
             splice(fitted.model, spliced if which is None else changed, keep_ids=keep_ids),
         ):
             return logits(fitted.model, batch)
