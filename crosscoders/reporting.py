@@ -1,6 +1,7 @@
 """What a run says of itself: lines of train.jsonl, lines on stderr, rows of JSON results."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,14 @@ def row(
 ) -> dict[str, Any]:
     """One row of a JSON result: dotted name, value, unit, count, interval where there is one."""
     return {"name": name, "value": value, "unit": unit, "n": n, "low": low, "high": high}
+
+
+def wilson(n_hits: int, n: int) -> tuple[float, float]:
+    """95% interval of a share. Source: Wilson 1927; unlike the normal interval it is right near 0 and 1."""
+    share, z = n_hits / n, 1.959964
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def metric_columns(found: Evaluation) -> dict[str, float]:

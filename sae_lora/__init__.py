@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sae_lora.adapter import load_adapter
     from sae_lora.config import FitConfig
+    from sae_lora.controls import with_control
+    from sae_lora.correctors import load_corrector
     from sae_lora.dictionary import FrozenDictionary
     from sae_lora.evaluation import measure
     from sae_lora.fitting import fit
@@ -21,10 +23,12 @@ _HOMES = {
     "fit": "fitting",
     "inspect_dictionary": "loading",
     "load_adapter": "adapter",
+    "load_corrector": "correctors",
     "load_dictionary": "loading",
     "measure": "evaluation",
     "special_ids": "splicing",
     "splice": "splicing",
+    "with_control": "controls",
 }
 
 __all__ = [
@@ -33,10 +37,12 @@ __all__ = [
     "fit",
     "inspect_dictionary",
     "load_adapter",
+    "load_corrector",
     "load_dictionary",
     "measure",
     "special_ids",
     "splice",
+    "with_control",
 ]
 
 

@@ -1,9 +1,11 @@
-"""LoRA on chosen layers through stock PEFT, and its folder: PEFT's files, and a sidecar that names the dictionaries.
+"""LoRA on chosen layers through stock PEFT, and the folder of a fit: weights and a sidecar that names dictionaries.
 
 The sidecar, `splice.json`, is written last. An adapter is meant for the model with its dictionaries spliced in, so
-`load_adapter` refuses a folder without it, and other dictionaries than those it names.
+`load_adapter` refuses a folder without it, and other dictionaries than those it names. The folder of a corrector other
+than LoRA (`correctors`) has the same sidecar.
 """
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,20 @@ from sae_lora.dictionary import DictionaryInfo, FrozenDictionary
 FORMAT = "model-diffing/sae-lora"
 FORMAT_VERSION = 1
 SIDECAR = "splice.json"
-_WEIGHTS = "adapter_model.safetensors"
+CORRECTOR_WEIGHTS = "corrector.safetensors"
+
+
+def weights_file(corrector: str) -> str:
+    """Name of the file with the weights that were trained."""
+    return "adapter_model.safetensors" if corrector == "lora" else CORRECTOR_WEIGHTS
+
+
+def lora_off(model: Any) -> contextlib.AbstractContextManager[Any]:
+    """The model without its LoRA, if it has any."""
+    off: contextlib.AbstractContextManager[Any] = (
+        model.disable_adapter() if hasattr(model, "disable_adapter") else contextlib.nullcontext()
+    )
+    return off
 
 
 def first_layer_after(hook_point: str) -> int:
@@ -72,15 +87,10 @@ def add_lora(
         return peft.get_peft_model(model, config).eval()
 
 
-def save_adapter(
-    model: Any,
-    folder: Path,
-    dictionaries: Sequence[FrozenDictionary],
-    keep_ids: Sequence[int],
-    described: dict[str, Any],
+def write_sidecar(
+    folder: Path, dictionaries: Sequence[FrozenDictionary], keep_ids: Sequence[int], described: dict[str, Any]
 ) -> None:
-    """Write the PEFT folder, then the sidecar. `described`: what else is recorded (model, layers)."""
-    model.save_pretrained(folder, save_embedding_layers=False)
+    """Describe the weights in a folder. `described`: what else is recorded (model, tokens, corrector, layers)."""
     sidecar = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -88,7 +98,7 @@ def save_adapter(
         "mode": "replace",
         "kept_positions": {"padding": True, "token_ids": list(keep_ids)},
         "dictionaries": [dictionary.identity() for dictionary in dictionaries],
-        "weights": store.written(folder / _WEIGHTS)._asdict(),
+        "weights": store.written(folder / weights_file(described["corrector"]))._asdict(),
     }
     store.write_json(folder / SIDECAR, sidecar)
 
@@ -102,21 +112,23 @@ def read_sidecar(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder)
     path = path / "adapter" if (path / "adapter").is_dir() else path
-    if not (path / "adapter_config.json").is_file():
-        raise InputError(f"{path} holds no adapter: there is no adapter_config.json. Give a run of `sae-lora fit`.")
+    if not (path / "adapter_config.json").is_file() and not (path / SIDECAR).is_file():
+        raise InputError(f"{path} holds no adapter: there is no {SIDECAR}. Give a run of `sae-lora fit`.")
     if not (path / SIDECAR).is_file():
         raise InputError(
             f"{path} is an adapter without {SIDECAR}, which names the dictionary that it was fitted around. Copy the "
             "whole folder of `sae-lora fit`, or load it with plain PEFT if it is none."
         )
-    found = store.read_object(path / SIDECAR, "format", "format_version", "model", "dictionaries", "weights")
+    keys = ("format", "format_version", "model", "tokens", "corrector", "dictionaries", "weights")
+    found = store.read_object(path / SIDECAR, *keys)
     if (found["format"], found["format_version"]) != (FORMAT, FORMAT_VERSION):
         raise InputError(
             f"{path / SIDECAR} has format {found['format']!r} version {found['format_version']}; expected {FORMAT!r} "
             f"version {FORMAT_VERSION}."
         )
-    if not (path / _WEIGHTS).is_file() or store.written(path / _WEIGHTS)._asdict() != found["weights"]:
-        raise CorruptData(f"{path / _WEIGHTS} is not the file that {SIDECAR} describes. Copy or fit it again.")
+    weights = path / weights_file(found["corrector"])
+    if not weights.is_file() or store.written(weights)._asdict() != found["weights"]:
+        raise CorruptData(f"{weights} is not the file that {SIDECAR} describes. Copy or fit it again.")
     return {**found, "folder": str(path)}
 
 
@@ -143,11 +155,15 @@ def load_adapter(model: nn.Module, folder: str | Path, dictionaries: Sequence[Fr
     """The model with a saved adapter, after checking that the dictionaries are those that it was fitted around.
 
     Raises:
-        InputError: as `read_sidecar` and `require_same_dictionaries`.
+        InputError: as `read_sidecar` and `require_same_dictionaries`; the folder of another corrector.
     """
     import peft
 
     sidecar = read_sidecar(folder)
+    if sidecar["corrector"] != "lora":
+        raise InputError(
+            f"{sidecar['folder']} is corrector {sidecar['corrector']!r}, no LoRA. Use sae_lora.load_corrector."
+        )
     require_same_dictionaries(sidecar, dictionaries)
     with quiet_transformers():
         return peft.PeftModel.from_pretrained(model, sidecar["folder"]).eval()

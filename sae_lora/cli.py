@@ -1,15 +1,16 @@
-"""`sae-lora fit | eval`: settings and messages only."""
+"""`sae-lora fit | eval | compare`: settings and messages only."""
 
 from dataclasses import dataclass, field
 
 from crosscoders.command import Command
 from crosscoders.command import main as run_main
+from crosscoders.config import require_range
 from sae_lora.config import PRESETS, FitConfig, TextConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class FitSettings(FitConfig):
-    """Fit LoRA so that the model with dictionaries spliced in predicts what it predicts without them."""
+    """Fit LoRA, or another corrector, so that the model with dictionaries in it predicts what it predicts without."""
 
     out: str
     """Run folder; an interrupted run there goes on."""
@@ -27,6 +28,28 @@ class EvalSettings(TextConfig):
     """Model, where it is no longer at the place that the adapter's sidecar names."""
     dictionary: str | list[str] | None = None
     """Dictionaries, for the same reason, in the order of the sidecar."""
+    stability: int = 0
+    """Latents to ablate before and after, of each dictionary; 0: none."""
+    out: str | None = None
+    """JSON file for the results."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_range(self, 0, None, "stability")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareSettings(TextConfig):
+    """Several fits of one model, dictionary and text side by side: what each closed, left and cost."""
+
+    runs: list[str]
+    """Run folders of `sae-lora fit`, with different names; the first is what the others are compared with."""
+    n_tokens: int = field(default=200_000)
+    """Scored tokens to read, best of documents that were not fitted on."""
+    model: str | None = None
+    """Model, where it is no longer at the place that the sidecars name."""
+    dictionary: str | list[str] | None = None
+    """Dictionaries, for the same reason, in the order of the sidecars."""
     out: str | None = None
     """JSON file for the results."""
 
@@ -45,6 +68,13 @@ COMMANDS = [
         EvalSettings,
         "sae_lora.commands:eval_command",
         positional="run",
+    ),
+    Command(
+        "compare",
+        "Several fits in one table: what each closed, left and cost.",
+        CompareSettings,
+        "sae_lora.commands:compare_command",
+        positional="runs",
     ),
 ]
 

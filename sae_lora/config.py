@@ -6,6 +6,9 @@ from typing import Any, Literal
 from crosscoders.config import CacheConfig, DataSource, require_positive, require_range
 from crosscoders.errors import InputError
 
+ControlKind = Literal["none", "identity", "noise", "random-decoder", "shuffled-decoder"]
+CorrectorKind = Literal["lora", "mean-scale", "affine", "sae"]
+
 
 @dataclass(frozen=True)
 class TextConfig:
@@ -59,6 +62,12 @@ class FitConfig(TextConfig):
     """Where each dictionary belongs, for those whose files do not say it."""
     side: Literal["base", "tuned", "both"] | None = None
     """Whose reconstruction is taken, for crosscoders of two models."""
+    control: ControlKind = "none"
+    """Put this in place of what the dictionary reconstructs: x itself, x with noise of the size of the dictionary's
+    error, or the dictionary with random or with permuted decoder rows."""
+    corrector: CorrectorKind = "lora"
+    """What is trained: LoRA in the model; a scale and a shift after the dictionary; an affine map after it; the
+    dictionary's own weights."""
     layers: Literal["after", "all"] | list[int] = "after"
     """Layers that get LoRA: those after the (lowest) dictionary, all, or a list."""
     rank: int = 64
@@ -73,7 +82,7 @@ class FitConfig(TextConfig):
     lr: float = 5e-5
     """Learning rate of AdamW, constant."""
     weight_decay: float = 0.01
-    """AdamW's decay."""
+    """AdamW's decay, towards no change; none for corrector sae, whose weights do not start at 0."""
     clip_norm: float | None = 1.0
     """Largest global norm of the gradient; null: no clipping."""
     chunk_tokens: int = 512
@@ -92,6 +101,15 @@ class FitConfig(TextConfig):
             raise InputError(f"alpha is {self.alpha}; give a number above 0.")
         if isinstance(self.layers, list) and (not self.layers or len(set(self.layers)) < len(self.layers)):
             raise InputError(f"layers is {self.layers}; name each layer once, or give after or all.")
+        if self.corrector != "lora" and (self.layers != "after" or self.rank != 64):
+            raise InputError(
+                f"corrector {self.corrector!r} has no LoRA, so layers and rank have no effect. Leave them out."
+            )
+        if self.corrector == "sae" and self.control in ("identity", "noise"):
+            raise InputError(
+                f"corrector 'sae' trains the dictionary, of which control {self.control!r} keeps nothing. "
+                "Choose another."
+            )
 
     def chosen_alpha(self) -> float:
         """The setting `alpha`, or its default."""

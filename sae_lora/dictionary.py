@@ -65,9 +65,16 @@ class FrozenDictionary(nn.Module):
     def decode(self, latents: Float[Tensor, "tokens dict_size"]) -> Float[Tensor, "tokens d_model"]:
         raise NotImplementedError
 
+    def reconstruct(
+        self, x: Float[Tensor, "tokens d_model"]
+    ) -> tuple[Float[Tensor, "tokens dict_size"], Float[Tensor, "tokens d_model"]]:
+        """Latents and what stands in place of x: decode(encode(x)), but for controls that need x itself."""
+        latents = self.encode(x)
+        return latents, self.decode(latents)
+
     def forward(self, x: Float[Tensor, "tokens d_model"]) -> Float[Tensor, "tokens d_model"]:
-        """decode(encode(x))"""
-        return self.decode(self.encode(x))
+        """What stands in place of x."""
+        return self.reconstruct(x)[1]
 
     def content_hash(self) -> str:
         """sha256 over layout, settings, side and every tensor; equal for equal content under any path.
@@ -85,7 +92,7 @@ class FrozenDictionary(nn.Module):
     def identity(self) -> dict[str, Any]:
         """What a sidecar records of it."""
         kept = {key: value for key, value in asdict(self.info).items() if key not in ("model_names", "model_hashes")}
-        return {"hash": self.content_hash(), "dtype": str(self.dtype).removeprefix("torch."), **kept}
+        return {"hash": self.content_hash(), "dtype": str(self.dtype).removeprefix("torch."), **kept, "control": None}
 
 
 class JumpReLU(FrozenDictionary):
@@ -104,7 +111,7 @@ class JumpReLU(FrozenDictionary):
     def __init__(self, info: DictionaryInfo, tensors: dict[str, Tensor]) -> None:
         super().__init__(info)
         for name, value in tensors.items():
-            self.register_buffer(name, value)
+            self.register_parameter(name, nn.Parameter(value, requires_grad=False))
 
     def encode(self, x: Float[Tensor, "tokens d_model"]) -> Float[Tensor, "tokens dict_size"]:
         pre = torch.addmm(self.b_enc, x, self.W_enc)

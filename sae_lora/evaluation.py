@@ -1,13 +1,14 @@
 r"""What a fit closed, and what it cost: {adapter off, on} x {dictionary off, on}, two ablations, intervals.
 
-`measure` runs every cell over the same sequences and keeps sums for each sequence; `rows` divides once and resamples
-sequences, all cells together, so that differences are paired. Definitions in docs/math.md, section "SAE LoRA".
+`measure` runs every cell over the same sequences and keeps sums for each sequence, of all predictions and of those of
+each class; `rows` divides once and resamples sequences, the same for all cells, classes and runs, so that differences
+are paired. Definitions in docs/math.md, section "SAE LoRA".
 """
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +18,8 @@ from torch import Tensor
 from crosscoders import metrics
 from crosscoders.errors import InputError
 from crosscoders.reporting import row
+from sae_lora.adapter import lora_off
+from sae_lora.classes import TokenClasses
 from sae_lora.dictionary import Constant, FrozenDictionary
 from sae_lora.inputs import Batch
 from sae_lora.objective import logits
@@ -26,6 +29,14 @@ CELLS = ("plain", "spliced", "adapted", "adapted_spliced", "zero_ablated", "mean
 """Adapter and dictionary off; dictionary on; adapter on; both on; the adapter off and a constant in place of x."""
 QUANTITIES = ("ce", "kl", "top1")
 RESAMPLES = 2000
+UNITS = {"ce": "nats/token", "kl": "nats/token", "top1": "fraction"}
+
+
+class Sums(NamedTuple):
+    """Over the predictions of each sequence, or over those of one class."""
+
+    sums: Float[np.ndarray, "cells quantities sequences"]
+    n_tokens: Int[np.ndarray, " sequences"]
 
 
 @dataclass
@@ -36,6 +47,9 @@ class Measured:
     n_tokens: Int[np.ndarray, " sequences"]
     reconstruction: dict[str, metrics.Evaluation]
     """FVE, L0 and dead fraction of each dictionary, by "<hook point>.before" and ".after" (adapter on)."""
+    n_active: dict[str, Int[Tensor, " dict_size"]] = field(default_factory=dict)
+    """Tokens on which each latent is active, by the same names."""
+    classes: dict[str, Sums] = field(default_factory=dict)
 
 
 def measure(
@@ -44,14 +58,19 @@ def measure(
     batches: Callable[[], Iterator[Batch]],
     n_sequences: int,
     keep_ids: Sequence[int],
+    *,
+    corrected: Sequence[FrozenDictionary] | None = None,
+    classes: TokenClasses | None = None,
 ) -> Measured:
-    """Every cell of a PEFT model and its dictionaries, over all batches; `batches` makes a fresh pass.
+    """Every cell of a model, under PEFT or not, and its dictionaries, over all batches; `batches` makes a fresh pass.
 
+    corrected: what is spliced while the adapter is on, for correctors of the dictionary.
     The prediction of a token is made a position before it; predictions of BOS and padding are not counted. The
     ablations keep the positions that the splice keeps; the mean is the model's own, over the other positions.
     """
-    sums = np.zeros((len(CELLS), len(QUANTITIES), n_sequences))
-    n_tokens = np.zeros(n_sequences, dtype=np.int64)
+    names = ["", *(classes.names if classes else [])]
+    sums = np.zeros((len(names), len(CELLS), len(QUANTITIES), n_sequences))
+    n_tokens = np.zeros((len(names), n_sequences), dtype=np.int64)
     collected = {
         (d.hook_point, when): metrics.ReconstructionSums(1, d.info.d_model, d.info.dict_size)
         for d in dictionaries
@@ -69,35 +88,51 @@ def measure(
     for batch in batches():
         used = batch.scored.clone()
         used[:, 0] = False  # nothing predicts the first token
-        n_tokens[batch.numbers] = used.sum(dim=1).cpu().numpy()
+        masks = [used, *(classes.of(batch, used).values() if classes else [])]
+        n_tokens[:, batch.numbers] = [mask.sum(dim=1).cpu().numpy() for mask in masks]
         p = None
         for number, cell in enumerate(CELLS):
             with torch.no_grad(), contextlib.ExitStack() as stack:
                 if not cell.startswith("adapted"):
-                    stack.enter_context(model.disable_adapter())
-                put: Sequence[FrozenDictionary] = {"zero_ablated": zeros, "mean_ablated": means}.get(cell, dictionaries)
+                    stack.enter_context(lora_off(model))
+                put: Sequence[FrozenDictionary] = {
+                    "zero_ablated": zeros, "mean_ablated": means, "adapted_spliced": corrected or dictionaries
+                }.get(cell, dictionaries)  # fmt: skip
                 if cell not in ("plain", "adapted"):
                     when = {"spliced": "before", "adapted_spliced": "after"}.get(cell)
                     observe = collect(when) if when else None
                     stack.enter_context(splice(model, put, keep_ids=keep_ids, observe=observe))
                 q = logits(model, batch)
             p = q if p is None else p
-            sums[number][:, batch.numbers] = _of_rows(p, q, batch, used)
-    found = {f"{point}.{when}": part.result() for (point, when), part in collected.items()}
-    return Measured(sums, n_tokens, found)
+            sums[:, number][:, :, batch.numbers] = _of_rows(p, q, batch, masks)
+    parts = {f"{point}.{when}": part for (point, when), part in collected.items()}
+    return Measured(
+        sums[0],
+        n_tokens[0],
+        {name: part.result() for name, part in parts.items()},
+        {name: part.n_active for name, part in parts.items()},
+        {name: Sums(*found) for name, *found in zip(names[1:], sums[1:], n_tokens[1:], strict=True)},
+    )
 
 
 def _of_rows(
-    p: Float[Tensor, "rows seq vocab"], q: Float[Tensor, "rows seq vocab"], batch: Batch, used: Bool[Tensor, "rows seq"]
-) -> Float[np.ndarray, "quantities rows"]:
-    """Sums over each sequence, one sequence's probabilities at a time."""
-    found = np.zeros((len(QUANTITIES), len(used)))
+    p: Float[Tensor, "rows seq vocab"],
+    q: Float[Tensor, "rows seq vocab"],
+    batch: Batch,
+    masks: Sequence[Bool[Tensor, "rows seq"]],
+) -> Float[np.ndarray, "masks quantities rows"]:
+    """Sums over each sequence and the parts of it that are marked, of which the first holds the others; one sequence's
+    probabilities at a time."""
+    used = masks[0]
+    found = np.zeros((len(masks), len(QUANTITIES), len(used)))
     for r in range(len(used)):
         wanted = used[r, 1:]
         log_p, log_q = (metrics.log_probs(values[r, :-1][wanted]) for values in (p, q))
         ce = metrics.ce(log_q, batch.ids[r, 1:][wanted])
         same = log_p.argmax(dim=1) == log_q.argmax(dim=1)
-        found[:, r] = [float(part.double().sum()) for part in (ce, metrics.kl(log_p, log_q), same)]
+        each = torch.stack([part.double() for part in (ce, metrics.kl(log_p, log_q), same)])
+        marked = torch.stack([mask[r, 1:][wanted] for mask in masks]).double()
+        found[:, :, r] = (marked @ each.T).cpu().numpy()
     return found
 
 
@@ -116,80 +151,91 @@ def _ablations(
 
     device = next(model.parameters()).device
     zeros = [Constant(point, torch.zeros(len(total))).to(device) for point, total in totals.items()]
-    with torch.no_grad(), model.disable_adapter(), splice(model, zeros, mode="off", keep_ids=keep_ids, observe=add):
+    with torch.no_grad(), lora_off(model), splice(model, zeros, mode="off", keep_ids=keep_ids, observe=add):
         for batch in batches():
             logits(model, batch)
     means = [Constant(point, (total / counts[point]).float()).to(device) for point, total in totals.items()]
     return zeros, means
 
 
+class Means:
+    """Means of one set of predictions: [0] is the estimate, the others are resamples of sequences."""
+
+    def __init__(
+        self,
+        sums: Float[np.ndarray, "cells quantities sequences"],
+        n_tokens: Int[np.ndarray, " sequences"],
+        weights: Float[np.ndarray, "resamples sequences"],
+    ) -> None:
+        self.n = int(n_tokens.sum())
+        self.has_interval = len(n_tokens) > 1
+        tokens = np.maximum(weights @ n_tokens, 1)
+        means = np.einsum("rs,cqs->qcr", weights, sums) / tokens
+        self.ce, self.kl, self.top1 = (dict(zip(CELLS, part, strict=True)) for part in means)
+
+    def entry(self, name: str, values: Float[np.ndarray, " resamples"], unit: str) -> dict[str, Any]:
+        low, high = np.percentile(values[1:], [2.5, 97.5]).tolist() if self.has_interval else (None, None)
+        return row(name, float(values[0]), unit, self.n, low, high)
+
+    def gap(self, cell: str) -> Float[np.ndarray, " resamples"]:
+        """CE above that of the plain model."""
+        return self.ce[cell] - self.ce["plain"]
+
+    def shares(self) -> dict[str, Float[np.ndarray, " resamples"]]:
+        """gap_closed and kl_closed, where their denominators are above 0."""
+        parts = {
+            "gap_closed": (self.ce["spliced"] - self.ce["adapted_spliced"], self.gap("spliced")),
+            "kl_closed": (self.kl["spliced"] - self.kl["adapted_spliced"], self.kl["spliced"]),
+        }
+        return {name: part / whole for name, (part, whole) in parts.items() if (whole > 0).all()}
+
+    def recovered(self) -> dict[str, Float[np.ndarray, " resamples"]]:
+        """loss_recovered.<ablation>.<cell>, under the same condition."""
+        found = {}
+        for kind in ("zero", "mean"):
+            whole = self.gap(f"{kind}_ablated")
+            if (whole > 0).all():
+                for cell in ("spliced", "adapted_spliced"):
+                    found[f"loss_recovered.{kind}.{cell}"] = (whole - self.gap(cell)) / whole
+        return found
+
+
+def resample(n_sequences: int, seed: int) -> Float[np.ndarray, "resamples sequences"]:
+    """How often each sequence counts: once in row 0, then as drawn."""
+    drawn = np.random.default_rng(seed).multinomial(n_sequences, np.full(n_sequences, 1 / n_sequences), size=RESAMPLES)
+    return np.concatenate([np.ones((1, n_sequences)), drawn])
+
+
 def rows(measured: Measured, seed: int = 0) -> list[dict[str, Any]]:
-    """Rows eval.<quantity>.<cell>, eval.loss_recovered.*, eval.gap_closed, eval.kl_closed, fve and l0, with 95%
-    bootstrap intervals over sequences. A ratio whose denominator is not above 0 is left out.
+    """Rows eval.<quantity>.<cell>, eval.ce_gap.*, eval.loss_recovered.*, eval.gap_closed, eval.kl_closed, the same for
+    each class of predictions, fve and l0. A share whose denominator is not above 0 is left out.
 
     Raises:
         InputError: no prediction was scored.
     """
-    n, n_sequences = int(measured.n_tokens.sum()), len(measured.n_tokens)
-    if not n:
+    n_sequences = len(measured.n_tokens)
+    if not measured.n_tokens.sum():
         raise InputError("no prediction to measure: every sequence has one token or none. Give longer documents.")
-    drawn = np.random.default_rng(seed).multinomial(n_sequences, np.full(n_sequences, 1 / n_sequences), size=RESAMPLES)
-    weights = np.concatenate([np.ones((1, n_sequences)), drawn])
-    tokens = np.maximum(weights @ measured.n_tokens, 1)
-    mean = {
-        (quantity, cell): weights @ measured.sums[c, i] / tokens
-        for i, quantity in enumerate(QUANTITIES)
-        for c, cell in enumerate(CELLS)
-    }
-
-    def entry(name: str, values: Float[np.ndarray, " resamples"], unit: str) -> dict[str, Any]:
-        low, high = np.percentile(values[1:], [2.5, 97.5]).tolist() if n_sequences > 1 else (None, None)
-        return row(f"eval.{name}", float(values[0]), unit, n, low, high)
-
+    weights = resample(n_sequences, seed)
+    means = Means(measured.sums, measured.n_tokens, weights)
     found = [row("eval.sequences", n_sequences, "sequences", n_sequences)]
-    units = {"ce": "nats/token", "kl": "nats/token", "top1": "fraction"}
-    found += [entry(f"{quantity}.{cell}", values, units[quantity]) for (quantity, cell), values in mean.items()]
-    ce = {cell: mean["ce", cell] for cell in CELLS}
-    found += [entry(f"ce_gap.{cell}", ce[cell] - ce["plain"], "nats/token") for cell in CELLS[1:4]]
-    shares = {
-        f"loss_recovered.{kind}.{cell}": (ce[f"{kind}_ablated"] - ce[cell], ce[f"{kind}_ablated"] - ce["plain"])
-        for kind in ("zero", "mean")
-        for cell in ("spliced", "adapted_spliced")
-    }
-    shares["gap_closed"] = (ce["spliced"] - ce["adapted_spliced"], ce["spliced"] - ce["plain"])
-    kl = {cell: mean["kl", cell] for cell in CELLS}
-    shares["kl_closed"] = (kl["spliced"] - kl["adapted_spliced"], kl["spliced"])
-    for name, (part, whole) in shares.items():
-        if (whole > 0).all():
-            found.append(entry(name, part / whole, "fraction"))
+    for quantity in QUANTITIES:
+        of_cells = getattr(means, quantity)
+        found += [means.entry(f"eval.{quantity}.{cell}", of_cells[cell], UNITS[quantity]) for cell in CELLS]
+    found += [means.entry(f"eval.ce_gap.{cell}", means.gap(cell), "nats/token") for cell in CELLS[1:4]]
+    shares = means.recovered() | means.shares()
+    found += [means.entry(f"eval.{name}", values, "fraction") for name, values in shares.items()]
     for name, part in measured.reconstruction.items():
         found.append(row(f"eval.fve.{name}", part.fve[0], "fraction", part.n_tokens))
         found.append(row(f"eval.l0.{name}", part.l0, "latents/token", part.n_tokens))
+    for name, (sums, n_tokens) in measured.classes.items():
+        if n_tokens.any():
+            found += _class_rows(f"eval.{name}", Means(sums, n_tokens, weights))
     return found
 
 
-def summary(found: list[dict[str, Any]]) -> str:
-    """The rows as a table for people."""
-    values = {entry["name"].removeprefix("eval."): entry for entry in found}
-    n, n_sequences = values["ce.plain"]["n"], values["sequences"]["value"]
-    lines = [f"{n:,} predictions in {n_sequences:,} sequences; 95% intervals over sequences"]
-    lines.append(f"  {'':<18}{'CE':>8}   {'CE - plain':<30}{'KL':>8}{'top-1':>8}")
-    for cell in CELLS:
-        gap = values.get(f"ce_gap.{cell}")
-        lines.append(
-            f"  {cell:<18}{values[f'ce.{cell}']['value']:>8.4f}   {_interval(gap, '.4f'):<30}"
-            f"{values[f'kl.{cell}']['value']:>8.4f}{values[f'top1.{cell}']['value']:>8.3f}"
-        )
-    for name, shown in values.items():
-        if name.startswith(("loss_recovered", "gap_closed", "kl_closed")):
-            lines.append(f"  {name:<40}{_interval(shown, '.3f')}")
-        if name.startswith(("fve", "l0")):
-            lines.append(f"  {name:<40}{shown['value']:.3f}  n {shown['n']:,} tokens")
-    return "\n".join(lines)
-
-
-def _interval(entry: dict[str, Any] | None, form: str) -> str:
-    if entry is None:
-        return ""
-    shown = f"{entry['value']:{form}}"
-    return shown if entry["low"] is None else f"{shown} ({entry['low']:{form}} to {entry['high']:{form}})"
+def _class_rows(place: str, means: Means) -> list[dict[str, Any]]:
+    found = [means.entry(f"{place}.ce.plain", means.ce["plain"], "nats/token")]
+    found += [means.entry(f"{place}.ce_gap.{cell}", means.gap(cell), "nats/token") for cell in CELLS[1:4]]
+    found += [means.entry(f"{place}.kl.{cell}", means.kl[cell], "nats/token") for cell in CELLS[1:4]]
+    return found + [means.entry(f"{place}.{name}", values, "fraction") for name, values in means.shares().items()]

@@ -1,4 +1,5 @@
-"""Fit LoRA around frozen dictionaries: a config -> a run folder with an adapter. One loop from top to bottom.
+"""Fit LoRA, or another corrector, around frozen dictionaries: a config -> a run folder with an adapter. One loop from
+top to bottom.
 
 The run folder is that of crosscoder training, with `adapter/` in place of the crosscoder. Dropout is seeded by the step
 and batches are a pure function of the plan, so an interrupted run goes on with the same numbers.
@@ -19,10 +20,10 @@ from crosscoders.pair import choose_device
 from crosscoders.progress import Progress, say
 from crosscoders.provenance import environment
 from crosscoders.training import StopRequested, stop_requests
-from sae_lora import objective
-from sae_lora.adapter import SIDECAR, add_lora, choose_layers, first_layer_after, save_adapter
+from sae_lora import correctors, objective
+from sae_lora.adapter import SIDECAR, choose_layers, first_layer_after
 from sae_lora.config import FitConfig, pair_up
-from sae_lora.dictionary import FrozenDictionary
+from sae_lora.controls import with_control
 from sae_lora.inputs import Batch, Plan, load_dictionaries, load_model, make_plan
 
 
@@ -36,10 +37,10 @@ def fit(config: FitConfig, out: str | Path) -> Path:
     """
     out = Path(out)
     plan = make_plan(config, config.model, pair_up(config.dictionary, config.hook_point), config.side)
-    layers = choose_layers(config.layers, plan.infos, plan.n_layers)
+    layers = choose_layers(config.layers, plan.infos, plan.n_layers) if config.corrector == "lora" else []
     device = choose_device(config.device)
     with store.exclusive(out), stop_requests() as stop:
-        dictionaries = load_dictionaries(plan, device)
+        dictionaries = with_control(load_dictionaries(plan, device), config.control, config.seed)
         inputs = {
             "model": {"name": plan.model, "hash": plan.model_hash},
             "dictionaries": {dictionary.hook_point: dictionary.identity() for dictionary in dictionaries},
@@ -51,25 +52,23 @@ def fit(config: FitConfig, out: str | Path) -> Path:
             return out / "adapter"
 
         # ---- model, optimiser, state
-        adapted = add_lora(
-            load_model(plan, config, device), layers, rank=config.rank, alpha=config.chosen_alpha(),
-            dropout=config.dropout, seed=config.seed,
-        )  # fmt: skip
-        weights = [weight for weight in adapted.parameters() if weight.requires_grad]
-        optimizer = torch.optim.AdamW(weights, lr=config.lr, weight_decay=config.weight_decay)
-        held = nn.ParameterList(weights)
+        fitted = correctors.start(config, load_model(plan, config, device), dictionaries, layers)
+        decay = 0.0 if config.corrector == "sae" else config.weight_decay  # the others are at 0 where nothing changes
+        optimizer = torch.optim.AdamW(fitted.weights, lr=config.lr, weight_decay=decay)
+        held = nn.ParameterList(fitted.weights)
         restored = checkpoint.load_state(out, held, optimizer)
         step = restored[0] if restored else 0
         n_steps = len(plan.rows.batches(config.batch_rows))
-        n_weights = sum(weight.numel() for weight in weights)
+        kind = f"rank {config.rank} on layers {layers[0]} to {layers[-1]}" if layers else config.corrector
+        control = "" if config.control == "none" else f", control {config.control}"
         say(
-            f"fit rank {config.rank} on layers {layers[0]} to {layers[-1]} of {plan.model} ({n_weights:,} weights) "
-            f"around {', '.join(info.hook_point for info in plan.infos)}: {plan.rows.n_scored:,} tokens in "
+            f"fit {kind} of {plan.model} ({fitted.n_weights:,} weights) "
+            f"around {', '.join(info.hook_point for info in plan.infos)}{control}: {plan.rows.n_scored:,} tokens in "
             f"{len(plan.rows.offsets) - 1:,} sequences, {n_steps:,} steps, to {out}"
             + (f"; going on at step {step:,}" if step else "")
         )
         checkpoint.cut_log(out / "train.jsonl", step)
-        prefix = _prefix(adapted, dictionaries, layers, plan, config, device)
+        prefix = _prefix(fitted, layers, plan, config, device)
 
         # ---- the loop
         progress = Progress("fit", total=n_steps, start=step, unit="step")
@@ -77,7 +76,7 @@ def fit(config: FitConfig, out: str | Path) -> Path:
         for number, batch in enumerate(plan.batches(config.batch_rows, device)):
             if number < step:
                 continue
-            total, norm = _step(adapted, dictionaries, batch, plan.keep_ids, config, optimizer, prefix, step, out)
+            total, norm = _step(fitted, batch, plan.keep_ids, config, optimizer, prefix, step, out)
             sums += torch.tensor([total, int(batch.attention_mask.sum())], dtype=torch.float64)
             step += 1
             progress.update(1)
@@ -94,28 +93,29 @@ def fit(config: FitConfig, out: str | Path) -> Path:
             if stop and step < n_steps:
                 raise StopRequested(stop[0], f"stopped on request at step {step:,}; run the same command to go on.")
         progress.close()
-        described = {"model": inputs["model"], "layers": layers, "rank": config.rank, "alpha": config.chosen_alpha()}
-        save_adapter(adapted, out / "adapter", dictionaries, plan.keep_ids, described)
+        described = {"model": inputs["model"], "tokens": inputs["tokens"], "corrector": config.corrector}
+        if layers:
+            described |= {"layers": layers, "rank": config.rank, "alpha": config.chosen_alpha()}
+        correctors.save(fitted, out / "adapter", dictionaries, plan.keep_ids, described)
         return out / "adapter"
 
 
 def _prefix(
-    adapted: Any,
-    dictionaries: list[FrozenDictionary],
+    fitted: correctors.Fitted,
     layers: list[int],
     plan: Plan,
     config: FitConfig,
     device: torch.device,
 ) -> str | None:
     """The lowest hook point, if all LoRA comes after it and starting there gives the same logits bit for bit."""
-    lowest = dictionaries[0].hook_point
-    if layers[0] < first_layer_after(lowest):
+    lowest = fitted.dictionaries[0].hook_point
+    if layers and layers[0] < first_layer_after(lowest):
         return None
     batch = next(plan.batches(config.batch_rows, device))
     with torch.no_grad():
-        whole = objective.logits(adapted, batch)
-        with objective.shared_prefix(adapted, lowest, batch):
-            resumed = objective.logits(adapted, batch)
+        whole = objective.logits(fitted.model, batch)
+        with objective.shared_prefix(fitted.model, lowest, batch):
+            resumed = objective.logits(fitted.model, batch)
     if torch.equal(whole, resumed):
         return lowest
     say("this architecture gives other logits when it is entered half-way; every pass runs from the bottom.")
@@ -123,8 +123,7 @@ def _prefix(
 
 
 def _step(
-    adapted: Any,
-    dictionaries: list[FrozenDictionary],
+    fitted: correctors.Fitted,
     batch: Batch,
     keep_ids: list[int],
     config: FitConfig,
@@ -137,7 +136,7 @@ def _step(
     with torch.random.fork_rng():
         torch.manual_seed(config.seed * 1_000_003 + step)  # dropout; resuming draws the same
         total = objective.batch_kl(
-            adapted, dictionaries, batch, keep_ids, chunk_tokens=config.chunk_tokens, prefix=prefix
+            fitted.model, fitted.dictionaries, batch, keep_ids, chunk_tokens=config.chunk_tokens, prefix=prefix
         )
         if not torch.isfinite(total):
             raise CorruptData(
@@ -146,8 +145,7 @@ def _step(
         optimizer.zero_grad()
         objective.scaled(total, batch, config.loss).backward()
     limit = float("inf") if config.clip_norm is None else config.clip_norm
-    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-    norm = nn.utils.clip_grad_norm_(weights, limit)
+    norm = nn.utils.clip_grad_norm_(fitted.weights, limit)
     optimizer.step()
     return float(total.detach()), float(norm)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from crosscoders import hooks, metrics
-from sae_lora.adapter import first_layer_after
+from sae_lora.adapter import first_layer_after, lora_off
 from sae_lora.dictionary import FrozenDictionary
 from sae_lora.inputs import Batch
 from sae_lora.splicing import splice
@@ -89,7 +89,7 @@ def batch_kl(
     used = batch.attention_mask.bool()
     start = shared_prefix(model, prefix, batch) if prefix is not None else contextlib.nullcontext()
     with start:
-        with torch.no_grad(), model.disable_adapter():
+        with torch.no_grad(), lora_off(model):
             teacher = logits(model, batch)[used]
         with splice(model, dictionaries, keep_ids=keep_ids), lora_dropout(model):
             student = logits(model, batch)[used]

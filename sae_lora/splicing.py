@@ -126,8 +126,7 @@ def _edit(
         if mode == "off" and observe is None:
             return x
         flat = x.flatten(0, 1).to(dictionary.dtype)
-        latents = dictionary.encode(flat)
-        x_hat = dictionary.decode(latents)
+        latents, x_hat = dictionary.reconstruct(flat)
         if observe is not None:
             used = ~kept.flatten()
             observe(dictionary, flat[used], latents[used], x_hat[used])

@@ -7,7 +7,6 @@ Wilson interval) and `raw_loss`.
 """
 
 import argparse
-import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -87,17 +86,16 @@ def answers(model: Any, tokenizer: Any, questions: list[str]) -> list[str]:
 
 
 def rate(name: str, hits: list[bool]) -> Measurement:
-    """Share of hits with its 95% interval. Source: Wilson 1927; unlike the normal interval it is right near 0 and 1.
+    """Share of hits with its 95% interval, `crosscoders.reporting.wilson`.
 
     Raises:
         ValueError: there is nothing to count.
     """
+    from crosscoders.reporting import wilson
+
     if not hits:
         raise ValueError(f"no prompt to measure {name!r} on. Ask for at least one.")
-    n, share, z = len(hits), sum(hits) / len(hits), 1.959964
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return Measurement(name, share, "share", n, max(0.0, centre - half), min(1.0, centre + half))
+    return Measurement(name, sum(hits) / len(hits), "share", len(hits), *wilson(sum(hits), len(hits)))
 
 
 def raw_loss(model: Any, tokenizer: Any, texts: list[str]) -> Measurement:
