@@ -58,15 +58,15 @@ class _Residual(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         x_hat = product(latents.f, W_dec.flatten(1), products).add_(b_dec.flatten())
         err = torch.sub(x, x_hat, out=x_hat).view(len(x), *b_dec.shape)
-        ctx.save_for_backward(W_dec, x, norms)
-        ctx.err, ctx.latents, ctx.shape, ctx.rule, ctx.products = err, latents, W_enc.shape, rule, products
+        ctx.save_for_backward(W_dec, x, norms, err)
+        ctx.latents, ctx.shape, ctx.rule, ctx.products = latents, W_enc.shape, rule, products
         ctx.mark_non_differentiable(err)
         return err, torch.linalg.vector_norm(err, dim=2).square_(), latents.sums @ code_norm(norms, rule)
 
     @staticmethod
     def backward(ctx: Any, _: Tensor, of_squares: Tensor, of_penalty: Tensor) -> tuple[Tensor | None, ...]:
-        (W_dec, x, norms), (f, _, sums) = ctx.saved_tensors, ctx.latents
-        y = (ctx.err * (-2 * of_squares)[:, :, None]).flatten(1)  # dL / dx_hat
+        (W_dec, x, norms, err), (f, _, sums) = ctx.saved_tensors, ctx.latents
+        y = (err * (-2 * of_squares)[:, :, None]).flatten(1)  # dL / dx_hat
         pre_grad = product(y, W_dec.flatten(1).t(), ctx.products)
         penalty = of_penalty * code_norm(norms, ctx.rule)
         if cpu.usable(pre_grad, f, penalty):

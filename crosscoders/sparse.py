@@ -251,7 +251,9 @@ class _Residuals(torch.autograd.Function):
             rows = weight if entries.columns is None else weight[entries.columns]
             parts.append(_residual(entries, rows, None if parts else bias, goal, len(b_dec), out))
             goal = parts[0].left
-        ctx.sets, ctx.parts, ctx.left, ctx.x, ctx.shape, ctx.squares = sets, parts, left, x, W_enc.shape, squares
+        # No output is kept here, other than by a tensor of its own: that would be a cycle, never freed in a long run.
+        ctx.sets, ctx.dots, ctx.left, ctx.x, ctx.shape = sets, [part.dots for part in parts], left, x, W_enc.shape
+        ctx.squares = squares
         ctx.mark_non_differentiable(parts[0].left)
         return sets[0].values.clone(), parts[0].left, *(part.squares for part in parts)
 
@@ -261,14 +263,15 @@ class _Residuals(torch.autograd.Function):
         n_models, d_model, n_latents = ctx.shape
         scales = [(-2 * grad).contiguous() for grad in grads]
         found = [
-            cpu.EntrySet(e.tokens, e.latents, e.columns, e.values, part.dots, scale, None)
-            for e, part, scale in zip(ctx.sets, ctx.parts, scales, strict=True)
+            cpu.EntrySet(e.tokens, e.latents, e.columns, e.values, dots, scale, None)
+            for e, dots, scale in zip(ctx.sets, ctx.dots, scales, strict=True)
         ]
         found[0] = found[0]._replace(direct=direct)
         run = cpu.row_gradients if cpu.usable(ctx.left, ctx.x, *scales) else _row_gradients
         grads_of = run(found, ctx.left, ctx.x, n_latents)
         ctx.squares.append(grads_of.squares.double().sum())
-        by_model = zip(scales[0].unbind(1), ctx.parts[0].left.view(-1, n_models, d_model).unbind(1), strict=True)
+        err = ctx.left[: len(ctx.x)].view(-1, n_models, d_model)
+        by_model = zip(scales[0].unbind(1), err.unbind(1), strict=True)
         return (
             grads_of.W_enc.t().view(ctx.shape),
             grads_of.b_enc,

@@ -1,5 +1,6 @@
 """The fast path equals the dense one: selection, products, gradients, trajectories."""
 
+import gc
 from dataclasses import replace
 from typing import Any
 
@@ -152,6 +153,27 @@ def test_fifty_steps_stay_on_the_dense_trajectory(variant: str, monkeypatch: pyt
         slow.step()
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         assert (a - b).norm() <= 1e-5 * b.norm()
+
+
+@pytest.mark.parametrize("variant", ["batchtopk", "l1 dense", "l1 sparse"])
+def test_a_step_leaves_nothing_behind(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the collector: a cycle through the graph would keep every batch of a long run."""
+    monkeypatch.setattr("crosscoders.objective.SPARSE_DENSITY", float(variant == "l1 sparse"))
+    is_l1 = variant != "batchtopk"
+    model, config, x = setting("sum", "norm", torch.float32, **({"activation": "relu", "k": None} if is_l1 else {}))
+    dead = torch.arange(20) < (0 if is_l1 else 4)
+    gc.collect()
+    gc.disable()
+    try:
+        n_tensors = []
+        for _ in range(3):
+            model.zero_grad()
+            known = {"dead": dead, "k": None if is_l1 else 3, "select": sparse.WarmSelection()}
+            torch.stack(list(forward(model, config, x, step=0, **known).terms.values())).sum().backward()
+            n_tensors.append(sum(type(thing) is torch.Tensor for thing in gc.get_objects()))
+        assert n_tensors[0] == n_tensors[1] == n_tensors[2]
+    finally:
+        gc.enable()
 
 
 def test_the_encoder_gradient_needs_no_transposed_copy() -> None:
