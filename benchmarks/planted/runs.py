@@ -13,16 +13,21 @@ from crosscoders.metrics import Evaluation, evaluate
 from diffing import latent_table, scale_latents
 
 
+N_STEPS = 1500
+
+
 class Size(NamedTuple):
     planted: PlantedConfig
     dict_size: int
     k: int
+    n_steps: dict[str, int] = {}
+    """Of variants that take another number of steps than N_STEPS."""
 
 
 SIZES = {
     "standard": Size(PlantedConfig(d_model=96), dict_size=384, k=8),
     "independent": Size(PlantedConfig(d_model=96, child_share=0.0), dict_size=384, k=8),
-    "narrow": Size(PlantedConfig(d_model=64), dict_size=320, k=8),
+    "narrow": Size(PlantedConfig(d_model=64), dict_size=384, k=8, n_steps={"batchtopk": 4500}),
     "wide": Size(
         PlantedConfig(
             d_model=128, n_shared=150, n_tuned_only=30, n_base_only=24, n_rotated=18, n_rescaled=32, n_split=24,
@@ -32,7 +37,7 @@ SIZES = {
         k=11,
     ),
 }  # fmt: skip
-"""Settings were chosen on seeds 100 and 101; k is about 1.5 times the planted L0. `independent` is the control without
+"""Settings were chosen on seeds 100 to 103; k is about 1.5 times the planted L0. `independent` is the control without
 features that fire only under another one."""
 
 VARIANTS: dict[str, tuple[Literal["relu", "batchtopk"], Literal["sum", "concat"]]] = {
@@ -44,7 +49,6 @@ VARIANTS: dict[str, tuple[Literal["relu", "batchtopk"], Literal["sum", "concat"]
 """(activation, code_norm)"""
 
 BATCH = 1024
-N_STEPS = 1500
 TRAIN_TOKENS, EVAL_TOKENS = 400_000, 40_000
 
 
