@@ -27,6 +27,8 @@ class EvalSettings(TextConfig):
     """Model, where it is no longer at the place that the adapter's sidecar names."""
     dictionary: str | list[str] | None = None
     """Dictionaries, for the same reason, in the order of the sidecar."""
+    other_model: str | None = None
+    """Other model of a crosscoder, for the same reason."""
     out: str | None = None
     """JSON file for the results."""
 

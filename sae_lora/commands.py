@@ -43,9 +43,18 @@ def eval_command(settings: EvalSettings) -> dict[str, Any]:
     side = next((entry["side"] for entry in entries if entry["side"]), None)
     model_name = settings.model or sidecar["model"]["name"]
     chosen = pair_up(paths, [entry["hook_point"] for entry in entries])
-    plan = make_plan(settings, model_name, chosen, side, fitted_to=sidecar["model"])
+    beside = sidecar.get("other_model")
+    plan = make_plan(
+        settings,
+        model_name,
+        chosen,
+        side,
+        fitted_to=sidecar["model"],
+        foreign=bool(sidecar.get("foreign_dictionary")),
+        other=settings.other_model or (beside["name"] if beside else None),
+    )
     device = choose_device(settings.device)
-    dictionaries = load_dictionaries(plan, device)
+    dictionaries = load_dictionaries(plan, settings, device)
     adapted = load_adapter(load_model(plan, settings, device), sidecar["folder"], dictionaries)
     n_sequences = len(plan.rows.offsets) - 1
     say(f"eval {sidecar['folder']} on {plan.rows.n_scored:,} tokens in {n_sequences:,} sequences")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from crosscoders import checkpoint, store
+from crosscoders import checkpoint, hooks, store
 from crosscoders.config import to_dict
 from crosscoders.errors import CorruptData
 from crosscoders.pair import choose_device
@@ -35,11 +35,14 @@ def fit(config: FitConfig, out: str | Path) -> Path:
         StopRequested: SIGTERM or SIGINT, after the state was saved.
     """
     out = Path(out)
-    plan = make_plan(config, config.model, pair_up(config.dictionary, config.hook_point), config.side)
+    chosen = pair_up(config.dictionary, config.hook_point)
+    plan = make_plan(
+        config, config.model, chosen, config.side, foreign=config.foreign_dictionary, other=config.other_model
+    )
     layers = choose_layers(config.layers, plan.infos, plan.n_layers)
     device = choose_device(config.device)
     with store.exclusive(out), stop_requests() as stop:
-        dictionaries = load_dictionaries(plan, device)
+        dictionaries = load_dictionaries(plan, config, device)
         inputs = {
             "model": {"name": plan.model, "hash": plan.model_hash},
             "dictionaries": {dictionary.hook_point: dictionary.identity() for dictionary in dictionaries},
@@ -94,7 +97,10 @@ def fit(config: FitConfig, out: str | Path) -> Path:
             if stop and step < n_steps:
                 raise StopRequested(stop[0], f"stopped on request at step {step:,}; run the same command to go on.")
         progress.close()
-        described = {"model": inputs["model"], "layers": layers, "rank": config.rank, "alpha": config.chosen_alpha()}
+        described = {
+            "model": inputs["model"], "layers": layers, "rank": config.rank, "alpha": config.chosen_alpha(),
+            "foreign_dictionary": config.foreign_dictionary, "other_model": plan.other,
+        }  # fmt: skip
         save_adapter(adapted, out / "adapter", dictionaries, plan.keep_ids, described)
         return out / "adapter"
 
@@ -107,8 +113,9 @@ def _prefix(
     config: FitConfig,
     device: torch.device,
 ) -> str | None:
-    """The lowest hook point, if all LoRA comes after it and starting there gives the same logits bit for bit."""
-    lowest = dictionaries[0].hook_point
+    """The residual-stream point at or before the lowest dictionary, if all LoRA comes after it and starting there gives
+    the same logits bit for bit."""
+    lowest = hooks.entry_point(dictionaries[0].hook_point)
     if layers[0] < first_layer_after(lowest):
         return None
     batch = next(plan.batches(config.batch_rows, device))
