@@ -6,7 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from crosscoders import store
+from crosscoders import memory, store
 from crosscoders.commands import closing, result
 from crosscoders.config import to_dict
 from crosscoders.errors import InputError
@@ -19,6 +19,7 @@ from sae_lora.cli import EvalSettings, FitSettings
 from sae_lora.config import FitConfig, pair_up
 from sae_lora.fitting import fit
 from sae_lora.inputs import load_dictionaries, load_model, make_plan
+from sae_lora.memory import MEND, eval_need
 
 
 def fit_command(settings: FitSettings) -> dict[str, Any]:
@@ -54,10 +55,11 @@ def eval_command(settings: EvalSettings) -> dict[str, Any]:
         other=settings.other_model or (beside["name"] if beside else None),
     )
     device = choose_device(settings.device)
+    needed = memory.require([eval_need(settings, plan, device)], MEND)
     dictionaries = load_dictionaries(plan, settings, device)
     adapted = load_adapter(load_model(plan, settings, device), sidecar["folder"], dictionaries)
     n_sequences = len(plan.rows.offsets) - 1
-    say(f"eval {sidecar['folder']} on {plan.rows.n_scored:,} tokens in {n_sequences:,} sequences")
+    say(f"eval {sidecar['folder']} on {plan.rows.n_scored:,} tokens in {n_sequences:,} sequences; needs {needed}")
     keep_ids = sidecar["kept_positions"]["token_ids"]
     measured = evaluation.measure(
         adapted, dictionaries, lambda: plan.batches(settings.batch_rows, device), n_sequences, keep_ids

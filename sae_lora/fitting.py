@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from crosscoders import checkpoint, hooks, store
+from crosscoders import checkpoint, hooks, memory, store
 from crosscoders.config import to_dict
 from crosscoders.errors import CorruptData
 from crosscoders.pair import choose_device
@@ -24,6 +24,7 @@ from sae_lora.adapter import SIDECAR, add_lora, choose_layers, first_layer_after
 from sae_lora.config import FitConfig, pair_up
 from sae_lora.dictionary import FrozenDictionary
 from sae_lora.inputs import Batch, Plan, load_dictionaries, load_model, make_plan
+from sae_lora.memory import MEND, fit_need
 
 
 def fit(config: FitConfig, out: str | Path) -> Path:
@@ -41,6 +42,7 @@ def fit(config: FitConfig, out: str | Path) -> Path:
     )
     layers = choose_layers(config.layers, plan.infos, plan.n_layers)
     device = choose_device(config.device)
+    needed = memory.require([fit_need(config, plan, layers, device)], MEND)
     with store.exclusive(out), stop_requests() as stop:
         dictionaries = load_dictionaries(plan, config, device)
         inputs = {
@@ -68,7 +70,7 @@ def fit(config: FitConfig, out: str | Path) -> Path:
         say(
             f"fit rank {config.rank} on layers {layers[0]} to {layers[-1]} of {plan.model} ({n_weights:,} weights) "
             f"around {', '.join(info.hook_point for info in plan.infos)}: {plan.rows.n_scored:,} tokens in "
-            f"{len(plan.rows.offsets) - 1:,} sequences, {n_steps:,} steps, to {out}"
+            f"{len(plan.rows.offsets) - 1:,} sequences, {n_steps:,} steps, to {out}; needs {needed}"
             + (f"; going on at step {step:,}" if step else "")
         )
         checkpoint.cut_log(out / "train.jsonl", step)
