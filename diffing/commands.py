@@ -31,6 +31,7 @@ from diffing.lens import logit_lens
 from diffing.null.settings import NullSettings
 from diffing.report import write_report
 from diffing.report.nulls import NULL, counts_beside, read_nulls
+from diffing.sae_gap.settings import SaeGapSettings
 from diffing.stability import read_runs
 from diffing.stability import stability as survival_rows
 from diffing.steering import answer, steered, steering_vector
@@ -155,6 +156,18 @@ def demo(settings: DemoSettings) -> dict[str, Any]:
     from diffing.demo.run import run_demo
 
     return run_demo(settings)
+
+
+def sae_gap(settings: SaeGapSettings) -> dict[str, Any]:
+    """`diffing sae-gap`"""
+    from diffing.sae_gap import command
+
+    started = time.perf_counter()
+    found = command.rows(command.gap_run(settings), settings.seed)
+    described = result("sae-gap", to_dict(settings), found)
+    store.write_json(Path(settings.out) / "sae-gap.json", described)
+    closing(started, f"{len(found)} rows in {Path(settings.out) / 'sae-gap.json'}")
+    return {**described, "text": command.summary(found)}
 
 
 def null(settings: NullSettings) -> dict[str, Any]:

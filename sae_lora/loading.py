@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -62,18 +62,30 @@ def inspect_dictionary(path: str | Path, *, hook_point: str | None = None, side:
             allowed = NORMALISATIONS if found.scale is None else (*NORMALISATIONS, "expected_average_only_in")
             return _sae_lens_info(config, str(path), hook_point, allowed)
         return replace(inspect_dictionary(found, hook_point=hook_point, side=side), path=str(path))
-    archive = given / "params.npz" if given.is_dir() else given
-    is_archive = archive.suffix == ".npz" and archive.is_file()
-    is_sae_lens = (given / "cfg.json").is_file() and "architecture" in store.read_object(given / "cfg.json")
-    if is_archive or is_sae_lens:
+    layout = _layout(given)
+    if layout != "crosscoder":
         _require_no_side(side, path)
-    if is_archive:
-        return _inspect_gemma_scope(archive, hook_point)
-    if is_sae_lens:
+    if layout == "gemma-scope":
+        return _inspect_gemma_scope(given / "params.npz" if given.is_dir() else given, hook_point)
+    if layout == "sae-lens":
         return _inspect_sae_lens(given, hook_point)
     if given.is_dir() and (given / "sae_weights.safetensors").is_file():
         raise InputError(f"{given} has the weights of an SAE but its cfg.json is missing or names no architecture.")
     return _inspect_crosscoder(given, hook_point, side)
+
+
+def reads_two_models(path: str | Path) -> bool:
+    """Whether it is a local crosscoder of two models, which has sides."""
+    given = Path(path)
+    return given.exists() and _layout(given) == "crosscoder" and _crosscoder_shape(given)[0].get("n_models") == 2
+
+
+def _layout(given: Path) -> Literal["gemma-scope", "sae-lens", "crosscoder"]:
+    archive = given / "params.npz" if given.is_dir() else given
+    if archive.suffix == ".npz" and archive.is_file():
+        return "gemma-scope"
+    is_sae_lens = (given / "cfg.json").is_file() and "architecture" in store.read_object(given / "cfg.json")
+    return "sae-lens" if is_sae_lens else "crosscoder"
 
 
 def read_dictionary(info: DictionaryInfo, other: nn.Module | None = None) -> FrozenDictionary:
@@ -226,19 +238,24 @@ def _read_sae_lens(info: DictionaryInfo, found: Path | hub.Converted) -> FrozenD
 # ----------------------------------------------------------------------------------------------------- crosscoders
 
 
-def _inspect_crosscoder(path: Path, hook_point: str | None, side: Side | None) -> DictionaryInfo:
+def _crosscoder_shape(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Its settings, and the record of the activations that it was trained on."""
     config_path = path / "config.json"
     config = store.read_object(config_path) if config_path.is_file() else {}
     if config.get("format") == "model-diffing/crosscoder":
-        shape, source = config.get("crosscoder", {}), config.get("provenance", {}).get("cache", {})
-    else:  # layouts of others say their sizes in the weights only
-        model = load_crosscoder(path)
-        n_models, d_model, dict_size = model.W_enc.shape
-        shape, source = {"n_models": n_models, "d_model": d_model, "dict_size": dict_size}, {}
+        return config.get("crosscoder", {}), config.get("provenance", {}).get("cache", {})
+    n_models, d_model, dict_size = load_crosscoder(path).W_enc.shape  # layouts of others say it in the weights only
+    return {"n_models": n_models, "d_model": d_model, "dict_size": dict_size}, {}
+
+
+def _inspect_crosscoder(path: Path, hook_point: str | None, side: Side | None) -> DictionaryInfo:
+    shape, source = _crosscoder_shape(path)
     try:
         n_models, d_model, dict_size = (int(shape[key]) for key in ("n_models", "d_model", "dict_size"))
     except (KeyError, TypeError):
-        raise CorruptData(f"{config_path} lacks n_models, d_model or dict_size. Save the crosscoder again.") from None
+        raise CorruptData(
+            f"{path / 'config.json'} lacks n_models, d_model or dict_size. Save the crosscoder again."
+        ) from None
     if n_models == 2 and side is None:
         raise InputError(f"crosscoder {str(path)!r} reads two models. Give its side: base, tuned or both.")
     if n_models == 1 and side is not None:

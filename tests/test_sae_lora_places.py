@@ -113,7 +113,14 @@ def test_a_prefix_that_ends_before_the_layer_of_the_dictionary_gives_equal_bits(
 def test_a_side_with_the_other_model_beside_it_has_the_latents_of_the_pair(pair: Any, both: Path, side: Any) -> None:
     models = [AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval() for _, name in pairs(pair)]
     number = ("base", "tuned").index(side)
-    settings = config(pair, both, model=pairs(pair)[number][1], side=side, other_model=pairs(pair)[1 - number][1])
+    settings = config(
+        pair,
+        both,
+        model=pairs(pair)[number][1],
+        side=side,
+        other_model=pairs(pair)[1 - number][1],
+        tokenizer=pair.tuned,
+    )
     plan = make_plan(settings, settings.model, [(str(both), None)], side, other=settings.other_model)
     (dictionary,) = load_dictionaries(plan, settings, CPU)
     assert isinstance(dictionary, PairSide)
