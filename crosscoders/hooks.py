@@ -160,10 +160,26 @@ def run_to(model: Any, hook_points: list[str], input_ids: Tensor, attention_mask
             model(input_ids, attention_mask=attention_mask, return_type=None)
         else:
             model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-    missing = [name for name in hook_points if name not in seen]
-    if missing:
-        raise InputError(f"hook_point {missing[0]!r} did not fire in the forward pass of {type(model).__name__}.")
-    return seen
+    return {name: at_tokens(seen, name, input_ids) for name in hook_points}
+
+
+def at_tokens(seen: dict[str, Tensor], hook_point: str, input_ids: Tensor) -> Tensor:
+    """A captured activation as (rows, seq, width); some architectures hold all tokens of a batch in one axis.
+
+    Raises:
+        InputError: nothing was captured, or not one vector for each token.
+    """
+    if hook_point not in seen:
+        raise InputError(f"hook_point {hook_point!r} did not fire in the forward pass. Use another one.")
+    found, shape = seen[hook_point], input_ids.shape
+    if found.ndim == 2 and len(found) == input_ids.numel():
+        return found.view(*shape, -1)
+    if found.ndim != 3 or found.shape[:2] != shape:
+        raise InputError(
+            f"hook_point {hook_point!r} has activations of shape {tuple(found.shape)} for tokens of shape "
+            f"{tuple(shape)}; expected one vector for each token. Use a hook point such as hook_resid_post."
+        )
+    return found
 
 
 @contextlib.contextmanager

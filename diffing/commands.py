@@ -11,7 +11,6 @@ from crosscoders.commands import closing, require_same_source, result
 from crosscoders.config import to_dict
 from crosscoders.errors import InputError
 from crosscoders.formats import load_crosscoder
-from crosscoders.hooks import is_residual
 from crosscoders.progress import say
 from crosscoders.reporting import row
 from diffing.causal import inspect_cached, load_whole, measure_run
@@ -83,8 +82,6 @@ def steer(settings: SteerSettings) -> dict[str, Any]:
     """`diffing steer`"""
     run, cache = _opened(settings.run, settings.cache)
     hook_point = cache.manifest["hook_point"]
-    if not is_residual(hook_point):
-        raise InputError(f"steering needs a residual-stream hook point; this crosscoder reads {hook_point!r}.")
     table, crosscoder = read_table(run), load_crosscoder(run)
     (latent,) = checked([settings.latent], len(table))
     largest = float(table["max_activation"][latent])
