@@ -72,7 +72,7 @@ def causal(settings: CausalSettings) -> dict[str, Any]:
     say(f"causal {run} at {cache.manifest['hook_point']} of the models of {cache.path}")
     measured = measure_run(run, cache, settings)
     found = rows(measured, first_tokens=settings.first_tokens, seed=settings.seed)
-    described = result("causal", to_dict(settings), found)
+    described = {**result("causal", to_dict(settings), found), "latents": store.hash_file(run / "latents.json")}
     store.write_json(run / "causal.json", described)
     closing(started, f"{len(found)} rows in {run / 'causal.json'}")
     return described | {"text": summary(found, settings.first_tokens)}
