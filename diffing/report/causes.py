@@ -24,9 +24,9 @@ _ROW = re.compile(
 )
 NOTE = (
     "The other model's activation, changed in one way, stands in place of the target's own on every scored token: by "
-    "the decoder differences of a set of latents; by nothing (none); by the difference of the reconstructions (all, or on "
-    "template tokens alone), of what they miss (error), of the decoder biases (bias); or a reconstruction itself, the "
-    "target's or the other model's (cross). source model: the other model, unpatched. by scaling: first by Latent "
+    "the decoder differences of a set of latents; by nothing (none); by the difference of the reconstructions (all, or "
+    "on template tokens alone), of what they miss (error), of the decoder biases (bias); or a reconstruction itself, "
+    "the target's or the other model's (cross). source model: the other model, unpatched. by scaling: first by Latent "
     "Scaling; by norm: first by relative decoder norm; at random: as many alive latents, mean over draws. KL is "
     "KL(target || patched target), mean over response tokens, nats/token; share closed = 1 - KL(set) / KL(none). "
     "Intervals are 95%, bootstrap over chats, of a random set over its draws too; they do not cover another training "
