@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from crosscoders.errors import InputError
 
 _RESIDUAL = re.compile(r"blocks\.(\d+)\.hook_resid_(pre|post)")
-_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
+_BLOCK = re.compile(r"blocks\.(\d+)\.")
 _ORDER = ("hook_resid_pre", "attn.hook_z", "hook_attn_out", "hook_mlp_out", "hook_resid_post")
 _NORMED = {"attn.hook_z": "self_attn.o_proj", "hook_attn_out": "post_attention_layernorm",
            "hook_mlp_out": "post_feedforward_layernorm"}  # fmt: skip
