@@ -1,8 +1,9 @@
 """Hook point name -> module; read and replace activations there, hooks always removed.
 
 Names are TransformerLens's. `blocks.L.hook_resid_post` and `blocks.L.hook_resid_pre` work on a Hugging Face decoder
-(the fast path); every other name needs a TransformerBridge. `capture` reads, `replace` edits, `bypass` leaves layers
-out; all are context managers, so they nest and survive exceptions.
+(the fast path), so do `hook_attn_out`, `hook_mlp_out` and `attn.hook_z` where `_PARTS` knows the architecture; every
+other name needs a TransformerBridge. `capture` reads, `replace` edits, `bypass` leaves layers out; all are context
+managers, so they nest and survive exceptions.
 """
 
 import contextlib
@@ -17,6 +18,21 @@ from crosscoders.errors import InputError
 
 _RESIDUAL = re.compile(r"blocks\.(\d+)\.hook_resid_(pre|post)")
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
+_ORDER = ("hook_resid_pre", "attn.hook_z", "hook_attn_out", "hook_mlp_out", "hook_resid_post")
+_NORMED = {"attn.hook_z": "self_attn.o_proj", "hook_attn_out": "post_attention_layernorm",
+           "hook_mlp_out": "post_feedforward_layernorm"}  # fmt: skip
+_PLAIN = {"attn.hook_z": "self_attn.o_proj", "hook_attn_out": "self_attn", "hook_mlp_out": "mlp"}
+_PARTS = {
+    **dict.fromkeys(("gemma2", "gemma3_text", "olmo2"), _NORMED),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _PLAIN),
+    "gpt2": {"attn.hook_z": "attn.c_proj", "hook_attn_out": "attn", "hook_mlp_out": "mlp"},
+    "gpt_neox": {"attn.hook_z": "attention.dense", "hook_attn_out": "attention", "hook_mlp_out": "mlp"},
+}
+"""Architecture -> hook point -> module of a layer; of `attn.hook_z` the input is meant, of the others the output.
+
+It is what is added to the residual stream, so after the norms that Gemma-2 and its like put behind attention and MLP.
+Tests hold each equal to the TransformerBridge; other architectures (some scale these outputs) need the bridge.
+"""
 
 
 class _Reached(Exception):
@@ -38,6 +54,26 @@ def layer_of(hook_point: str) -> int:
     if match is None:
         raise InputError(f"hook_point {hook_point!r} has no layer. Use a name such as 'blocks.13.hook_resid_post'.")
     return int(match[1])
+
+
+def place(hook_point: str) -> tuple[int, int]:
+    """Sorts hook points in the order in which a forward pass of a sequential architecture reaches them."""
+    layer = layer_of(hook_point)
+    kind = hook_point.removeprefix(f"blocks.{layer}.")
+    return layer, _ORDER.index(kind) if kind in _ORDER else len(_ORDER)
+
+
+def entry_point(hook_point: str) -> str:
+    """The residual-stream point at or before a hook point, from which on a forward pass can be repeated."""
+    return hook_point if is_residual(hook_point) else f"blocks.{layer_of(hook_point)}.hook_resid_pre"
+
+
+def width(config: Any, hook_point: str) -> int:
+    """Width of the activations at a hook point, from a text configuration."""
+    if not hook_point.endswith(".attn.hook_z"):
+        return int(config.hidden_size)
+    heads = int(config.num_attention_heads)
+    return heads * int(getattr(config, "head_dim", None) or config.hidden_size // heads)
 
 
 def require_layer(hook_point: str, n_layers: int, model_name: str) -> None:
@@ -68,15 +104,21 @@ def find_module(model: Any, hook_point: str) -> tuple[nn.Module, bool]:
         if hook_point in named:
             return named[hook_point], False
         raise InputError(f"hook_point {hook_point!r} is not in this model. It has, for example, {sorted(named)[:3]}.")
-    match = _RESIDUAL.fullmatch(hook_point)
-    if match is None:
-        raise InputError(
-            f"hook_point {hook_point!r} needs a TransformerBridge; a Hugging Face model has hook_resid_pre and _post."
-        )
-    layers = decoder_layers(model)
-    layer = int(match[1])
+    layers, layer = decoder_layers(model), layer_of(hook_point)
     require_layer(hook_point, len(layers), type(model).__name__)
-    return layers[layer], match[2] == "pre"
+    match = _RESIDUAL.fullmatch(hook_point)
+    if match is not None:
+        return layers[layer], match[2] == "pre"
+    config = getattr(model, "config", None)
+    kind = getattr(config.get_text_config(), "model_type", None) if config is not None else None
+    name = _PARTS.get(str(kind), {}).get(hook_point.removeprefix(f"blocks.{layer}."))
+    if name is None:
+        also = f", {', '.join(_PARTS[kind])}" if kind in _PARTS else ""
+        raise InputError(
+            f"hook_point {hook_point!r} needs a TransformerBridge; {type(model).__name__} has hook_resid_pre, "
+            f"hook_resid_post{also} without one."
+        )
+    return layers[layer].get_submodule(name), name == _PARTS[str(kind)]["attn.hook_z"]
 
 
 def _as_tensor(value: Any) -> Tensor:
@@ -118,10 +160,26 @@ def run_to(model: Any, hook_points: list[str], input_ids: Tensor, attention_mask
             model(input_ids, attention_mask=attention_mask, return_type=None)
         else:
             model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-    missing = [name for name in hook_points if name not in seen]
-    if missing:
-        raise InputError(f"hook_point {missing[0]!r} did not fire in the forward pass of {type(model).__name__}.")
-    return seen
+    return {name: at_tokens(seen, name, input_ids) for name in hook_points}
+
+
+def at_tokens(seen: dict[str, Tensor], hook_point: str, input_ids: Tensor) -> Tensor:
+    """A captured activation as (rows, seq, width); some architectures hold all tokens of a batch in one axis.
+
+    Raises:
+        InputError: nothing was captured, or not one vector for each token.
+    """
+    if hook_point not in seen:
+        raise InputError(f"hook_point {hook_point!r} did not fire in the forward pass. Use another one.")
+    found, shape = seen[hook_point], input_ids.shape
+    if found.ndim == 2 and len(found) == input_ids.numel():
+        return found.view(*shape, -1)
+    if found.ndim != 3 or found.shape[:2] != shape:
+        raise InputError(
+            f"hook_point {hook_point!r} has activations of shape {tuple(found.shape)} for tokens of shape "
+            f"{tuple(shape)}; expected one vector for each token. Use a hook point such as hook_resid_post."
+        )
+    return found
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 
 from crosscoders import hooks, pair
 from crosscoders.config import CacheConfig, TrainConfig
@@ -57,7 +58,12 @@ def _parameters(config: CacheConfig, plan: Plan) -> tuple[int, int, int]:
 
 
 def parameter_count(name: str, n_layers: int | None) -> int:
-    """Parameters of a decoder, cut off above n_layers; None: the whole language model.
+    """Parameters of a decoder, cut off above n_layers; None: the whole language model."""
+    return sum(parameter.numel() for parameter in skeleton(name, n_layers).parameters())
+
+
+def skeleton(name: str, n_layers: int | None = None) -> nn.Module:
+    """The modules of a decoder without weights, cut off above n_layers; None: the whole language model.
 
     Raises:
         InputError: the configuration makes no such model.
@@ -68,11 +74,11 @@ def parameter_count(name: str, n_layers: int | None) -> int:
     auto: Any = transformers.AutoModelForCausalLM if n_layers is None else transformers.AutoModel
     try:
         with torch.device("meta"), pair.quiet_transformers():
-            model = auto.from_config(transformers.AutoConfig.from_pretrained(name, **limit))
+            model: nn.Module = auto.from_config(transformers.AutoConfig.from_pretrained(name, **limit))
     except (OSError, ValueError, RuntimeError) as error:
         lines = str(error).splitlines() or [type(error).__name__]
         raise InputError(f"the configuration of {name!r} makes no model: {lines[0]} Check its config.json.") from error
-    return sum(parameter.numel() for parameter in model.parameters())
+    return model
 
 
 def _forward(config: CacheConfig, plan: Plan, n_points: int, dtype: torch.dtype) -> int:

@@ -84,7 +84,8 @@ class ResumableModel:
         with hooks.capture(self.owner, [self.hook_point]) as seen:
             found = hooks.run_to(self.core, wanted, ids, attention_mask)
         entry = None if self.entry is None else found[self.entry]
-        return State(ids, attention_mask, seen[self.hook_point], entry, found[self.last])
+        activation = hooks.at_tokens(seen, self.hook_point, ids)
+        return State(ids, attention_mask, activation, entry, found[self.last])
 
     @torch.inference_mode()
     def resume(self, state: State, activation: Float[Tensor, "rows seq d_model"]) -> Float[Tensor, "rows seq width"]:
@@ -95,7 +96,7 @@ class ResumableModel:
                 stack.enter_context(hooks.bypass(self.core, self.n_below, as_tuple=self.as_tuple))
                 if self.entry is not None and entry is not None:
                     stack.enter_context(hooks.replace(self.core, self.entry, lambda _: entry))
-            stack.enter_context(hooks.replace(self.owner, self.hook_point, lambda _: activation))
+            stack.enter_context(hooks.replace(self.owner, self.hook_point, activation.reshape_as))
             return hooks.run_to(self.core, [self.last], state.ids, state.attention_mask)[self.last]
 
     @torch.inference_mode()

@@ -8,6 +8,7 @@ from crosscoders.command import main as run_main
 from crosscoders.config import require_range
 from crosscoders.errors import InputError
 from diffing.null.settings import NullSettings
+from diffing.sae_gap.settings import SaeGapSettings
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,12 @@ class DemoSettings:
 
 
 COMMANDS = [
+    Command(
+        "sae-gap",
+        "What a dictionary cannot express of a fine-tune: LoRA around it in both models.",
+        SaeGapSettings,
+        "diffing.commands:sae_gap",
+    ),
     Command(
         "scale",
         "Latent Scaling, verdicts and examples for every latent of a run.",

@@ -11,7 +11,6 @@ from crosscoders.commands import closing, require_same_source, result
 from crosscoders.config import to_dict
 from crosscoders.errors import InputError
 from crosscoders.formats import load_crosscoder
-from crosscoders.hooks import is_residual
 from crosscoders.progress import say
 from crosscoders.reporting import row
 from diffing.causal import inspect_cached, load_whole, measure_run
@@ -31,6 +30,7 @@ from diffing.lens import logit_lens
 from diffing.null.settings import NullSettings
 from diffing.report import write_report
 from diffing.report.nulls import NULL, counts_beside, read_nulls
+from diffing.sae_gap.settings import SaeGapSettings
 from diffing.stability import read_runs
 from diffing.stability import stability as survival_rows
 from diffing.steering import answer, steered, steering_vector
@@ -72,7 +72,7 @@ def causal(settings: CausalSettings) -> dict[str, Any]:
     say(f"causal {run} at {cache.manifest['hook_point']} of the models of {cache.path}")
     measured = measure_run(run, cache, settings)
     found = rows(measured, first_tokens=settings.first_tokens, seed=settings.seed)
-    described = result("causal", to_dict(settings), found)
+    described = {**result("causal", to_dict(settings), found), "latents": store.hash_file(run / "latents.json")}
     store.write_json(run / "causal.json", described)
     closing(started, f"{len(found)} rows in {run / 'causal.json'}")
     return described | {"text": summary(found, settings.first_tokens)}
@@ -82,8 +82,6 @@ def steer(settings: SteerSettings) -> dict[str, Any]:
     """`diffing steer`"""
     run, cache = _opened(settings.run, settings.cache)
     hook_point = cache.manifest["hook_point"]
-    if not is_residual(hook_point):
-        raise InputError(f"steering needs a residual-stream hook point; this crosscoder reads {hook_point!r}.")
     table, crosscoder = read_table(run), load_crosscoder(run)
     (latent,) = checked([settings.latent], len(table))
     largest = float(table["max_activation"][latent])
@@ -155,6 +153,18 @@ def demo(settings: DemoSettings) -> dict[str, Any]:
     from diffing.demo.run import run_demo
 
     return run_demo(settings)
+
+
+def sae_gap(settings: SaeGapSettings) -> dict[str, Any]:
+    """`diffing sae-gap`"""
+    from diffing.sae_gap import command
+
+    started = time.perf_counter()
+    found = command.rows(command.gap_run(settings), settings.seed)
+    described = result("sae-gap", to_dict(settings), found)
+    store.write_json(Path(settings.out) / "sae-gap.json", described)
+    closing(started, f"{len(found)} rows in {Path(settings.out) / 'sae-gap.json'}")
+    return {**described, "text": command.summary(found)}
 
 
 def null(settings: NullSettings) -> dict[str, Any]:

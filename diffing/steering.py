@@ -38,6 +38,7 @@ def answer(model: Any, tokenizer: Any, prompt: str, *, max_new_tokens: int, use_
         inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     else:
         inputs = tokenizer(prompt, return_tensors="pt")
+    model = getattr(model, "original_model", model)  # in a TransformerBridge, whose own generate has other settings
     inputs = inputs.to(model.device)
     settings = {"max_new_tokens": max_new_tokens, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
     tokens = model.generate(**inputs, **settings, use_cache=use_cache)

@@ -28,6 +28,8 @@ class EvalSettings(TextConfig):
     """Model, where it is no longer at the place that the adapter's sidecar names."""
     dictionary: str | list[str] | None = None
     """Dictionaries, for the same reason, in the order of the sidecar."""
+    other_model: str | None = None
+    """Other model of a crosscoder, for the same reason."""
     stability: int = 0
     """Latents to ablate before and after, of each dictionary; 0: none."""
     out: str | None = None
@@ -50,6 +52,8 @@ class CompareSettings(TextConfig):
     """Model, where it is no longer at the place that the sidecars name."""
     dictionary: str | list[str] | None = None
     """Dictionaries, for the same reason, in the order of the sidecars."""
+    other_model: str | None = None
+    """Other model of a crosscoder, for the same reason."""
     out: str | None = None
     """JSON file for the results."""
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from crosscoders import store
+from crosscoders import memory, store
 from crosscoders.commands import closing, result
 from crosscoders.config import to_dict
 from crosscoders.errors import InputError
@@ -25,6 +25,7 @@ from sae_lora.correctors import Fitted, load_corrector
 from sae_lora.dictionary import FrozenDictionary
 from sae_lora.fitting import fit
 from sae_lora.inputs import Plan, load_dictionaries, load_model, make_plan
+from sae_lora.memory import MEND, eval_need
 
 
 def fit_command(settings: FitSettings) -> dict[str, Any]:
@@ -143,15 +144,20 @@ def _plan(settings: EvalSettings | CompareSettings, sidecar: dict[str, Any]) -> 
     side = next((entry["side"] for entry in entries if entry["side"]), None)
     model_name = settings.model or sidecar["model"]["name"]
     chosen = pair_up(paths, [entry["hook_point"] for entry in entries])
-    return make_plan(settings, model_name, chosen, side, fitted_to=sidecar["model"])
+    beside = sidecar.get("other_model")
+    return make_plan(
+        settings, model_name, chosen, side, fitted_to=sidecar["model"], foreign=sidecar["foreign_dictionary"],
+        other=settings.other_model or (beside["name"] if beside else None),
+    )  # fmt: skip
 
 
 def _load(
     settings: TextConfig, plan: Plan, sidecar: dict[str, Any], device: torch.device
 ) -> tuple[Fitted, list[FrozenDictionary]]:
     """The fit on its model, and the dictionaries or controls that it started from."""
+    memory.require([eval_need(settings, plan, device)], MEND)
     made = sidecar["dictionaries"][0]["control"] or {"kind": "none", "seed": 0}
-    dictionaries = with_control(load_dictionaries(plan, device), made["kind"], made["seed"])
+    dictionaries = with_control(load_dictionaries(plan, settings, device), made["kind"], made["seed"])
     return load_corrector(load_model(plan, settings, device), sidecar["folder"], dictionaries), dictionaries
 
 

@@ -24,6 +24,8 @@ class TextConfig:
     """Join all documents and cut them into n_tokens // context_length full sequences, across their borders."""
     batch_rows: int = 8
     """Sequences in one forward pass."""
+    tokenizer: str | None = None
+    """Model whose tokenizer and chat template read the documents; default: the model's own."""
     chat_template: str | None = None
     """File with a chat template, for chats and a tokenizer without one."""
     model_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -68,6 +70,11 @@ class FitConfig(TextConfig):
     corrector: CorrectorKind = "lora"
     """What is trained: LoRA in the model; a scale and a shift after the dictionary; an affine map after it; the
     dictionary's own weights."""
+    other_model: str | None = None
+    """The crosscoder's other model, run beside it so that the latents are those of the pair. Default: the one model's
+    activation stands in for both."""
+    foreign_dictionary: bool = False
+    """Take dictionaries that were trained on another model; what is left of their gap they cannot express."""
     layers: Literal["after", "all"] | list[int] = "after"
     """Layers that get LoRA: those after the (lowest) dictionary, all, or a list."""
     rank: int = 64

@@ -44,6 +44,9 @@ class Control(FrozenDictionary):
             drawn = torch.randperm(source.info.dict_size, generator=torch.Generator().manual_seed(seed))
             self.register_buffer("permutation", drawn.to(decoder_of(source).device))
 
+    def begin(self, ids: Int[Tensor, "rows seq"], attention_mask: Tensor | None) -> None:
+        self.source.begin(ids, attention_mask)
+
     def encode(self, x: Float[Tensor, "tokens d_model"]) -> Float[Tensor, "tokens dict_size"]:
         return self.source.encode(x)
 

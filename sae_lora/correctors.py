@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from crosscoders import store
@@ -56,6 +56,9 @@ class Corrected(FrozenDictionary):
 
     def correct(self, x_hat: Float[Tensor, "tokens d_model"]) -> Float[Tensor, "tokens d_model"]:
         raise NotImplementedError
+
+    def begin(self, ids: Int[Tensor, "rows seq"], attention_mask: Tensor | None) -> None:
+        self.source.begin(ids, attention_mask)
 
     def encode(self, x: Float[Tensor, "tokens d_model"]) -> Float[Tensor, "tokens dict_size"]:
         return self.source.encode(x)
@@ -106,7 +109,8 @@ def trainable_copy(dictionary: FrozenDictionary) -> FrozenDictionary:
             f"corrector 'sae' trains weights in float32, but {dictionary.info.path!r} has {dictionary.dtype}. "
             "Convert it, or choose another corrector."
         )
-    made = copy.deepcopy(dictionary)
+    shared = {id(model): model for model in getattr(dictionary, "others", [])}  # the pair's other model stays one
+    made = copy.deepcopy(dictionary, shared)
     for name, weight in made.named_parameters():
         weight.requires_grad_("threshold" not in name)
     return made

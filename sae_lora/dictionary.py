@@ -4,7 +4,8 @@ r"""A frozen dictionary at one hook point of one model: encode, decode, and what
     x_hat = decode(f)       units of x, (tokens, d_model)
 
 `JumpReLU` holds Gemma Scope's weights, `SaeLens` an SAE of SAELens, `CrosscoderSide` one of our crosscoders seen from
-one model, `Constant` the ablations that a dictionary is compared with. `loading` makes them from files.
+one model, `PairSide` the same with both models at work, `Constant` the ablations that a dictionary is compared with.
+`loading` makes them from files.
 """
 
 import hashlib
@@ -12,10 +13,10 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from crosscoders import store
+from crosscoders import hooks, store
 from crosscoders.errors import InputError
 from crosscoders.model import Crosscoder
 
@@ -58,6 +59,9 @@ class FrozenDictionary(nn.Module):
     def dtype(self) -> torch.dtype:
         """Type in which it computes: that of its weights."""
         return next(t.dtype for t in self.state_dict().values() if t.is_floating_point())
+
+    def begin(self, ids: Int[Tensor, "rows seq"], attention_mask: Tensor | None) -> None:
+        """Called before a forward pass of the model with its ids, for dictionaries that read more than x."""
 
     def encode(self, x: Float[Tensor, "tokens d_model"]) -> Float[Tensor, "tokens dict_size"]:
         raise NotImplementedError
@@ -156,6 +160,33 @@ class CrosscoderSide(FrozenDictionary):
         return x_hat[:, SIDES.index(self.info.side)] if self.info.side in ("base", "tuned") else x_hat.mean(dim=1)
 
 
+class PairSide(CrosscoderSide):
+    """One side of a crosscoder with the latents of the pair: the other model runs beside, on the same ids.
+
+    side "base" or "tuned": the model that it is spliced into, and whose reconstruction is taken.
+    """
+
+    def __init__(self, info: DictionaryInfo, crosscoder: Crosscoder, other: nn.Module) -> None:
+        super().__init__(info, crosscoder)
+        self.others = [other]  # in a list, so that its weights are no part of the dictionary
+        self.beside: Tensor | None = None
+
+    def begin(self, ids: Int[Tensor, "rows seq"], attention_mask: Tensor | None) -> None:
+        if attention_mask is None:
+            attention_mask = torch.ones_like(ids)
+        if attention_mask.shape != ids.shape:
+            raise InputError(
+                "the other model of the crosscoder keeps no key-value cache. Generate with use_cache=False."
+            )
+        found = hooks.run_to(self.others[0], [self.hook_point], ids, attention_mask)[self.hook_point]
+        self.beside = found.clone().flatten(0, 1).to(self.dtype)  # a clone is no inference tensor
+
+    def encode(self, x: Float[Tensor, "tokens d_model"]) -> Float[Tensor, "tokens dict_size"]:
+        assert self.beside is not None and self.beside.shape == x.shape
+        pair = (x, self.beside) if self.info.side == "base" else (self.beside, x)
+        return self.crosscoder.encode(torch.stack(pair, dim=1))
+
+
 class Constant(FrozenDictionary):
     """Not a dictionary: one vector in place of every activation, for zero and mean ablation."""
 
@@ -178,8 +209,6 @@ def require_fit(info: DictionaryInfo, *, d_model: int, n_layers: int, model_name
     Raises:
         InputError: another width, a layer that the model does not have, or a record that it was trained on others.
     """
-    from crosscoders import hooks
-
     if info.d_model != d_model:
         raise InputError(
             f"dictionary {info.path!r} has d_model {info.d_model} but model {model_name!r} has {d_model}. "
@@ -189,5 +218,5 @@ def require_fit(info: DictionaryInfo, *, d_model: int, n_layers: int, model_name
     if info.model_hashes and model_hash is not None and model_hash not in info.model_hashes:
         raise InputError(
             f"dictionary {info.path!r} was trained on {' and '.join(info.model_names)}, not on {model_name!r}: its "
-            "record of their weights differs. Choose a dictionary of this model."
+            "record of their weights differs. Choose a dictionary of this model, or say --foreign-dictionary."
         )

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from crosscoders import checkpoint, store
+from crosscoders import checkpoint, hooks, memory, store
 from crosscoders.config import to_dict
 from crosscoders.errors import CorruptData
 from crosscoders.pair import choose_device
@@ -25,6 +25,7 @@ from sae_lora.adapter import SIDECAR, choose_layers, first_layer_after
 from sae_lora.config import FitConfig, pair_up
 from sae_lora.controls import with_control
 from sae_lora.inputs import Batch, Plan, load_dictionaries, load_model, make_plan
+from sae_lora.memory import MEND, fit_need
 
 
 def fit(config: FitConfig, out: str | Path) -> Path:
@@ -36,11 +37,15 @@ def fit(config: FitConfig, out: str | Path) -> Path:
         StopRequested: SIGTERM or SIGINT, after the state was saved.
     """
     out = Path(out)
-    plan = make_plan(config, config.model, pair_up(config.dictionary, config.hook_point), config.side)
+    chosen = pair_up(config.dictionary, config.hook_point)
+    plan = make_plan(
+        config, config.model, chosen, config.side, foreign=config.foreign_dictionary, other=config.other_model
+    )
     layers = choose_layers(config.layers, plan.infos, plan.n_layers) if config.corrector == "lora" else []
     device = choose_device(config.device)
+    needed = memory.require([fit_need(config, plan, layers, device)], MEND)
     with store.exclusive(out), stop_requests() as stop:
-        dictionaries = with_control(load_dictionaries(plan, device), config.control, config.seed)
+        dictionaries = with_control(load_dictionaries(plan, config, device), config.control, config.seed)
         inputs = {
             "model": {"name": plan.model, "hash": plan.model_hash},
             "dictionaries": {dictionary.hook_point: dictionary.identity() for dictionary in dictionaries},
@@ -64,7 +69,7 @@ def fit(config: FitConfig, out: str | Path) -> Path:
         say(
             f"fit {kind} of {plan.model} ({fitted.n_weights:,} weights) "
             f"around {', '.join(info.hook_point for info in plan.infos)}{control}: {plan.rows.n_scored:,} tokens in "
-            f"{len(plan.rows.offsets) - 1:,} sequences, {n_steps:,} steps, to {out}"
+            f"{len(plan.rows.offsets) - 1:,} sequences, {n_steps:,} steps, to {out}; needs {needed}"
             + (f"; going on at step {step:,}" if step else "")
         )
         checkpoint.cut_log(out / "train.jsonl", step)
@@ -93,7 +98,10 @@ def fit(config: FitConfig, out: str | Path) -> Path:
             if stop and step < n_steps:
                 raise StopRequested(stop[0], f"stopped on request at step {step:,}; run the same command to go on.")
         progress.close()
-        described = {"model": inputs["model"], "tokens": inputs["tokens"], "corrector": config.corrector}
+        described = {
+            "model": inputs["model"], "tokens": inputs["tokens"], "corrector": config.corrector,
+            "foreign_dictionary": config.foreign_dictionary, "other_model": plan.other,
+        }  # fmt: skip
         if layers:
             described |= {"layers": layers, "rank": config.rank, "alpha": config.chosen_alpha()}
         correctors.save(fitted, out / "adapter", dictionaries, plan.keep_ids, described)
@@ -107,8 +115,9 @@ def _prefix(
     config: FitConfig,
     device: torch.device,
 ) -> str | None:
-    """The lowest hook point, if all LoRA comes after it and starting there gives the same logits bit for bit."""
-    lowest = fitted.dictionaries[0].hook_point
+    """The residual-stream point at or before the lowest dictionary, if all LoRA comes after it and starting there gives
+    the same logits bit for bit."""
+    lowest = hooks.entry_point(fitted.dictionaries[0].hook_point)
     if layers and layers[0] < first_layer_after(lowest):
         return None
     batch = next(plan.batches(config.batch_rows, device))

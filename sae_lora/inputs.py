@@ -1,6 +1,7 @@
 """Model, dictionaries and tokens, checked by configurations and headers before any weights load."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
-from crosscoders import hooks, store
+from crosscoders import hooks, memory, store
 from crosscoders.errors import CorruptData, InputError
 from crosscoders.names import load_auto, require_no_lost_path
 from crosscoders.pair import hash_model, model_dtype, quiet_transformers
@@ -35,11 +36,15 @@ class Plan(NamedTuple):
 
     model: str
     model_hash: str
+    skeleton: nn.Module
+    """The model without weights."""
     n_layers: int
     infos: list[DictionaryInfo]
     rows: Rows
     keep_ids: list[int]
     pad_id: int
+    other: dict[str, str] | None = None
+    """Name and hash of the crosscoder's other model."""
 
     def batches(self, batch_rows: int, device: torch.device) -> Iterator[Batch]:
         """All sequences once, in an order that is a pure function of the plan."""
@@ -62,14 +67,17 @@ def make_plan(
     side: Side | None = None,
     *,
     fitted_to: dict[str, str] | None = None,
+    foreign: bool = False,
+    other: str | None = None,
 ) -> Plan:
     """Check everything that can be wrong with model, dictionaries and data.
 
-    fitted_to: name and hash of the model of an adapter, which has to be this one.
+    fitted_to: name and hash of the model of an adapter, which has to be this one. foreign: the dictionaries are of
+    another model. other: the other model of a crosscoder, for latents of the pair.
 
     Raises:
         InputError: a model or dictionary that is not there, two that do not fit each other, two dictionaries at one
-            hook point, a hook point off the residual stream, another model than the adapter's; too few tokens.
+            hook point, a hook point that the model does not have, another model than the adapter's; too few tokens.
         CorruptData: a damaged dictionary.
     """
     require_no_lost_path(model)
@@ -81,25 +89,43 @@ def make_plan(
             f"model {model!r} is not the one that the adapter was fitted to ({fitted_to['name']}): their weights "
             "differ. Give that one with --model."
         )
+    skeleton = memory.skeleton(model)
     for info in infos:
-        known = {"d_model": text.hidden_size, "n_layers": text.num_hidden_layers}
-        require_fit(info, **known, model_name=model, model_hash=model_hash)
-        if not hooks.is_residual(info.hook_point):
-            raise InputError(
-                f"dictionary {info.path!r} sits at {info.hook_point!r}; fit and eval take hook_resid_pre and _post. "
-                "Use sae_lora.splice with a TransformerBridge for others."
-            )
+        known = {"d_model": hooks.width(text, info.hook_point), "n_layers": text.num_hidden_layers}
+        require_fit(info, **known, model_name=model, model_hash=None if foreign else model_hash)
+        hooks.find_module(skeleton, info.hook_point)
+    if foreign and all(model_hash in info.model_hashes for info in infos):
+        raise InputError(f"foreign_dictionary is set, but {infos[0].path!r} was trained on {model!r}. Leave it out.")
+    beside = None if other is None else _beside(other, infos, model_hash)
+    if beside is not None:
+        infos = [replace(infos[0], settings={**infos[0].settings, "other_model": beside["hash"]})]
     if len({info.hook_point for info in infos}) < len(infos):
         raise InputError(f"two dictionaries sit at {infos[0].hook_point!r}. Give one for each hook point.")
-    tokenizer = load_auto(model, "tokenizer")
+    tokenizer = load_auto(config.tokenizer or model, "tokenizer")
     rows = tokenize_documents(config.cache_config(model), tokenizer, read_template(config.chat_template))
     if config.pack:
         rows = packed(rows, config.n_tokens // config.context_length, config.context_length)
     pad = tokenizer.pad_token_id
-    infos.sort(key=lambda info: (hooks.layer_of(info.hook_point), info.hook_point.endswith("post")))
+    infos.sort(key=lambda info: hooks.place(info.hook_point))
     return Plan(
-        model, model_hash, text.num_hidden_layers, infos, rows, special_ids(tokenizer), 0 if pad is None else int(pad)
-    )
+        model, model_hash, skeleton, text.num_hidden_layers, infos, rows, special_ids(tokenizer),
+        0 if pad is None else int(pad), beside,
+    )  # fmt: skip
+
+
+def _beside(other: str, infos: list[DictionaryInfo], model_hash: str) -> dict[str, str]:
+    """Name and hash of the other model, after checking that the one dictionary is a side of their crosscoder."""
+    if len(infos) > 1 or infos[0].side not in ("base", "tuned"):
+        raise InputError(
+            f"other_model {other!r} is for one crosscoder of two models with side base or tuned. Leave it out."
+        )
+    require_no_lost_path(other)
+    text, found = load_auto(other, "config").get_text_config(), hash_model(other)
+    known = {"d_model": hooks.width(text, infos[0].hook_point), "n_layers": text.num_hidden_layers}
+    require_fit(infos[0], **known, model_name=other, model_hash=found)
+    if found == model_hash:
+        raise InputError(f"other_model {other!r} is the model itself. Give the other one of the crosscoder's pair.")
+    return {"name": other, "hash": found}
 
 
 def packed(rows: Rows, n_rows: int, length: int) -> Rows:
@@ -111,9 +137,13 @@ def packed(rows: Rows, n_rows: int, length: int) -> Rows:
     )  # fmt: skip
 
 
-def load_dictionaries(plan: Plan, device: torch.device) -> list[FrozenDictionary]:
+def load_dictionaries(plan: Plan, config: TextConfig, device: torch.device) -> list[FrozenDictionary]:
     """The dictionaries of a plan, from the lowest on."""
-    return [read_dictionary(info).to(device) for info in plan.infos]
+    other = None
+    if plan.other is not None:
+        n_layers = hooks.layer_of(plan.infos[0].hook_point) + 1
+        other = _pretrained(plan.other["name"], config, device, num_hidden_layers=n_layers)
+    return [read_dictionary(info, other).to(device) for info in plan.infos]
 
 
 def load_model(plan: Plan, config: TextConfig, device: torch.device) -> nn.Module:
@@ -122,16 +152,20 @@ def load_model(plan: Plan, config: TextConfig, device: torch.device) -> nn.Modul
     Raises:
         InputError, CorruptData: weights that do not load.
     """
+    return _pretrained(plan.model, config, device)
+
+
+def _pretrained(name: str, config: TextConfig, device: torch.device, **limit: int) -> nn.Module:
     import transformers
     from safetensors import SafetensorError
 
     dtype = model_dtype(config.model_dtype, device)
     try:
         with quiet_transformers():
-            model: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(plan.model, dtype=dtype)
+            model: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **limit)
     except SafetensorError as error:
-        raise CorruptData(f"the weights of {plan.model!r} are damaged ({error}). Copy them again.") from None
+        raise CorruptData(f"the weights of {name!r} are damaged ({error}). Copy them again.") from None
     except (OSError, ValueError, RuntimeError) as error:
         line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"the weights of {plan.model!r} do not load: {line} Check the folder's files.") from error
+        raise InputError(f"the weights of {name!r} do not load: {line} Check the folder's files.") from error
     return model.eval().requires_grad_(False).to(device)

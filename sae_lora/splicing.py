@@ -92,7 +92,11 @@ def splice(
     state = Spliced(names, keep_ids)
 
     def begin(_module: nn.Module, args: tuple[Any, ...], settings: dict[str, Any]) -> None:
-        state.start(settings.get("input_ids", args[0] if args else None), settings.get("attention_mask"))
+        ids: Any = settings.get("input_ids", args[0] if args else None)
+        attention_mask = settings.get("attention_mask")
+        state.start(ids, attention_mask)
+        for dictionary in chosen:
+            dictionary.begin(ids, attention_mask)
 
     def end(*_: Any) -> None:
         state.kept = None

@@ -148,6 +148,99 @@ def test_layers_that_return_tuples_are_left_out_too(tmp_path: Path) -> None:
     torch.testing.assert_close(model.logits(model.resume(state, state.activation * 2)[0]), expected[0])
 
 
+def other_pair(folder: Path, config: Any) -> tuple[str, str]:
+    """Folders of a base and a tuned model of an architecture without a fast path for its MLP."""
+    from transformers import AutoModelForCausalLM
+
+    for seed, name in enumerate(("base", "tuned")):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.add_(0.05 * torch.randn(weight.shape, generator=generator))
+        model.save_pretrained(folder / name)
+        make_tokenizer(folder / name)
+    return str(folder / "base"), str(folder / "tuned")
+
+
+def opt_config() -> Any:
+    from transformers import OPTConfig
+
+    return OPTConfig(
+        vocab_size=320, hidden_size=16, ffn_dim=24, num_hidden_layers=2, num_attention_heads=2, word_embed_proj_dim=16,
+        max_position_embeddings=128, bos_token_id=2, pad_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("point", ["attn.hook_z", "hook_attn_out", "hook_mlp_out", "mlp.hook_pre"])
+def test_points_of_the_bridge_resume_as_a_full_forward_with_a_handwritten_hook(tmp_path: Path, point: str) -> None:
+    """OPT: its MLP has all tokens of a batch in one axis."""
+    from transformers import AutoModelForCausalLM
+
+    base, tuned = other_pair(tmp_path, opt_config())
+    loaded = load_pair(base, tuned, f"blocks.1.{point}", whole=True)
+    model = ResumableModel(loaded.models[1], f"blocks.1.{point}")
+    assert model.can_skip
+    state = model.run(IDS, MASK)
+    patched = state.activation + torch.randn(state.activation.shape, generator=torch.Generator().manual_seed(1))
+    plain = AutoModelForCausalLM.from_pretrained(tuned).eval()
+    layer = plain.model.decoder.layers[1]
+    names = {"hook_mlp_out": "fc2", "mlp.hook_pre": "fc1"}
+    module = layer.get_submodule(names.get(point, "self_attn.out_proj"))
+    if point == "attn.hook_z":  # the input of the projection
+        handle = module.register_forward_pre_hook(lambda _m, args: (patched.reshape(args[0].shape), *args[1:]))
+    else:
+        handle = module.register_forward_hook(lambda _m, _a, out: patched.reshape(out.shape))
+    with torch.no_grad():
+        expected = plain(input_ids=IDS, attention_mask=MASK).logits
+        handle.remove()
+        unpatched = plain(input_ids=IDS, attention_mask=MASK).logits
+    real = MASK.bool()
+    torch.testing.assert_close(model.logits(state.final[real]), unpatched[real], rtol=1e-4, atol=1e-5)
+    found = model.logits(model.resume(state, patched)[real])
+    torch.testing.assert_close(found, expected[real], rtol=1e-4, atol=1e-5)
+    assert (found - unpatched[real]).abs().max() > 1e-3
+
+
+def test_points_without_a_vector_for_each_token_are_one_line(pair: Pair) -> None:
+    point = "blocks.1.attn.hook_pattern"
+    model = load_pair(pair.base, pair.tuned, point, whole=True).models[0]
+    with pytest.raises(InputError, match=r"of shape \(1, 2, 8, 8\) for tokens .* expected one vector for each token"):
+        ResumableModel(model, point)
+    with pytest.raises(InputError, match="did not fire"):
+        ResumableModel(model, "blocks.1.hook_mlp_in")
+
+
+def test_causal_runs_at_a_point_of_the_bridge_in_another_architecture(
+    pair: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from crosscoders import CacheConfig, cache_activations
+
+    base, tuned = other_pair(tmp_path, opt_config())
+    point = "blocks.1.hook_mlp_out"
+    config: CacheConfig = pair.config(tmp_path / "cache", base=base, tuned=tuned, hook_point=point, n_tokens=400)
+    cache = cache_activations(config)
+    made = Crosscoder(CrosscoderConfig(dict_size=12, activation="relu", d_model=16)).requires_grad_(False)
+    made.init_weights_(norm=1.0, generator=torch.Generator().manual_seed(0))
+    made.W_dec += 0.3 * torch.randn(made.W_dec.shape, generator=torch.Generator().manual_seed(1))
+    made.save(tmp_path / "run", provenance=cache_inputs(cache))
+    scales, contexts, _ = scale_cache(made, cache)
+    table = latent_table(made, scales, contexts)
+    table.to_parquet(tmp_path / "run" / "latents.parquet")
+    write_table(tmp_path / "run", table, scales, cache)
+    argv = ["causal", str(tmp_path / "run"), "--cache", str(tmp_path / "cache"), "--n-documents", "4"]
+    argv += ["--n-latents", "2", "--random-draws", "2", "--json"]
+    found = []
+    for rows_at_once in ("1", "4"):
+        assert cli.main([*argv, "--batch-rows", rows_at_once]) == 0
+        found.append({row["name"]: row["value"] for row in json.loads(capsys.readouterr().out)["rows"]})
+    assert found[0]["causal.base_to_tuned.none.kl"] > 1e-5
+    for name, value in found[0].items():
+        if name.endswith(".kl"):
+            assert found[1][name] == pytest.approx(value, rel=2e-3, abs=1e-7), name
+
+
 def test_bypassed_layers_are_back_after_an_error(whole: ModelPair) -> None:
     model = whole.models[0]
     with torch.no_grad():

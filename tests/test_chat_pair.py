@@ -17,6 +17,7 @@ from crosscoders import ActivationCache, CacheConfig, CrosscoderConfig, InputErr
 from crosscoders.cli import TrainSettings
 from crosscoders.config import to_dict
 from crosscoders.reporting import row
+from diffing.null.runs import Scaled
 from diffing.table import scale_run
 
 
@@ -90,13 +91,28 @@ def test_counts_leave_out_latents_that_are_not_alive() -> None:
 
 
 def test_false_positives_are_shares_of_the_alive_latents_of_all_nulls() -> None:
-    found = {entry["name"]: entry for entry in summary.false_positive_rates({"placebo": [table(), table(4)]})}
+    made = [Scaled(table(), 5.0), Scaled(table(4), 4.0)]
+    found = {entry["name"]: entry for entry in summary.false_positive_rates({"placebo": made})}
     rotated = found["rotated.false_positive_rate"]
     assert (rotated["value"], rotated["n"]) == (1 / 9, 9)  # 5 and 4 alive, one of them rotated
     assert rotated["low"] < 1 / 9 < rotated["high"]
+    fewer = summary.false_positive_rates({"placebo": [each._replace(n_effective=1.5) for each in made]})
+    copies = next(entry for entry in fewer if entry["name"] == "rotated.false_positive_rate")
+    assert copies["value"] == 1 / 9 and copies["high"] > rotated["high"]  # as many latents, but not independent
     assert "shared.false_positive_rate" not in found and "alive.false_positive_rate" not in found
-    other = summary.false_positive_rates({"format_only": [table()]})
+    other = summary.false_positive_rates({"format_only": [Scaled(table(), 5.0)]})
     assert {entry["name"].rsplit("_rate", 1)[1] for entry in other} == {"_format_only"}
+
+
+def test_null_rates_count_what_lies_beyond_the_null_of_the_first_seed() -> None:
+    """Larger ratios of eligible latents (norm from 0.5, alive): 0.4, 0.9, 0.8, 0.2 (latents 0, 1, 3, 4)."""
+    null = table().assign(nu_error=[0.5, 0.9, 0.0, 0.8, 0.6, 0.0])
+    other = null.assign(nu_error=[0.45, 0.9, 0.0, 0.8, 0.6, 0.0])
+    made = {"placebo": [Scaled(null, 5.0), Scaled(other, 5.0)]}
+    found = {entry["name"]: entry for entry in summary.null_rates([Scaled(table(), 5.0)], made)}
+    assert found["null.placebo.larger_ratio.zero.count"]["value"] == 2  # below 0.5
+    rate = found["null.placebo.larger_ratio.zero.false_positive_rate"]
+    assert (rate["value"], rate["n"]) == (1 / 5, 5)  # the other seed has one below 0.5, of five alive
 
 
 def test_rates_of_own_runs_are_read_from_null_json(tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def config(pair: Any, scope: Path, **changes: object) -> FitConfig:
 def opened(settings: FitConfig) -> Any:
     plan = make_plan(settings, settings.model, pair_up(settings.dictionary, settings.hook_point), settings.side)
     device = torch.device("cpu")
-    dictionaries = with_control(load_dictionaries(plan, device), settings.control, settings.seed)
+    dictionaries = with_control(load_dictionaries(plan, settings, device), settings.control, settings.seed)
     return plan, load_model(plan, settings, device), dictionaries, next(plan.batches(settings.batch_rows, device))
 
 

@@ -175,13 +175,22 @@ def test_wrong_gemma_scope_arrays_are_refused(tmp_path: Path) -> None:
         inspect_dictionary(gemma_scope(tmp_path / "e", good | {"b_dec": np.array([{}] * D)}))  # would need a pickle
 
 
-def test_mlp_and_attention_releases_must_name_their_hook_point(tmp_path: Path) -> None:
-    folder = tmp_path / "gemma-scope-2b-pt-mlp" / "layer_1" / "width_16k" / "x"
+@pytest.mark.parametrize("start", ["", "models--google--"])
+def test_releases_for_the_mlp_and_for_attention_sit_at_their_own_hook_points(tmp_path: Path, start: str) -> None:
+    for release, site in (
+        ("2b-pt-mlp", "hook_mlp_out"),
+        ("9b-it-att", "attn.hook_z"),
+        ("2b-pt-res", "hook_resid_post"),
+    ):
+        folder = tmp_path / f"{start}gemma-scope-{release}" / "snapshots" / "c0" / "layer_1" / "width_16k" / "x"
+        folder.mkdir(parents=True)
+        np.savez(folder / "params.npz", **arrays())
+        assert inspect_dictionary(folder).hook_point == f"blocks.1.{site}"
+    folder = tmp_path / f"{start}gemma-scope-2b-pt-transcoders" / "layer_1" / "width_16k" / "x"
     folder.mkdir(parents=True)
     np.savez(folder / "params.npz", **arrays())
-    with pytest.raises(InputError, match="does not say its hook point"):
+    with pytest.raises(InputError, match="is a transcoder"):
         inspect_dictionary(folder)
-    assert inspect_dictionary(folder, hook_point="blocks.1.hook_mlp_out").hook_point == "blocks.1.hook_mlp_out"
 
 
 def header(shape: tuple[int, ...]) -> bytes:

@@ -67,7 +67,7 @@ def config(pair: Any, scope: Path, **changes: object) -> FitConfig:
 def opened(settings: FitConfig) -> Any:
     plan = make_plan(settings, settings.model, pair_up(settings.dictionary, settings.hook_point), settings.side)
     device = torch.device("cpu")
-    model, dictionaries = load_model(plan, settings, device), load_dictionaries(plan, device)
+    model, dictionaries = load_model(plan, settings, device), load_dictionaries(plan, settings, device)
     return plan, model, dictionaries, list(plan.batches(settings.batch_rows, device))
 
 

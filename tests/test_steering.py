@@ -99,15 +99,33 @@ def test_the_commands_answer_and_read(run: Path, cache_folder: Path, capsys: pyt
     assert len(json.loads((run / "lens.json").read_text())["latents"]) == len(read_table(run))
 
 
-def test_wrong_latents_and_hook_points_are_one_line(
-    run: Path, pair: Pair, cache_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_wrong_latents_are_one_line(run: Path, cache_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["steer", str(run), "--cache", str(cache_folder), "--latent", "12", "--prompt", "x"]) == 2
     assert "there is no latent 12: this crosscoder has latents 0 to 11" in capsys.readouterr().err
     assert cli.main(["steer", str(run), "--latent", "1", "--prompt", "x", "--strengths", "[]"]) == 2
     assert "strengths is an empty list" in capsys.readouterr().err
-    off = tmp_path / "off"
-    cache_activations(pair.config(off, hook_point="blocks.1.hook_mlp_out", n_tokens=100))
-    Crosscoder(CrosscoderConfig(dict_size=12, k=2, d_model=16)).save(tmp_path / "run")
-    assert cli.main(["steer", str(tmp_path / "run"), "--cache", str(off), "--latent", "1", "--prompt", "x"]) == 2
-    assert "steering needs a residual-stream hook point" in capsys.readouterr().err
+
+
+def test_a_bridge_is_steered_off_the_residual_stream_with_and_without_a_cache(
+    pair: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    point = "blocks.1.hook_mlp_out"
+    model = load_pair(pair.base, pair.tuned, point, whole=True).models[1]
+    tokenizer = load_pair(pair.base, pair.tuned, POST).info.tokenizer
+    vector = torch.randn(16, generator=torch.Generator().manual_seed(2)) * 5
+    plain = answer(model, tokenizer, "Return the sum.", max_new_tokens=12)
+    with steered(model, point, vector):
+        cached, full = (
+            answer(model, tokenizer, "Return the sum.", max_new_tokens=12, use_cache=c) for c in (True, False)
+        )
+    with_hook = load_pair(pair.base, pair.tuned, POST, whole=True).models[1]
+    with steered(with_hook, point, vector):  # the Hugging Face model has this point too
+        assert cached == full == answer(with_hook, tokenizer, "Return the sum.", max_new_tokens=12) != plain
+    cache = cache_activations(pair.config(tmp_path / "cache", hook_point=point, n_tokens=100))
+    made = Crosscoder(CrosscoderConfig(dict_size=12, activation="relu", d_model=16)).requires_grad_(False)
+    made.init_weights_(norm=1.0, generator=torch.Generator().manual_seed(0))
+    made.save(tmp_path / "run", provenance=cache_inputs(cache))
+    scale_run(tmp_path / "run", cache)
+    argv = ["steer", str(tmp_path / "run"), "--cache", str(cache.path), "--latent", "1", "--prompt", "x"]
+    assert cli.main([*argv, "--max-new-tokens", "3", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["answers"]) == 2

@@ -14,8 +14,6 @@ Published figures stand as notes of their rows. `quick`: one seed, 64 chats.
 from pathlib import Path
 from typing import Any
 
-import pandas
-
 from benchmarks.chat_pair.published import note
 from benchmarks.chat_pair.runs import NULLS, VARIANTS, causal_rows, held_out, prepare
 from benchmarks.chat_pair.summary import (
@@ -26,6 +24,8 @@ from benchmarks.chat_pair.summary import (
     counts,
     false_positive_rates,
     judged,
+    judged_run,
+    null_rates,
     ratios,
 )
 from benchmarks.planted import over_seeds
@@ -94,10 +94,10 @@ def variant_rows(
     """All rows of one variant."""
     start = f"chat-pair.{variant}"
     rows = over_seeds(start, [summarise(folder, opened, n_chats) for folder in folders], signed=SIGNED)
-    tables: dict[str, list[pandas.DataFrame]] = {
-        null: [judged(read_table(folder)) for folder in of_null] for null, of_null in zip(NULLS, nulls, strict=False)
-    }
-    extra = false_positive_rates(tables) or calibrated_rates(folders[0])
+    made = {null: [judged_run(folder) for folder in of_null] for null, of_null in zip(NULLS, nulls, strict=False)}
+    extra = false_positive_rates(made) or calibrated_rates(folders[0])
+    if made:
+        extra += null_rates([judged_run(folder) for folder in folders], made)
     if len(folders) > 1:
         found = read_runs([str(folder) for folder in folders])
         extra += stability([each._replace(table=judged(each.table)) for each in found])

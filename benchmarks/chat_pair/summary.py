@@ -2,6 +2,7 @@ r"""What is reported of the crosscoders of one variant.
 
     counts          latents by published norm class, by verdict, and those that pass the published bounds
     false positives the share of alive latents of null pairs that is counted in the same way
+    null rates      latents beyond a threshold that a null fixed, and its rate on the null's other seeds
     ratios          quantiles of nu_error and nu_reconstruction in a group of latents, and
                     within_shared: share of the group inside the central 95% of the class `shared` by norm
     causal          KL and share closed by set, of `diffing.causal_summary.rows`
@@ -19,14 +20,21 @@ from jaxtyping import Bool
 
 from benchmarks.chat_pair.runs import FIRST_TOKENS, TOP
 from crosscoders import store
+from crosscoders.formats import load_crosscoder
 from crosscoders.reporting import row
 from diffing.causal_sets import orders
-from diffing.demo.behaviour import rate
+from diffing.null.calibration import calibrated_row
+from diffing.null.command import result_rows
+from diffing.null.rates import SCORES, effective_number, rate_interval
+from diffing.null.runs import Scaled
+from diffing.table import read_table
 from diffing.verdict import VERDICTS, Thresholds, verdicts
 
 Summary = dict[str, tuple[float | None, str]]
 """Value, None where it is undefined, and unit, by row name without `chat-pair.<variant>.`."""
 
+RATES = (0.0, 0.01)
+"""Rates that thresholds are fixed for on a null."""
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 NO_CLAIM = ("shared", "shared-norm", "dead", "undetermined")
 """Counts that do not say that the models differ, so that they have no false positives."""
@@ -75,21 +83,34 @@ def counts(table: pandas.DataFrame) -> Summary:
     return {f"{name}.count": (float(inside.sum()), "latents") for name, inside in groups(table).items()}
 
 
-def false_positive_rates(nulls: dict[str, list[pandas.DataFrame]]) -> list[dict[str, Any]]:
-    """Rows <name>.false_positive_rate (of the placebo) and <name>.false_positive_rate_<null> for every count that
-    claims a difference: its share of the alive latents of all null crosscoders, with Wilson's interval.
+def judged_run(folder: Path) -> Scaled:
+    """The table of a run folder, judged, with the number of independent latents that it counts as."""
+    table = judged(read_table(folder))
+    return Scaled(table, effective_number(load_crosscoder(folder), table))
 
-    The latents of one crosscoder are not independent, so the interval is too narrow.
-    """
+
+def false_positive_rates(nulls: dict[str, list[Scaled]]) -> list[dict[str, Any]]:
+    """Rows <name>.false_positive_rate (of the placebo) and <name>.false_positive_rate_<null> for every count that
+    claims a difference: its share of the alive latents of all null crosscoders, with an interval that takes dependent
+    latents for fewer (`diffing.null.rates.rate_interval`)."""
     found = []
-    for null, tables in nulls.items():
-        inside = [groups(table) for table in tables]
+    for null, made in nulls.items():
+        inside = [groups(each.table) for each in made]
+        n, n_effective = sum(int(each["alive"].sum()) for each in inside), sum(each.n_effective for each in made)
         for name in inside[0]:
-            if name != "alive" and name not in NO_CLAIM:
-                hits = np.concatenate([each[name][each["alive"]] for each in inside])
-                measured = rate(rate_name(name, null), hits.tolist())
-                found.append(row(measured.name, measured.value, "fraction", measured.n, measured.low, measured.high))
+            if name != "alive" and name not in NO_CLAIM and n:
+                count = sum(int((each[name] & each["alive"]).sum()) for each in inside)
+                low, high = rate_interval(count, n, n_effective)
+                found.append(row(rate_name(name, null), count / n, "fraction", n, low, high))
     return found
+
+
+def null_rates(tuned: list[Scaled], nulls: dict[str, list[Scaled]]) -> list[dict[str, Any]]:
+    """Rows null.<null>.larger_ratio.<rate>.{count,false_positive_rate} of `diffing null`: the threshold that a null
+    crosscoder of the first seed fixes, the tuned pair's latents beyond it, and its rate on the null's other seeds."""
+    tables = {kind: dict(enumerate(made)) for kind, made in {"tuned": tuned, **nulls}.items()}
+    main = next(iter(SCORES))
+    return result_rows({"thresholds": [calibrated_row(tables, null, main, rate) for null in nulls for rate in RATES]})
 
 
 def calibrated_rates(run: Path) -> list[dict[str, Any]]:

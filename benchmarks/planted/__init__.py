@@ -13,7 +13,7 @@ the standard size (`benchmarks.planted.calibration`).
 import statistics
 from typing import Any
 
-from benchmarks.planted.runs import N_STEPS, SIZES, VARIANTS, Run, draw, run_one
+from benchmarks.planted.runs import SIZES, VARIANTS, Run, draw, run_one
 from benchmarks.planted.summary import summarise
 
 SEEDS = range(5)
@@ -36,7 +36,7 @@ def run(quick: bool) -> dict[str, Any]:
         for seed in SEEDS[: 1 if quick else None]:
             data = draw(SIZES[name], seed)
             for variant in variants:
-                steps = QUICK_STEPS if quick else SIZES[name].n_steps.get(variant, N_STEPS)
+                steps = QUICK_STEPS if quick else SIZES[name].n_steps(variant)
                 runs[variant].append(run_one(data, SIZES[name], variant, seed=seed, n_steps=steps))
         for variant, found in runs.items():
             rows += over_seeds(f"planted.{variant}{suffix}", [summarise(one) for one in found])

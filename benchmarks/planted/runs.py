@@ -12,7 +12,6 @@ from crosscoders import Crosscoder, CrosscoderConfig, TrainConfig, tensor_stream
 from crosscoders.metrics import Evaluation, evaluate
 from diffing import latent_table, scale_latents
 
-
 N_STEPS = 1500
 
 
@@ -20,14 +19,17 @@ class Size(NamedTuple):
     planted: PlantedConfig
     dict_size: int
     k: int
-    n_steps: dict[str, int] = {}
-    """Of variants that take another number of steps than N_STEPS."""
+    batchtopk_steps: int = N_STEPS
+    """Other variants take N_STEPS."""
+
+    def n_steps(self, variant: str) -> int:
+        return self.batchtopk_steps if variant == "batchtopk" else N_STEPS
 
 
 SIZES = {
     "standard": Size(PlantedConfig(d_model=96), dict_size=384, k=8),
     "independent": Size(PlantedConfig(d_model=96, child_share=0.0), dict_size=384, k=8),
-    "narrow": Size(PlantedConfig(d_model=64), dict_size=384, k=8, n_steps={"batchtopk": 4500}),
+    "narrow": Size(PlantedConfig(d_model=64), dict_size=384, k=8, batchtopk_steps=4500),
     "wide": Size(
         PlantedConfig(
             d_model=128, n_shared=150, n_tuned_only=30, n_base_only=24, n_rotated=18, n_rescaled=32, n_split=24,

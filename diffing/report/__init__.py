@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from crosscoders.store import write_bytes, write_json
+from diffing.report.causes import read_causal
 from diffing.report.data import read_run
 from diffing.report.nulls import read_nulls
 from diffing.report.render import render_html, render_json, table_rows
@@ -31,7 +32,7 @@ def write_report(run: Path, *, html: Path | None = None, json: Path | None = Non
         CorruptData: a file of RUN is not JSON.
         EnvironmentFault: a file cannot be written.
     """
-    read = read_run(run)._replace(nulls=read_nulls(run))
+    read = read_run(run)._replace(nulls=read_nulls(run), causal=read_causal(run))
     files = ReportFiles(html or run / "report.html", json or run / "report.json")
     rows = table_rows(read)
     write_bytes(files.html, render_html(read, rows))

@@ -124,6 +124,8 @@ class Run(NamedTuple):
     """Examples by latent."""
     nulls: dict[str, Any] = {}  # noqa: RUF012  (never written to)
     """null.json, by `nulls.read_nulls`; empty where there is none, or where it is about an earlier latent table."""
+    causal: dict[str, Any] = {}  # noqa: RUF012
+    """causal.json, by `causes.read_causal`; empty under the same conditions."""
 
     def look(self, *keys: str) -> Any:
         """The value under nested keys of run.json, or None."""

@@ -15,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from diffing.report import figures, nulls, summary
+from diffing.report import causes, figures, nulls, summary
 from diffing.report.curves import training_figures
 from diffing.report.data import MADE_BY, VERDICTS, Example, Run, command_for
 from diffing.report.definitions import COLUMNS, definitions
@@ -78,6 +78,7 @@ def render_json(run: Run, rows: list[Row]) -> dict[str, Any]:
         "n_blocks": run.latents.n_blocks,
         "thresholds": run.latents.thresholds,
         "nulls": run.nulls or None,
+        "causal": [row for entry in run.causal.values() for found in entry["sets"] for row in found[1:] if row] or None,
         "latents": [{name: values[i] for name, values in columns.items()} for i in [row.place for row in rows]],
     }
 
@@ -88,6 +89,7 @@ def render_html(run: Run, rows: list[Row]) -> bytes:
     norms = [figures.norm_figure(run.latents), figures.cosine_figure(run.latents)]
     nu = figures.nu_figure(run.latents)
     null_figure = [nulls.null_figure(run)] if run.nulls else []
+    causal_figure = [causes.causal_figure(run)] if run.causal else []
     columns, verdicts = definitions(run.latents)
     cards, cards_sentence = shown_examples(run)
     linked = {card.latent for card in cards}
@@ -96,7 +98,7 @@ def render_html(run: Run, rows: list[Row]) -> bytes:
         style=Markup((HERE / "style.css").read_text(encoding="utf-8")),
         script=Markup((HERE / "page.js").read_text(encoding="utf-8")),
         plotly=Markup(get_plotlyjs()),
-        specs=figure_json([*curves, *norms, nu, *null_figure]),
+        specs=figure_json([*curves, *norms, nu, *null_figure, *causal_figure]),
         base=base,
         tuned=tuned,
         summary=summary,
@@ -112,6 +114,9 @@ def render_html(run: Run, rows: list[Row]) -> bytes:
         nulls=nulls,
         beside=nulls.counts_beside(run.nulls),
         null_figure=null_figure,
+        causes=causes,
+        causal_figure=causal_figure,
+        causal_command=causes.CAUSAL.format(run=run.path.resolve().name),
         null_command=nulls.NULL.format(run=run.path.resolve().name),
         table_columns=table_columns(run),
         rows=rows,

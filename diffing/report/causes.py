@@ -1,0 +1,162 @@
+"""Share of KL closed by exchanged latents: what the report says of causal.json.
+
+Reading order: `read_causal`, `lines` (the table of a direction), `causal_figure`. Names of sets are ours; any other
+word in the file is refused, so that the page holds none of its text.
+"""
+
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from crosscoders.errors import InputError
+from crosscoders.store import hash_file
+from diffing.report.data import Run, is_number, read_object, read_rows
+from diffing.report.figures import BASE, TUNED, Figure, line_at, spec
+from diffing.report.text import NONE, number
+
+CAUSAL = "diffing causal {run} --cache CACHE"
+DIRECTIONS = {"base_to_tuned": ("base into tuned", TUNED), "tuned_to_base": ("tuned into base", BASE)}
+_ROW = re.compile(
+    r"causal\.(?P<direction>base_to_tuned|tuned_to_base)\."
+    r"(?P<set>none|all|error|bias|template|reconstruction|cross_reconstruction|chosen|source_model"
+    r"|(?:best|worst)_half\.(?:scaling|norm)|top_\d{1,6}\.(?:scaling|norm|random))"
+    r"(?:\.first_(?P<first>\d{1,6}))?\.(?P<what>kl|share_closed)"
+)
+NOTE = (
+    "The other model's activation, changed in one way, stands in place of the target's own on every scored token: by "
+    "the decoder differences of a set of latents; by nothing (none); by the difference of the reconstructions (all, or "
+    "on template tokens alone), of what they miss (error), of the decoder biases (bias); or a reconstruction itself, "
+    "the target's or the other model's (cross). source model: the other model, unpatched. by scaling: first by Latent "
+    "Scaling; by norm: first by relative decoder norm; at random: as many alive latents, mean over draws. KL is "
+    "KL(target || patched target), mean over response tokens, nats/token; share closed = 1 - KL(set) / KL(none). "
+    "Intervals are 95%, bootstrap over chats, of a random set over its draws too; they do not cover another training "
+    "of the crosscoder."
+)
+
+
+class Set(NamedTuple):
+    """What one set closes."""
+
+    name: str
+    kl: dict[str, Any]
+    share: dict[str, Any] | None
+    """None where nothing was exchanged."""
+    first: dict[str, Any] | None
+    """The same on the first tokens of each response."""
+
+
+class Line(NamedTuple):
+    """One set in the table, as text."""
+
+    name: str
+    kl: str
+    share: str
+    first: str
+
+
+def read_causal(run: Path) -> dict[str, Any]:
+    """causal.json of a run folder, by direction: `sets`, `n`, `n_documents`, `first_tokens`; empty where there is none,
+    or where latents.json was made again since.
+
+    Raises:
+        InputError: a row that is shown lacks its numbers.
+        CorruptData: it is not JSON.
+    """
+    path = run / "causal.json"
+    if not path.is_file():
+        return {}
+    rows, again = read_rows(path), f"Run: {CAUSAL.format(run=run)}"
+    if read_object(path).get("latents") != hash_file(path.with_name("latents.json")):
+        return {}
+    found: dict[str, Any] = {}
+    for row in rows:
+        match = _ROW.fullmatch(row["name"])
+        if match is None:
+            continue
+        if not all(is_number(row.get(key)) for key in ("value", "n")) or not all(
+            row.get(key) is None or is_number(row[key]) for key in ("low", "high")
+        ):
+            raise InputError(f"{path}: row {row['name']!r} has no numbers. {again}")
+        sets = found.setdefault(match["direction"], {"first_tokens": None, "sets": {}})
+        parts = sets["sets"].setdefault(match["set"], {})
+        parts[match["what"] if match["first"] is None else f"first.{match['what']}"] = row
+        sets["first_tokens"] = sets["first_tokens"] or match["first"]
+    if not found:
+        raise InputError(f"{path} has no row of a set that the report knows. {again}")
+    for direction, entry in found.items():
+        sets = {name: parts for name, parts in entry["sets"].items() if "kl" in parts}
+        entry["sets"] = [
+            Set(name, parts["kl"], parts.get("share_closed"), parts.get("first.share_closed"))
+            for name, parts in sets.items()
+        ]
+        documents = [row["value"] for row in rows if row["name"] == f"causal.{direction}.documents"]
+        entry["n_documents"] = documents[0] if documents and is_number(documents[0]) else None
+    return {name: found[name] for name in DIRECTIONS if name in found}
+
+
+def title(run: Run, direction: str) -> str:
+    """What was patched into what, with its counts."""
+    entry = run.causal[direction]
+    n = entry["sets"][0].kl["n"] if entry["sets"] else 0
+    chats = "" if entry["n_documents"] is None else f" of {number(entry['n_documents'])} chats"
+    return f"{DIRECTIONS[direction][0].capitalize()}: n = {number(n)} response tokens{chats}"
+
+
+def first_title(run: Run, direction: str) -> str:
+    """Heading of the column about the first tokens of responses."""
+    entry = run.causal[direction]
+    n = [number(found.first["n"]) for found in entry["sets"] if found.first is not None]
+    return f"first {entry['first_tokens']} tokens of a response (n = {n[0]})" if n else "first tokens of a response"
+
+
+def lines(run: Run, direction: str) -> list[Line]:
+    """The sets of a direction in the order of the file."""
+    return [
+        Line(shown(found.name), f"{found.kl['value']:.4f}", percent(found.share), percent(found.first))
+        for found in run.causal[direction]["sets"]
+    ]
+
+
+def shown(name: str) -> str:
+    """The name of a set in words."""
+    return name.replace("_", " ").replace(".", ", by ").replace("by random", "at random")
+
+
+def percent(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return NONE
+    interval = "" if row["low"] is None else f" ({row['low']:.1%} to {row['high']:.1%})"
+    return f"{row['value']:.1%}{interval}"
+
+
+def causal_figure(run: Run) -> Figure:
+    """Share closed by each set of latents, both directions, with its interval."""
+    traces = []
+    for direction, entry in run.causal.items():
+        words, colour = DIRECTIONS[direction]
+        sets = [found for found in entry["sets"] if found.share is not None]
+        shares = [found.share for found in sets]
+        ends = [(s["value"], s["low"], s["high"]) for s in shares]
+        bar = {
+            "type": "data", "symmetric": False, "thickness": 1.4, "width": 3,
+            "array": [0 if high is None else round(high - value, 5) for value, _, high in ends],
+            "arrayminus": [0 if low is None else round(value - low, 5) for value, low, _ in ends],
+        }  # fmt: skip
+        traces.append({
+            "type": "scatter", "mode": "markers", "name": words, "marker": {"color": colour, "size": 7},
+            "x": [round(value, 5) for value, _, _ in ends], "y": [shown(found.name) for found in sets], "error_x": bar,
+        })  # fmt: skip
+    n_sets = max(len(trace["y"]) for trace in traces)
+    axis = {"title": {"text": "share of KL closed, 95% interval"}, "tickformat": ".0%"}
+    return Figure(
+        "causal",
+        "Share of KL closed by each set",
+        "1 closes all of the KL between the models, 0 none; below 0 the predictions move away. n as in the tables.",
+        spec(
+            traces,
+            height=90 + 24 * n_sets,
+            shapes=[line_at("x", 0.0)],
+            xaxis=axis,
+            yaxis={"autorange": "reversed", "type": "category"},
+        ),
+    )

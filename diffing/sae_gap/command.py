@@ -1,0 +1,179 @@
+"""`diffing sae-gap`: fit and measure every model with one dictionary on the same tokens, then compare.
+
+Reading order: `gap_run` is the command; `roles_of` says which model gets which side; `rows` divides once and resamples
+sequences, for all models together; `summary` is the table.
+
+    OUT/<model>/      run folder of `sae-lora fit`; <model>: base, tuned, placebo
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from crosscoders.errors import InputError
+from crosscoders.pair import choose_device, hash_model
+from crosscoders.progress import say
+from crosscoders.reporting import row
+from diffing.sae_gap.measure import CELLS, CLASSES, QUANTITIES, Gaps, measure
+from diffing.sae_gap.settings import SaeGapSettings
+from sae_lora.adapter import choose_layers, load_adapter
+from sae_lora.config import FitConfig
+from sae_lora.fitting import fit
+from sae_lora.inputs import Plan, load_dictionaries, load_model, make_plan
+from sae_lora.loading import inspect_dictionary, reads_two_models
+
+RESAMPLES = 2000
+
+
+def gap_run(settings: SaeGapSettings) -> dict[str, Gaps]:
+    """Gaps of every model.
+
+    Raises:
+        InputError: a model, the dictionary or the documents are wrong, or do not fit each other; before any fit.
+    """
+    configs = roles_of(settings)
+    plans = {role: _plan(settings, config) for role, config in configs.items()}
+    found = {}
+    for role, config in configs.items():
+        folder = fit(config, Path(settings.out) / role)
+        plan, device = plans[role], choose_device(settings.device)
+        dictionaries = load_dictionaries(plan, config, device)
+        adapted = load_adapter(load_model(plan, config, device), folder, dictionaries)
+        say(f"measure {role} on {plan.rows.n_scored:,} tokens in {len(plan.rows.offsets) - 1:,} sequences")
+        found[role] = measure(adapted, dictionaries, plan, batch_rows=settings.batch_rows, device=device)
+    return found
+
+
+def roles_of(settings: SaeGapSettings) -> dict[str, FitConfig]:
+    """What is fitted for base, tuned and placebo."""
+    models = {"base": settings.base, "tuned": settings.tuned, "placebo": settings.placebo}
+    if reads_two_models(settings.dictionary):
+        if settings.placebo is not None:
+            raise InputError(
+                f"{settings.dictionary!r} is a crosscoder, which has no side for a placebo. Leave out --placebo."
+            )
+        other = {"base": settings.tuned, "tuned": settings.base}
+        return {
+            role: settings.fit_config(str(models[role]), side=role, other_model=other[role])
+            for role in ("base", "tuned")
+        }
+    trained_on = inspect_dictionary(settings.dictionary, hook_point=settings.hook_point).model_hashes
+    if trained_on and hash_model(settings.base) not in trained_on:
+        raise InputError(
+            f"dictionary {settings.dictionary!r} was not trained on the base model {settings.base!r}, so what it "
+            "cannot express of the tuned model would say nothing. Give one of the base."
+        )
+    return {
+        role: settings.fit_config(model, foreign_dictionary=bool(trained_on) and hash_model(model) not in trained_on)
+        for role, model in models.items()
+        if model is not None
+    }
+
+
+def _plan(settings: SaeGapSettings, config: FitConfig) -> Plan:
+    """The documents that are measured, after checking those that are fitted on."""
+    dictionary = [(settings.dictionary, settings.hook_point)]
+    fitted, measured = (
+        make_plan(
+            text, config.model, dictionary, config.side, foreign=config.foreign_dictionary, other=config.other_model
+        )
+        for text in (config, settings.eval_config())
+    )
+    choose_layers(config.layers, fitted.infos, fitted.n_layers)
+    return measured
+
+
+# ---------------------------------------------------------------------------------------------------------------- rows
+
+
+def rows(found: Mapping[str, Gaps], seed: int = 0) -> list[dict[str, Any]]:
+    """Rows sae-gap.<model>.<class>.<quantity>, and sae-gap.<model>_minus_<other>.<class>.<quantity>, with 95% bootstrap
+    intervals over sequences, which all models share.
+
+    Quantities: `ce`, of the model as it is; `ce_gap` and `kl` `.spliced`, `.left` (adapter on) and `.adapted` (adapter
+    on, dictionary off: its cost); and the shares `ce_gap.closed` and `kl.closed`.
+    """
+    n_tokens = next(iter(found.values())).n_tokens
+    n = n_tokens.shape[1]
+    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
+    weights = np.concatenate([np.ones((1, n)), drawn])
+    entries = [row("sae-gap.sequences", n, "sequences", n)]
+    for number, name in enumerate(CLASSES):
+        n_class = int(n_tokens[number].sum())
+        tokens = weights @ n_tokens[number]
+        if not (n_class and (tokens > 0).all()):  # no such tokens, or so few that a resample has none
+            continue
+        of_models = {role: _quantities(gaps.sums[number], weights, tokens) for role, gaps in found.items()}
+        for role in list(of_models)[1:]:
+            of_models[f"{role}_minus_base"] = _difference(of_models[role], of_models["base"])
+        if "placebo" in found:
+            of_models["tuned_minus_placebo"] = _difference(of_models["tuned"], of_models["placebo"])
+        for role, quantities in of_models.items():
+            for quantity, values in quantities.items():
+                low, high = np.percentile(values[1:], [2.5, 97.5]).tolist() if n > 1 else (None, None)
+                unit = "fraction" if quantity.endswith("closed") else "nats/token"
+                entries.append(row(f"sae-gap.{role}.{name}.{quantity}", float(values[0]), unit, n_class, low, high))
+    return entries
+
+
+Quantities = dict[str, Float[np.ndarray, " resamples"]]
+
+
+def _quantities(
+    sums: Float[np.ndarray, "cells quantities sequences"],
+    weights: Float[np.ndarray, "resamples sequences"],
+    tokens: Float[np.ndarray, " resamples"],
+) -> Quantities:
+    mean = {
+        (cell, quantity): weights @ sums[c, q] / tokens
+        for c, cell in enumerate(CELLS)
+        for q, quantity in enumerate(QUANTITIES)
+    }
+    found = {"ce": mean["plain", "ce"]}
+    for cell, name in (("spliced", "spliced"), ("adapted_spliced", "left"), ("adapted", "adapted")):
+        found[f"ce_gap.{name}"] = mean[cell, "ce"] - mean["plain", "ce"]
+        found[f"kl.{name}"] = mean[cell, "kl"]
+    for quantity in ("ce_gap", "kl"):
+        if (found[f"{quantity}.spliced"] > 0).all():
+            found[f"{quantity}.closed"] = 1 - found[f"{quantity}.left"] / found[f"{quantity}.spliced"]
+    return found
+
+
+def _difference(one: Quantities, other: Quantities) -> Quantities:
+    return {name: one[name] - other[name] for name in one if name in other and name != "ce"}
+
+
+def summary(entries: list[dict[str, Any]]) -> str:
+    """KL and CE gap before and after the fit, a block for each class."""
+    values = {entry["name"].removeprefix("sae-gap."): entry for entry in entries}
+    lines = []
+    for name in CLASSES:
+        roles = [key.split(".")[0] for key in values if key.endswith(f".{name}.kl.left")]
+        if not roles:
+            continue
+        n = values[f"{roles[0]}.{name}.kl.left"]["n"]
+        lines += [
+            "",
+            f"{name}: {n:,} predictions in {values['sequences']['value']:,} sequences; nats/token, 95% intervals",
+            f"  {'':<22}{'KL spliced':>12}   {'KL left':<30}{'closed':>8}{'CE gap':>10}   {'CE gap left'}",
+        ]
+        lines += [_line(role, {k: values.get(f"{role}.{name}.{k}") for k in _SHOWN}) for role in roles]
+    return "\n".join(lines)
+
+
+_SHOWN = ("kl.spliced", "kl.left", "kl.closed", "ce_gap.spliced", "ce_gap.left")
+
+
+def _line(role: str, shown: dict[str, Any]) -> str:
+    def interval(entry: dict[str, Any]) -> str:
+        low, high = entry["low"], entry["high"]
+        return f"{entry['value']:.4f}" + (f" ({low:.4f} to {high:.4f})" if low is not None else "")
+
+    closed = "" if shown["kl.closed"] is None or "_minus_" in role else f"{shown['kl.closed']['value']:.1%}"
+    return (
+        f"  {role.replace('_', ' '):<22}{shown['kl.spliced']['value']:>12.4f}   {interval(shown['kl.left']):<30}"
+        f"{closed:>8}{shown['ce_gap.spliced']['value']:>10.4f}   {interval(shown['ce_gap.left'])}"
+    )

@@ -1,0 +1,58 @@
+"""Settings of `diffing sae-gap`. Imports nothing heavy."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from crosscoders.config import DataSource, require_positive
+from sae_lora.config import FitConfig, TextConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaeGapSettings(TextConfig):
+    """Splice one dictionary into base and tuned model, fit LoRA around it in each, and compare what is left."""
+
+    base: str
+    """Local folder or hub id."""
+    tuned: str
+    """Local folder or hub id of the tuned model, weights merged."""
+    placebo: str | None = None
+    """Control: the base, tuned as long on raw text only. Not with a crosscoder, which has no side for it."""
+    dictionary: str
+    """SAE of the base model, spliced into every model; or a crosscoder of the pair, whose base side goes into the base
+    and whose tuned side into the tuned model."""
+    hook_point: str | None = None
+    """Where the dictionary belongs, if its files do not say it."""
+    heldout: str | list[str | DataSource]
+    """Documents that the gaps are measured on."""
+    eval_tokens: int = 50_000
+    """Scored tokens of them."""
+    layers: Literal["after", "all"] | list[int] = "after"
+    """Layers that get LoRA, as in `sae-lora fit`."""
+    rank: int = 64
+    """Rank of each LoRA."""
+    alpha: float | None = None
+    """As in `sae-lora fit`."""
+    lr: float = 5e-5
+    """Learning rate of AdamW."""
+    out: str
+    """Folder: a fit for each model, and sae-gap.json; interrupted fits go on."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(self, "eval_tokens")
+        self.fit_config(self.base)  # its own checks
+
+    def text(self) -> dict[str, object]:
+        """The settings of TextConfig, with the tuned model's tokenizer for all models."""
+        found: dict[str, object] = {name: getattr(self, name) for name in TextConfig.__dataclass_fields__}
+        return {**found, "tokenizer": self.tokenizer or self.tuned}
+
+    def fit_config(self, model: str, **changes: object) -> FitConfig:
+        """What `sae-lora fit` does with one of the models."""
+        named = {name: getattr(self, name) for name in ("dictionary", "hook_point", "layers", "rank", "alpha", "lr")}
+        return FitConfig(model=model, **{**self.text(), **named, **changes})
+
+    def eval_config(self) -> TextConfig:
+        """The same reading of the documents that are measured."""
+        changed = {"data": self.heldout, "n_tokens": self.eval_tokens}
+        return TextConfig(**{**self.text(), **changed})  # type: ignore[arg-type]
