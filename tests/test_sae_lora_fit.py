@@ -71,6 +71,10 @@ def opened(settings: FitConfig) -> Any:
     return plan, model, dictionaries, list(plan.batches(settings.batch_rows, device))
 
 
+def batches_of(settings: FitConfig) -> list[Any]:
+    return list(opened(settings)[3])
+
+
 def adapter_weights(folder: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
@@ -107,7 +111,7 @@ def test_kl_in_chunks_equals_kl_at_once_and_torch(pair: Any) -> None:
     "points",
     [[POINT], ["blocks.1.hook_resid_pre"], ["blocks.0.hook_resid_pre"], ["blocks.0.hook_resid_post", POINT]],
 )
-def test_a_shared_prefix_gives_equal_bits(pair: Any, scope: Path, points: list[str]) -> None:
+def test_a_shared_prefix_and_stored_states_give_equal_bits(pair: Any, scope: Path, points: list[str]) -> None:
     plan, model, _, batches = opened(config(pair, scope))
     adapted = add_lora(model, [2], rank=2, alpha=1.0)
     with torch.no_grad():
@@ -116,12 +120,17 @@ def test_a_shared_prefix_gives_equal_bits(pair: Any, scope: Path, points: list[s
                 weight.normal_()
     found = []
     chosen = [Constant(point, torch.full((D,), 1.0 + i)) for i, point in enumerate(points)]
-    for prefix in (None, points[0]):
+    prefix = objective.find_prefix(adapted, points[0], batches[0])
+    stored = objective.states(adapted, points[0], batches[0])
+    assert prefix is not None
+    for known in ({}, {"prefix": prefix}, {"prefix": prefix, "stored": stored}, {"stored": stored}):
         adapted.zero_grad()
-        total = objective.batch_kl(adapted, chosen, batches[0], plan.keep_ids, prefix=prefix)
+        total = objective.batch_kl(adapted, chosen, batches[0], plan.keep_ids, **known)
         total.backward()
         found.append([total.detach(), *(w.grad for w in adapted.parameters() if w.requires_grad)])
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True)) and float(found[0][0]) > 0
+    for values in zip(*found, strict=True):
+        assert all(torch.equal(values[0], value) for value in values[1:])
+    assert float(found[0][0]) > 0
 
 
 # ---------------------------------------------------------------------------------------------------- objective
@@ -215,21 +224,22 @@ def test_two_dictionaries_are_fitted_and_measured_together(
 def test_an_interrupted_fit_goes_on_with_the_same_bits(
     pair: Any, scope: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = config(pair, scope, dropout=0.2)
+    settings = config(pair, scope, dropout=0.2, epochs=2, store="memory")
     whole = adapter_weights(fit(settings, tmp_path / "whole"))
     real, calls = fitting._step, []
+    stop_after = len(batches_of(settings)) + 3  # in the second epoch
 
     def stopping(*args: Any) -> Any:
         import os
         import signal
 
         calls.append(args)
-        if len(calls) == 3:
+        if len(calls) == stop_after:
             os.kill(os.getpid(), signal.SIGTERM)
         return real(*args)
 
     monkeypatch.setattr(fitting, "_step", stopping)
-    with pytest.raises(StopRequested, match="step 3"):
+    with pytest.raises(StopRequested, match=f"step {stop_after}"):
         fit(settings, tmp_path / "cut")
     assert not (tmp_path / "cut" / "adapter").exists()
     found = adapter_weights(fit(settings, tmp_path / "cut"))
@@ -239,6 +249,32 @@ def test_an_interrupted_fit_goes_on_with_the_same_bits(
     assert fit(settings, tmp_path / "cut") == tmp_path / "cut" / "adapter"  # complete already
     with pytest.raises(InputError, match=r"holds a run with rank = 4, now 5"):
         fit(config(pair, scope, dropout=0.2, rank=5), tmp_path / "cut")
+
+
+@pytest.mark.parametrize("layers", ["after", "all"])
+def test_stored_states_change_no_bit_of_a_fit_and_serve_other_fits(
+    pair: Any, scope: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layers: str
+) -> None:
+    common: dict[str, object] = {"epochs": 2, "layers": layers, "lr_decay_fraction": 0.5}
+    wanted = adapter_weights(fit(config(pair, scope, **common), tmp_path / "none"))
+    disk = common | {"store": "disk", "store_folder": str(tmp_path / "states")}
+    for name, how in (("memory", common | {"store": "memory"}), ("disk", disk)):
+        found = adapter_weights(fit(config(pair, scope, **how), tmp_path / name))
+        assert all(torch.equal(found[key], value) for key, value in wanted.items()), name
+    monkeypatch.setattr("sae_lora.stored.states", None)  # the model is not run for them again
+    fit(config(pair, scope, **disk, rank=2), tmp_path / "other")
+    damaged = next((tmp_path / "states").glob("*/00000001.safetensors"))
+    data = bytearray(damaged.read_bytes())
+    data[-1] ^= 1
+    damaged.write_bytes(data)
+    with pytest.raises(CorruptData, match="00000001"):
+        fit(config(pair, scope, **disk, rank=3), tmp_path / "third")
+
+
+def test_the_rate_falls_linearly_at_the_end_if_asked(pair: Any, scope: Path) -> None:
+    settings = config(pair, scope, lr=1.0, lr_decay_fraction=0.4)
+    assert [settings.lr_at(step, 10) for step in range(10)] == [1.0] * 7 + [0.75, 0.5, 0.25]
+    assert config(pair, scope, lr=1.0).lr_at(9, 10) == 1.0
 
 
 def test_a_run_does_not_go_on_with_another_dictionary_at_the_same_path(pair: Any, scope: Path, tmp_path: Path) -> None:
@@ -404,6 +440,7 @@ def test_wrong_input_is_one_line_before_the_model_loads(
         ([*fits, "--dictionary", str(narrow)], "does not say its hook point"),
         ([*fits, "--dictionary", str(scope), "--layers", "[7]"], "layers has 7"),
         ([*fits, "--dictionary", str(scope), "--rank", "0"], "rank is 0"),
+        ([*fits, "--dictionary", str(scope), "--store", "disk"], "disk needs a folder"),
         ([*fits, "--dictionary", f'["{scope}", "{scope}"]'], "two dictionaries sit at"),
         ([*fits, "--dictionary", str(scope), "--hook-point", f'["{POINT}", "{POINT}"]'], "1 dictionaries and 2 hook"),
         ([*fits, "--dictionary", str(scope), "--side", "base"], "is for crosscoders"),
