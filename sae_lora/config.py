@@ -81,11 +81,11 @@ class FitConfig(TextConfig):
     epochs: int = 1
     """Times that all documents are read, in the same order."""
     store: Literal["none", "memory", "disk"] = "none"
-    """Keep the activations at the lowest hook point and the final hidden states of the model as it is, so that later
-    epochs (with disk, other fits too) do not run it again: 2 d_model numbers per token."""
+    """Keep what the lowest dictionary puts into the model and the final hidden states of the model as it is, so that
+    later epochs (with disk, other fits too) do not compute them again: 2 d_model numbers per token."""
     store_folder: str | None = None
-    """Folder for `store` disk, shared by all fits on the same model, tokens and hook point."""
-    chunk_tokens: int = 512
+    """Folder for `store` disk, shared by fits with other ranks, layers and seeds of LoRA."""
+    chunk_tokens: int = 64
     """Positions whose logits are turned into float32 probabilities together."""
     log_every: int = 50
     """Steps between two lines of train.jsonl."""

@@ -72,8 +72,8 @@ def fit(config: FitConfig, out: str | Path) -> Path:
             + (f"; going on at step {step:,}" if step else "")
         )
         checkpoint.cut_log(out / "train.jsonl", step)
-        prefix = _prefix(adapted, dictionaries, layers, plan, config, device)
-        states = open_states(config, plan, adapted, device)
+        prefix = common_prefix(adapted, dictionaries, layers, plan, config, device)
+        states = open_states(config, plan, adapted, dictionaries[0], device)
 
         # ---- the loop
         progress = Progress("fit", total=n_steps, start=step, unit="step")
@@ -84,7 +84,7 @@ def fit(config: FitConfig, out: str | Path) -> Path:
                 continue
             lr = optimizer.param_groups[0]["lr"] = config.lr_at(step, n_steps)
             stored = states.read(step % n_batches, device) if states else None
-            total, norm = _step(
+            total, norm = take_step(
                 adapted, dictionaries, batch, plan.keep_ids, config, optimizer, prefix, stored, step, out
             )
             sums += torch.tensor([total, int(batch.attention_mask.sum())], dtype=torch.float64)
@@ -108,7 +108,7 @@ def fit(config: FitConfig, out: str | Path) -> Path:
         return out / "adapter"
 
 
-def _prefix(
+def common_prefix(
     adapted: Any,
     dictionaries: list[FrozenDictionary],
     layers: list[int],
@@ -126,7 +126,7 @@ def _prefix(
     return prefix
 
 
-def _step(
+def take_step(
     adapted: Any,
     dictionaries: list[FrozenDictionary],
     batch: Batch,

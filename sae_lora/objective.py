@@ -31,11 +31,11 @@ class _KlTotal(torch.autograd.Function):
         for start in range(0, len(student), chunk_tokens):
             rows = slice(start, start + chunk_tokens)
             log_p, log_q = metrics.log_probs(teacher[rows]), metrics.log_probs(student[rows])
-            chosen = used[rows]
-            total += torch.where(chosen, metrics.kl(log_p, log_q), 0).sum()
+            total += metrics.kl(log_p, log_q)[used[rows]].sum()
             if slope is not None:
-                slope[rows] = torch.where(chosen[:, None], log_q.exp_() - log_p.exp_(), 0)
+                slope[rows].copy_(log_q.exp_().sub_(log_p.exp_()))
         if slope is not None:
+            slope[~used] = 0
             ctx.save_for_backward(slope)
         return total
 
@@ -67,6 +67,14 @@ def logits(model: Any, batch: Batch) -> Float[Tensor, "rows seq vocab"]:
     return found
 
 
+def without_adapter(model: Any) -> contextlib.AbstractContextManager[None]:
+    """The model as it is, with LoRA off if it has any."""
+    found: contextlib.AbstractContextManager[None] = (
+        model.disable_adapter() if hasattr(model, "disable_adapter") else contextlib.nullcontext()
+    )
+    return found
+
+
 @contextlib.contextmanager
 def lora_dropout(model: nn.Module) -> Iterator[None]:
     """Dropout of LoRA alone; the model's own stays off, so that teacher and student differ by the splice only."""
@@ -91,8 +99,8 @@ class Prefix(NamedTuple):
 class States(NamedTuple):
     """What a batch needs of the frozen model, padded as its ids are."""
 
-    x: Float[Tensor, "rows seq d_model"]
-    """Activations at the hook point."""
+    x_hat: Float[Tensor, "rows seq d_model"]
+    """What stands at the hook point with the dictionary spliced in."""
     final: Float[Tensor, "rows seq d_model"]
     """What the head reads, after the last norm, without adapter and dictionary."""
 
@@ -125,17 +133,18 @@ def start_at(model: Any, prefix: Prefix, x: Float[Tensor, "rows seq d_model"]) -
         yield
 
 
-def states(model: Any, hook_point: str, batch: Batch) -> States:
-    """One pass of the model without adapter."""
+def states(model: Any, dictionary: FrozenDictionary, batch: Batch, keep_ids: Sequence[int]) -> States:
+    """Of the model without adapter, around one dictionary."""
     found: list[Tensor] = []
     decoder = core_model(model).base_model
-    handle = decoder.register_forward_hook(lambda _m, _a, out: found.append(out.last_hidden_state))
-    with torch.no_grad(), model.disable_adapter(), hooks.capture(model, [hook_point]) as seen:
+    with torch.no_grad(), without_adapter(model):
+        handle = decoder.register_forward_hook(lambda _m, _a, out: found.append(out.last_hidden_state))
         try:
             decoder(input_ids=batch.ids, attention_mask=batch.attention_mask, use_cache=False)
         finally:
             handle.remove()
-    return States(seen[hook_point], found[0])
+        with splice(model, dictionary, keep_ids=keep_ids):
+            return States(activations(model, dictionary.hook_point, batch), found[0])
 
 
 def head(model: Any, batch: Batch, final: Float[Tensor, "rows seq d_model"]) -> Float[Tensor, "rows seq vocab"]:
@@ -162,17 +171,20 @@ def batch_kl(
 ) -> Float[Tensor, ""]:
     """Sum of KL over the positions of a batch that are not padding, with its graph.
 
-    prefix: what lies below it runs once. stored: what was kept of this batch; the teacher is its head alone, and with
-    a prefix nothing below runs at all.
+    prefix: what lies below it runs once. stored: what was kept of this batch; the teacher is then its head alone, and
+    with a prefix the lowest dictionary and what lies below are not run at all.
     """
     used = batch.attention_mask.bool().flatten()
     with contextlib.ExitStack() as stack:
         if prefix is not None:
-            x = activations(model, prefix.hook_point, batch) if stored is None else stored.x
+            x = activations(model, prefix.hook_point, batch) if stored is None else stored.x_hat
             stack.enter_context(start_at(model, prefix, x))
-        with torch.no_grad(), model.disable_adapter():
+        with torch.no_grad(), without_adapter(model):
             teacher = (logits(model, batch) if stored is None else head(model, batch, stored.final)).flatten(0, 1)
-        with splice(model, dictionaries, keep_ids=keep_ids), lora_dropout(model):
+        to_splice = [d for d in dictionaries if stored is None or prefix is None or d.hook_point != prefix.hook_point]
+        if to_splice:
+            stack.enter_context(splice(model, to_splice, keep_ids=keep_ids))
+        with lora_dropout(model):
             student = logits(model, batch).flatten(0, 1)
     return kl_total(teacher, student, chunk_tokens, used)
 

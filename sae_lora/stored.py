@@ -1,11 +1,11 @@
-"""What a fit needs of the frozen model, kept for every batch: the activations at the lowest hook point, and the
-teacher's final hidden states, after the last norm.
+"""What a fit needs of the frozen model, kept for every batch: what stands at the lowest hook point with its dictionary
+spliced in, and the teacher's final hidden states, after the last norm.
 
 Logits are not kept: the model's own head makes them from the final hidden states, in one matrix product. In memory, or
-in a folder whose name is a hash of everything that decides the numbers, so that fits with other ranks, seeds and
-dictionaries read it too:
+in a folder whose name is a hash of everything that decides the numbers, so that fits with other ranks, seeds and layers
+read it too:
 
-    FOLDER/KEY/00000000.safetensors ...    one file for each batch, `x` and `final`
+    FOLDER/KEY/00000000.safetensors ...    one file for each batch, `x_hat` and `final`
     FOLDER/KEY/manifest.json               size and checksum of every file; written last
 """
 
@@ -17,6 +17,7 @@ import torch
 from crosscoders import store
 from crosscoders.progress import Progress, say
 from sae_lora.config import FitConfig
+from sae_lora.dictionary import FrozenDictionary
 from sae_lora.inputs import Plan
 from sae_lora.objective import States, states
 
@@ -26,8 +27,8 @@ FORMAT_VERSION = 1
 class StoredStates:
     """States of each batch of a plan, by its number."""
 
-    def __init__(self, folder: Path | None, described: dict[str, Any]) -> None:
-        self.described = described
+    def __init__(self, folder: Path | None, described: dict[str, Any], dictionary: FrozenDictionary) -> None:
+        self.described, self.dictionary = described, dictionary
         self.folder = None if folder is None else folder / store.hash_json(described)[:16]
         self.held: dict[int, States] = {}
         self.files: list[store.Written] = []
@@ -59,7 +60,7 @@ class StoredStates:
             if path is not None and path.is_file():  # a whole file of a run that was interrupted
                 self.files.append(store.written(path))
             else:
-                found = states(model, self.described["hook_point"], batch)
+                found = states(model, self.dictionary, batch, plan.keep_ids)
                 if path is None:
                     self.held[number] = found
                 else:
@@ -80,18 +81,21 @@ class StoredStates:
         if path is None:
             return self.held[number]
         found = store.read_tensors(path, self.files[number])
-        return States(found["x"].to(device), found["final"].to(device))
+        return States(found["x_hat"].to(device), found["final"].to(device))
 
 
-def open_states(config: FitConfig, plan: Plan, model: Any, device: torch.device) -> StoredStates | None:
+def open_states(
+    config: FitConfig, plan: Plan, model: Any, dictionary: FrozenDictionary, device: torch.device
+) -> StoredStates | None:
     """What the settings ask to store, filled; None where they ask for nothing."""
     if config.store == "none":
         return None
     described = {
-        "model": plan.model_hash, "tokens": plan.token_hash(), "hook_point": plan.infos[0].hook_point,
+        "model": plan.model_hash, "tokens": plan.token_hash(), "hook_point": dictionary.hook_point,
+        "dictionary": dictionary.content_hash(), "keep_ids": plan.keep_ids,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."), "batch_rows": config.batch_rows,
         "device": device.type,
     }  # fmt: skip
-    found = StoredStates(Path(config.store_folder) if config.store_folder else None, described)
+    found = StoredStates(Path(config.store_folder) if config.store_folder else None, described, dictionary)
     found.fill(model, plan, config.batch_rows, device)
     return found

@@ -19,6 +19,7 @@ from sae_lora.adapter import SIDECAR, add_lora, choose_layers, load_adapter, rea
 from sae_lora.cli import main
 from sae_lora.config import PRESETS, pair_up
 from sae_lora.dictionary import Constant, DictionaryInfo, FrozenDictionary
+from sae_lora.end_to_end import train_end_to_end, trainable
 from sae_lora.inputs import load_dictionaries, load_model, make_plan
 from sae_lora.loading import load_dictionary
 
@@ -121,7 +122,7 @@ def test_a_shared_prefix_and_stored_states_give_equal_bits(pair: Any, scope: Pat
     found = []
     chosen = [Constant(point, torch.full((D,), 1.0 + i)) for i, point in enumerate(points)]
     prefix = objective.find_prefix(adapted, points[0], batches[0])
-    stored = objective.states(adapted, points[0], batches[0])
+    stored = objective.states(adapted, chosen[0], batches[0], plan.keep_ids)
     assert prefix is not None
     for known in ({}, {"prefix": prefix}, {"prefix": prefix, "stored": stored}, {"stored": stored}):
         adapted.zero_grad()
@@ -226,7 +227,7 @@ def test_an_interrupted_fit_goes_on_with_the_same_bits(
 ) -> None:
     settings = config(pair, scope, dropout=0.2, epochs=2, store="memory")
     whole = adapter_weights(fit(settings, tmp_path / "whole"))
-    real, calls = fitting._step, []
+    real, calls = fitting.take_step, []
     stop_after = len(batches_of(settings)) + 3  # in the second epoch
 
     def stopping(*args: Any) -> Any:
@@ -238,7 +239,7 @@ def test_an_interrupted_fit_goes_on_with_the_same_bits(
             os.kill(os.getpid(), signal.SIGTERM)
         return real(*args)
 
-    monkeypatch.setattr(fitting, "_step", stopping)
+    monkeypatch.setattr(fitting, "take_step", stopping)
     with pytest.raises(StopRequested, match=f"step {stop_after}"):
         fit(settings, tmp_path / "cut")
     assert not (tmp_path / "cut" / "adapter").exists()
@@ -286,6 +287,61 @@ def test_a_run_does_not_go_on_with_another_dictionary_at_the_same_path(pair: Any
     np.savez(lower / "params.npz", **arrays | {"b_dec": arrays["b_dec"] + 1})
     with pytest.raises(InputError, match=r"holds a run with dictionaries\.blocks\.1\.hook_resid_post\.hash"):
         fit(config(pair, lower), tmp_path / "run")
+
+
+# --------------------------------------------------------------------------------------------------- end to end
+
+
+def training_sae(**changes: object) -> Any:
+    from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
+
+    torch.manual_seed(0)
+    settings: dict[str, Any] = {"d_in": D, "d_sae": F, "k": 6, "apply_b_dec_to_input": True, **changes}
+    return TopKTrainingSAE(TopKTrainingSAEConfig(**settings))
+
+
+def test_end_to_end_training_equals_a_straightforward_loop(pair: Any, scope: Path) -> None:
+    plan, model, _, batches = opened(config(pair, scope))
+    dictionary, sae = trainable(training_sae(), POINT), training_sae()
+    steps = list(train_end_to_end(dictionary, model, batches, plan.keep_ids, lr_at=lambda step: 1e-2 / (1 + step)))
+    optimizer = torch.optim.Adam(sae.parameters(), lr=1e-2)
+    layer = hooks.decoder_layers(model)[1]
+    for number, batch in enumerate(batches):
+        p = model(input_ids=batch.ids, attention_mask=batch.attention_mask).logits.detach().softmax(-1)
+        special = torch.isin(batch.ids, torch.tensor([0, 1, 2]))[..., None]
+        handle = layer.register_forward_hook(
+            lambda _m, _a, x, special=special: torch.where(special, x, sae.decode(sae.encode(x)))
+        )
+        q = model(input_ids=batch.ids, attention_mask=batch.attention_mask).logits.log_softmax(-1)
+        handle.remove()
+        kl = torch.nn.functional.kl_div(q, p, reduction="none").sum(-1)[batch.attention_mask.bool()].mean()
+        assert steps[number].kl == pytest.approx(float(kl.detach()), rel=1e-4)
+        optimizer.param_groups[0]["lr"] = 1e-2 / (1 + number)
+        optimizer.zero_grad()
+        kl.backward()
+        assert all(w.grad is not None and float(w.grad.abs().max()) > 0 for w in sae.parameters())
+        torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
+        optimizer.step()
+    assert len(steps) == len(batches)
+    start = dict(training_sae().named_parameters())
+    for (name, found), wanted in zip(dictionary.sae.named_parameters(), sae.parameters(), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=2e-4)
+        assert float((found - start[name]).abs().max().detach()) > 1e-3  # every parameter moves
+    assert all(weight.grad is None for weight in model.parameters())
+
+
+def test_end_to_end_training_lowers_the_kl(pair: Any, scope: Path) -> None:
+    plan, model, _, batches = opened(config(pair, scope))
+    dictionary = trainable(training_sae(), POINT)
+    steps = list(train_end_to_end(dictionary, model, batches[:1] * 30, plan.keep_ids, lr_at=lambda _: 1e-2))
+    assert steps[-1].kl < 0.7 * steps[0].kl
+
+
+def test_an_sae_whose_sparsity_needs_a_term_is_not_trained_end_to_end() -> None:
+    from sae_lens import StandardTrainingSAE, StandardTrainingSAEConfig
+
+    with pytest.raises(InputError, match="only 'topk' is"):
+        trainable(StandardTrainingSAE(StandardTrainingSAEConfig(d_in=D, d_sae=F)), POINT)
 
 
 # --------------------------------------------------------------------------------------------------- evaluation

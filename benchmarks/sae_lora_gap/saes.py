@@ -1,0 +1,82 @@
+"""TopK and JumpReLU SAEs by SAELens's own trainer, on activations of the embedded base model."""
+
+import contextlib
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from benchmarks.sae_lora_gap.setting import HOOK_POINT
+
+DICTIONARIES = {
+    f"{architecture}-{l0}": (architecture, l0) for architecture in ("topk", "jumprelu") for l0 in (8, 16, 32)
+}
+"""TopK: k. JumpReLU: the L0 that its quadratic penalty aims at (Gemma Scope 2); what it reaches is a row."""
+DICT_SIZE = 1024
+BATCH = 1024
+LR = 2e-3
+
+
+class Quality(NamedTuple):
+    """On tokens that were not trained on."""
+
+    fve: float
+    l0: float
+    dead: float
+    n_tokens: int
+
+
+def make_sae(architecture: str, l0: int, d_model: int, seed: int = 0) -> Any:
+    """A training SAE of SAELens, with its start."""
+    from sae_lens import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
+
+    common: dict[str, Any] = {
+        "d_in": d_model, "d_sae": DICT_SIZE, "apply_b_dec_to_input": False, "decoder_init_norm": 0.1,
+        "normalize_activations": "expected_average_only_in",
+    }  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        if architecture == "topk":
+            sae: Any = TopKTrainingSAE(TopKTrainingSAEConfig(k=l0, **common))
+        else:
+            sae = JumpReLUTrainingSAE(
+                JumpReLUTrainingSAEConfig(
+                    jumprelu_sparsity_loss_mode="quadratic", target_l0=float(l0), l0_warm_up_steps=200, **common
+                )
+            )
+    sae.cfg.metadata.hook_name = HOOK_POINT
+    return sae
+
+
+def train_sae(sae: Any, x: Float[Tensor, "tokens d_model"], n_tokens: int, folder: Path, seed: int = 0) -> None:
+    """Reconstruct x, and save a folder that `sae_lora.load_dictionary` reads."""
+    from sae_lens.config import LoggingConfig, SAETrainerConfig
+    from sae_lens.training.sae_trainer import SAETrainer
+
+    config = SAETrainerConfig(
+        total_training_samples=n_tokens,
+        train_batch_size_samples=BATCH,
+        lr=LR,
+        lr_end=LR / 10,
+        lr_warm_up_steps=50,
+        lr_decay_steps=n_tokens // BATCH // 5,
+        dead_feature_window=100,
+        n_batches_for_norm_estimate=20,
+        logger=LoggingConfig(log_to_wandb=False),
+    )
+    with contextlib.redirect_stderr(io.StringIO()):  # its progress bars
+        SAETrainer(config, sae, shuffled(x, seed)).fit()
+    sae.save_inference_model(folder)
+
+
+def shuffled(x: Float[Tensor, "tokens d_model"], seed: int) -> Iterator[Float[Tensor, "batch d_model"]]:
+    """Batches of all tokens in a new order for each pass, without end."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        order = torch.randperm(len(x), generator=generator)
+        for chosen in order[: len(x) // BATCH * BATCH].split(BATCH):
+            yield x[chosen]
