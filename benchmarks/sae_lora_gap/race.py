@@ -91,7 +91,13 @@ def adapt(
         yield Step(kl / n_tokens, n_tokens)
 
 
-def run(size: Size, data: str, folder: Path, pretraining: float) -> list[dict[str, Any]]:
+class Raced(NamedTuple):
+    rows: list[dict[str, Any]]
+    left_out: dict[str, str]
+    """Why a row has no value."""
+
+
+def run(size: Size, data: str, folder: Path, pretraining: float) -> Raced:
     """Rows of the race around one TopK SAE.
 
     folder: the SAE that was trained by reconstruction. pretraining: seconds that it took, activations included.
@@ -131,9 +137,7 @@ def run(size: Size, data: str, folder: Path, pretraining: float) -> list[dict[st
     return summarise({name: arm.points for name, arm in arms.items()}, plain, spliced, pretraining, n)
 
 
-def summarise(
-    curves: dict[str, list[Point]], plain: float, spliced: float, pretraining: float, n: int
-) -> list[dict[str, Any]]:
+def summarise(curves: dict[str, list[Point]], plain: float, spliced: float, pretraining: float, n: int) -> Raced:
     """Curves, and the ratios of seconds and tokens to the losses that both sides reach.
 
     Rows race.<arm>.<tokens>.{ce,seconds}; e2e_speedup: seconds of the end-to-end SAE to its best loss over those of
@@ -150,16 +154,19 @@ def summarise(
             rows += [row(f"{name}.ce", point.ce, "nats/token", n), row(f"{name}.seconds", point.seconds, "s", 1)]
     target = min(curves["end_to_end"], key=lambda point: point.ce)
     reached = [found for arm in curves if arm != "end_to_end" if (found := first_below(curves[arm], target.ce))]
+    left_out: dict[str, str] = {}
     if reached:
         best = min(reached, key=lambda point: point.seconds)
         rows += compared("sae-lora.e2e_speedup", target, best, pretraining)
+    else:
+        left_out["sae-lora.e2e_speedup"] = f"no LoRA arm came to CE {target.ce:.4f}, the best of the end-to-end SAE"
     for arm in curves:
         if arm != "end_to_end":
             mine = min(curves[arm], key=lambda point: point.ce)
             other = first_below(curves["end_to_end"], mine.ce)
             if other:
                 rows += compared(f"sae-lora.race.{arm}.speedup_to_its_best", other, mine, pretraining)
-    return rows
+    return Raced(rows, left_out)
 
 
 def first_below(points: list[Point], ce: float) -> Point | None:

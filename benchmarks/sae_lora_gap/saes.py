@@ -4,13 +4,15 @@ import contextlib
 import io
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from benchmarks.sae_lora_gap.setting import HOOK_POINT
+from crosscoders.metrics import Evaluation, ReconstructionSums
+from sae_lora.dictionary import FrozenDictionary
 
 DICTIONARIES = {
     f"{architecture}-{l0}": (architecture, l0) for architecture in ("topk", "jumprelu") for l0 in (8, 16, 32)
@@ -19,15 +21,6 @@ DICTIONARIES = {
 DICT_SIZE = 1024
 BATCH = 1024
 LR = 2e-3
-
-
-class Quality(NamedTuple):
-    """On tokens that were not trained on."""
-
-    fve: float
-    l0: float
-    dead: float
-    n_tokens: int
 
 
 def make_sae(architecture: str, l0: int, d_model: int, seed: int = 0) -> Any:
@@ -80,3 +73,13 @@ def shuffled(x: Float[Tensor, "tokens d_model"], seed: int) -> Iterator[Float[Te
         order = torch.randperm(len(x), generator=generator)
         for chosen in order[: len(x) // BATCH * BATCH].split(BATCH):
             yield x[chosen]
+
+
+@torch.no_grad()
+def quality(dictionary: FrozenDictionary, x: Float[Tensor, "tokens d_model"]) -> Evaluation:
+    """FVE, L0 and dead fraction, on tokens that were not trained on."""
+    sums = ReconstructionSums(1, x.shape[1], dictionary.info.dict_size)
+    for part in x.split(4096):
+        latents = dictionary.encode(part)
+        sums.add(part[:, None], dictionary.decode(latents)[:, None], (latents != 0).sum(dim=0))
+    return sums.result()
