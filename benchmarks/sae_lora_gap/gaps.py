@@ -7,7 +7,7 @@ fits that every dictionary gets; controls (identity, noise, scrambled decoders) 
 from pathlib import Path
 from typing import Any
 
-from benchmarks.sae_lora_gap.setting import BASE, CONTEXT, CPU, ROWS, Size, batches, text
+from benchmarks.sae_lora_gap.setting import BASE, CONTEXT, CPU, ROWS, batches, text
 from crosscoders.reporting import row
 from sae_lora import FitConfig, evaluation
 from sae_lora.adapter import load_adapter
@@ -29,10 +29,10 @@ SHOWN = {
 """Our row -> row of `sae-lora eval`. ce_drift: CE of the adapted model without the dictionary, above plain."""
 
 
-def fit_config(dictionary: Path, data: str, size: Size, **changes: Any) -> FitConfig:
+def fit_config(dictionary: Path, data: str, n_tokens: int, **changes: Any) -> FitConfig:
     """Settings of a fit."""
     return FitConfig(
-        model=BASE, dictionary=str(dictionary), data=data, n_tokens=size.tokens, context_length=CONTEXT,
+        model=BASE, dictionary=str(dictionary), data=data, n_tokens=n_tokens, context_length=CONTEXT,
         batch_rows=ROWS, device="cpu", log_every=1000, checkpoint_every=100_000, **{**SETTINGS, **changes},
     )  # fmt: skip
 

@@ -118,7 +118,7 @@ def run(size: Size, data: str, folder: Path, pretraining: float) -> Raced:
     )
     arms["end_to_end"] = Arm(steps, model, sae)
     for name, settings in ARMS.items():
-        config = fit_config(folder, data, size, **settings)
+        config = fit_config(folder, data, size.tokens, **settings)
         layers = choose_layers(config.layers, [dictionary.info], plan.n_layers)
         adapted = add_lora(
             load_model(plan, config, CPU), layers, rank=config.rank, alpha=config.chosen_alpha(), seed=config.seed
@@ -175,7 +175,8 @@ def first_below(points: list[Point], ce: float) -> Point | None:
 
 
 def compared(name: str, slow: Point, fast: Point, pretraining: float) -> list[dict[str, Any]]:
-    """Ratios, above 1 where LoRA needs less."""
+    """Ratios, above 1 where LoRA needs less. Tokens are those of the fit; the forward pass that collects the
+    activations for pretraining is in the seconds only."""
     return [
         row(name, slow.seconds / (fast.seconds + pretraining), "ratio of seconds", 1),
         row(f"{name}.without_pretraining", slow.seconds / fast.seconds, "ratio of seconds", 1),

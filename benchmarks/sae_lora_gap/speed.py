@@ -21,7 +21,7 @@ N_BATCHES = 8
 
 def run(size: Size, data: str, folder: Path) -> list[dict[str, Any]]:
     """Rows prefix_speedup, stored_speedup (median of the ratios by round, quartiles) and tokens per second."""
-    config = fit_config(folder, data, size, **ARMS[""])
+    config = fit_config(folder, data, size.tokens, **ARMS[""])
     plan = make_plan(config, config.model, [(str(folder), None)])
     dictionaries = load_dictionaries(plan, CPU)
     layers = choose_layers(config.layers, plan.infos, plan.n_layers)
