@@ -15,11 +15,12 @@ from typing import Any
 import torch
 
 from crosscoders import store
+from crosscoders.errors import InputError
 from crosscoders.progress import Progress, say
 from sae_lora.config import FitConfig
 from sae_lora.dictionary import FrozenDictionary
 from sae_lora.inputs import Plan
-from sae_lora.objective import States, states
+from sae_lora.objective import States, head, logits, states, without_adapter
 
 FORMAT_VERSION = 1
 
@@ -87,7 +88,12 @@ class StoredStates:
 def open_states(
     config: FitConfig, plan: Plan, model: Any, dictionary: FrozenDictionary, device: torch.device
 ) -> StoredStates | None:
-    """What the settings ask to store, filled; None where they ask for nothing."""
+    """What the settings ask to store, filled; None where they ask for nothing.
+
+    Raises:
+        InputError: the model does not make its logits from what was stored, bit for bit.
+        EnvironmentFault, CorruptData: as `StoredStates.fill` and `read`.
+    """
     if config.store == "none":
         return None
     described = {
@@ -98,4 +104,10 @@ def open_states(
     }  # fmt: skip
     found = StoredStates(Path(config.store_folder) if config.store_folder else None, described, dictionary)
     found.fill(model, plan, config.batch_rows, device)
+    first = next(plan.batches(config.batch_rows, device))
+    with torch.no_grad(), without_adapter(model):
+        if not torch.equal(head(model, first, found.read(0, device).final), logits(model, first)):
+            raise InputError(
+                f"{plan.model!r} does not make the same logits from its stored final hidden states. Use --store none."
+            )
     return found

@@ -264,6 +264,9 @@ def test_stored_states_change_no_bit_of_a_fit_and_serve_other_fits(
         assert all(torch.equal(found[key], value) for key, value in wanted.items()), name
     monkeypatch.setattr("sae_lora.stored.states", None)  # the model is not run for them again
     fit(config(pair, scope, **disk, rank=2), tmp_path / "other")
+    with monkeypatch.context() as patched, pytest.raises(InputError, match="does not make the same logits"):
+        patched.setattr("sae_lora.stored.head", lambda model, batch, final: objective.logits(model, batch) + 1)
+        fit(config(pair, scope, **disk, rank=3), tmp_path / "unlike")
     damaged = next((tmp_path / "states").glob("*/00000001.safetensors"))
     data = bytearray(damaged.read_bytes())
     data[-1] ^= 1
