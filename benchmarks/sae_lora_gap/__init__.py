@@ -51,7 +51,9 @@ def run(quick: bool, work: Path) -> dict[str, Any]:
                 sae, data["train"], size.tokens, store="disk", store_folder=str(work / "states"), **settings
             )
             adapter = fit(config, folder)
-            rows += gaps.measure(f"sae-lora.{name}.{prefix}", adapter, sae, setting.HELD_OUT, size.held_out)
+            found = gaps.measure(f"sae-lora.{name}.{prefix}", adapter, sae, setting.HELD_OUT, size.held_out)
+            say("  ".join(f"{entry['name']} {entry['value']:.4f}" for entry in found))
+            rows += found
     rows += speed.run(size, data["train"], work / STUDIED)
     raced = race.run(size, data["train"], work / STUDIED, pretraining[STUDIED])
     say(GEMMA)
