@@ -28,7 +28,7 @@ EVALUATED_TOKENS = 15_000
 CHECKS = 24
 """Evaluations of an arm."""
 END_TO_END_LR = 1e-2
-"""Falling to 0 over the second half. KL on development after 200,000 tokens: 0.78, 0.30, 0.17, 0.29 nats for 1e-3, 3e-3,
+"""Falling to 0 over the second half. KL after 200,000 tokens of training: 0.78, 0.30, 0.17, 0.29 nats for 1e-3, 3e-3,
 1e-2, 3e-2."""
 
 
