@@ -18,14 +18,14 @@ def test_training_and_development_documents_are_disjoint_and_all(tmp_path: Path)
     assert not set(parts["train"]) & set(parts["development"]) and len(parts["development"]) == 1041
 
 
-@pytest.mark.parametrize("architecture", ["topk", "jumprelu"])
+@pytest.mark.parametrize(("architecture", "sparsity"), [("topk", 4), ("jumprelu", 0.1)])
 def test_a_trained_sae_is_saved_as_it_computes_and_reconstructs(
-    architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    architecture: str, sparsity: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(saes, "DICT_SIZE", 32)
     torch.manual_seed(0)
     x = torch.randn(6000, 4) @ torch.randn(4, 12) + 3
-    sae = saes.make_sae(architecture, 4, 12)
+    sae = saes.make_sae(architecture, sparsity, 12)
     saes.train_sae(sae, x, 250 * saes.BATCH, tmp_path)
     dictionary = load_dictionary(tmp_path)
     assert dictionary.hook_point == setting.HOOK_POINT

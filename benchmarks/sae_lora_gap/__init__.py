@@ -74,9 +74,8 @@ def train_all(
     for name in names:
         kept = work / name / "seconds.json"
         if not kept.is_file():
-            architecture, l0 = DICTIONARIES[name]
             start = time.process_time()
-            train_sae(make_sae(architecture, l0, x.shape[1]), x, size.tokens, work / name)
+            train_sae(make_sae(*DICTIONARIES[name], x.shape[1]), x, size.tokens, work / name)
             store.write_json(kept, {"training": time.process_time() - start, "activations": reading})
         seconds[name] = sum(store.read_object(kept).values())
         dictionary = load_dictionary(work / name)

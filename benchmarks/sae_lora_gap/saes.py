@@ -14,16 +14,22 @@ from benchmarks.sae_lora_gap.setting import HOOK_POINT
 from crosscoders.metrics import Evaluation, ReconstructionSums
 from sae_lora.dictionary import FrozenDictionary
 
-DICTIONARIES = {
-    f"{architecture}-{l0}": (architecture, l0) for architecture in ("topk", "jumprelu") for l0 in (8, 16, 32)
+DICTIONARIES: dict[str, tuple[str, float]] = {
+    "topk-8": ("topk", 8),
+    "topk-16": ("topk", 16),
+    "topk-32": ("topk", 32),
+    "jumprelu-8": ("jumprelu", 4.0),
+    "jumprelu-16": ("jumprelu", 0.39),
+    "jumprelu-32": ("jumprelu", 0.11),
 }
-"""TopK: k. JumpReLU: the L0 that its quadratic penalty aims at (Gemma Scope 2); what it reaches is a row."""
+"""Architecture, and k or the coefficient of L0, which was chosen for an L0 near that of the TopK SAE of the same name;
+what it came to is a row."""
 DICT_SIZE = 1024
 BATCH = 1024
 LR = 2e-3
 
 
-def make_sae(architecture: str, l0: int, d_model: int, seed: int = 0) -> Any:
+def make_sae(architecture: str, sparsity: float, d_model: int, seed: int = 0) -> Any:
     """A training SAE of SAELens, with its start."""
     from sae_lens import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
 
@@ -34,11 +40,16 @@ def make_sae(architecture: str, l0: int, d_model: int, seed: int = 0) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         if architecture == "topk":
-            sae: Any = TopKTrainingSAE(TopKTrainingSAEConfig(k=l0, **common))
+            sae: Any = TopKTrainingSAE(TopKTrainingSAEConfig(k=int(sparsity), **common))
         else:
             sae = JumpReLUTrainingSAE(
+                # Their starting threshold, 0.01, hardly moves in so few steps: coefficient 10 came to L0 39, not below 14.
                 JumpReLUTrainingSAEConfig(
-                    jumprelu_sparsity_loss_mode="quadratic", target_l0=float(l0), l0_warm_up_steps=200, **common
+                    l0_coefficient=sparsity,
+                    l0_warm_up_steps=200,
+                    jumprelu_init_threshold=0.3,
+                    jumprelu_bandwidth=0.1,
+                    **common,
                 )
             )
     sae.cfg.metadata.hook_name = HOOK_POINT
