@@ -13,7 +13,7 @@ from sae_lora import FitConfig, evaluation
 from sae_lora.adapter import load_adapter
 from sae_lora.inputs import load_dictionaries, load_model, make_plan
 
-SETTINGS: dict[str, Any] = {"lr": 5e-3, "lr_decay_fraction": 1.0, "clip_norm": 1.0}
+SETTINGS: dict[str, Any] = {"lr": 5e-3, "lr_decay_fraction": 1.0}
 ARMS: dict[str, dict[str, Any]] = {
     "": {"layers": "after", "rank": 10, "alpha": 20.0},
     "all.": {"layers": "all", "rank": 5, "alpha": 10.0},
