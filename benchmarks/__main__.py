@@ -2,7 +2,7 @@
 
 A benchmark is a module with a docstring and `run(quick: bool) -> dict`, whose rows follow docs/formats.md. throughput
 also takes `--only PART ...`, `--peers` and `--checkout NAME=FOLDER ...`; chat-pair takes `--runs VARIANT=RUN ...` with
-`--cache HELDOUT`, and keeps its crosscoders in OUT/chat-pair.
+`--cache HELDOUT`. chat-pair and sae-lora keep what they train in OUT/NAME.
 """
 
 import argparse
@@ -21,10 +21,13 @@ BENCHMARKS = {
     "demo-pair": "benchmarks.demo_pair",
     "latent-scaling": "benchmarks.latent_scaling",
     "planted": "benchmarks.planted",
+    "sae-lora": "benchmarks.sae_lora_gap",
     "throughput": "benchmarks.throughput",
 }
 OPTIONS = {"throughput": ("only", "peers", "checkout"), "chat-pair": ("runs", "cache")}
 """Flags that only some benchmarks take."""
+KEEPING = ("chat-pair", "sae-lora")
+"""Benchmarks that keep what they train."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -102,7 +105,7 @@ def run_one(name: str, *, quick: bool, out: Path, options: dict[str, Any]) -> di
         if option not in OPTIONS.get(name, ()):
             (owner,) = (other for other, names in OPTIONS.items() if option in names)
             raise InputError(f"{name} takes no --{option}; only {owner} does. Leave it out.")
-    work = {"work": out / name} if name == "chat-pair" else {}
+    work = {"work": out / name} if name in KEEPING else {}
     found = {
         "config": {"quick": quick, **options},
         "environment": environment("cuda" if torch.cuda.is_available() else None),

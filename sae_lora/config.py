@@ -87,12 +87,21 @@ class FitConfig(TextConfig):
     """mean: KL per token. sum: KL summed over a sequence, mean over sequences, as published; with clipping at 1 nearly
     every step then has the same length."""
     lr: float = 5e-5
-    """Learning rate of AdamW, constant."""
+    """Learning rate of AdamW."""
+    lr_decay_fraction: float = 0.0
+    """Last share of the steps, over which the rate falls linearly to 0; 0: constant, as published."""
     weight_decay: float = 0.01
     """AdamW's decay, towards no change; none for corrector sae, whose weights do not start at 0."""
     clip_norm: float | None = 1.0
     """Largest global norm of the gradient; null: no clipping."""
-    chunk_tokens: int = 512
+    epochs: int = 1
+    """Times that all documents are read, in the same order."""
+    store: Literal["none", "memory", "disk"] = "none"
+    """Keep what the lowest dictionary puts into the model and the final hidden states of the model as it is, so that
+    later epochs (with disk, other fits too) do not compute them again: 2 d_model numbers per token."""
+    store_folder: str | None = None
+    """Folder for `store` disk, shared by fits with other ranks, layers and seeds of LoRA."""
+    chunk_tokens: int = 64
     """Positions whose logits are turned into float32 probabilities together."""
     log_every: int = 50
     """Steps between two lines of train.jsonl."""
@@ -101,9 +110,15 @@ class FitConfig(TextConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_positive(self, "rank", "lr", "chunk_tokens", "log_every", "checkpoint_every")
+        require_positive(self, "rank", "lr", "epochs", "chunk_tokens", "log_every", "checkpoint_every")
         require_range(self, 0, None, "weight_decay", "clip_norm")
         require_range(self, 0, 0.99, "dropout")
+        require_range(self, 0, 1, "lr_decay_fraction")
+        if (self.store == "disk") != (self.store_folder is not None):
+            raise InputError(
+                f"store is {self.store!r} and store_folder {self.store_folder!r}; disk needs a folder, and only disk "
+                "has one. Set --store disk --store-folder FOLDER, or leave the folder out."
+            )
         if self.alpha is not None and not self.alpha > 0:
             raise InputError(f"alpha is {self.alpha}; give a number above 0.")
         if isinstance(self.layers, list) and (not self.layers or len(set(self.layers)) < len(self.layers)):
@@ -112,11 +127,21 @@ class FitConfig(TextConfig):
             raise InputError(
                 f"corrector {self.corrector!r} has no LoRA, so layers and rank have no effect. Leave them out."
             )
+        if self.corrector != "lora" and self.store != "none":
+            raise InputError(
+                f"store {self.store!r} keeps what the dictionary puts into the model, and corrector {self.corrector!r} "
+                "changes it at every step. Use --store none."
+            )
         if self.corrector == "sae" and self.control in ("identity", "noise"):
             raise InputError(
                 f"corrector 'sae' trains the dictionary, of which control {self.control!r} keeps nothing. "
                 "Choose another."
             )
+
+    def lr_at(self, step: int, n_steps: int) -> float:
+        """Constant, then a linear fall to 0 over the last lr_decay_fraction of the steps."""
+        n_decay = int(self.lr_decay_fraction * n_steps)
+        return self.lr * min(1.0, (n_steps - step) / n_decay) if n_decay else self.lr
 
     def chosen_alpha(self) -> float:
         """The setting `alpha`, or its default."""

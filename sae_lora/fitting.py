@@ -5,6 +5,7 @@ The run folder is that of crosscoder training, with `adapter/` in place of the c
 and batches are a pure function of the plan, so an interrupted run goes on with the same numbers.
 """
 
+import itertools
 import json
 import time
 from pathlib import Path
@@ -26,6 +27,7 @@ from sae_lora.config import FitConfig, pair_up
 from sae_lora.controls import with_control
 from sae_lora.inputs import Batch, Plan, load_dictionaries, load_model, make_plan
 from sae_lora.memory import MEND, fit_need
+from sae_lora.stored import open_states
 
 
 def fit(config: FitConfig, out: str | Path) -> Path:
@@ -63,32 +65,38 @@ def fit(config: FitConfig, out: str | Path) -> Path:
         held = nn.ParameterList(fitted.weights)
         restored = checkpoint.load_state(out, held, optimizer)
         step = restored[0] if restored else 0
-        n_steps = len(plan.rows.batches(config.batch_rows))
+        n_batches = len(plan.rows.batches(config.batch_rows))
+        n_steps = config.epochs * n_batches
         kind = f"rank {config.rank} on layers {layers[0]} to {layers[-1]}" if layers else config.corrector
         control = "" if config.control == "none" else f", control {config.control}"
+        often = f" {config.epochs} times" if config.epochs > 1 else ""
         say(
             f"fit {kind} of {plan.model} ({fitted.n_weights:,} weights) "
             f"around {', '.join(info.hook_point for info in plan.infos)}{control}: {plan.rows.n_scored:,} tokens in "
-            f"{len(plan.rows.offsets) - 1:,} sequences, {n_steps:,} steps, to {out}; needs {needed}"
+            f"{len(plan.rows.offsets) - 1:,} sequences{often}, {n_steps:,} steps, to {out}; needs {needed}"
             + (f"; going on at step {step:,}" if step else "")
         )
         checkpoint.cut_log(out / "train.jsonl", step)
-        prefix = _prefix(fitted, layers, plan, config, device)
+        prefix = common_prefix(fitted, layers, plan, config, device)
+        states = open_states(config, plan, fitted.model, dictionaries[0], device)
 
         # ---- the loop
         progress = Progress("fit", total=n_steps, start=step, unit="step")
         sums, since = torch.zeros(2, dtype=torch.float64), time.perf_counter()
-        for number, batch in enumerate(plan.batches(config.batch_rows, device)):
+        epochs = itertools.chain.from_iterable(plan.batches(config.batch_rows, device) for _ in range(config.epochs))
+        for number, batch in enumerate(epochs):
             if number < step:
                 continue
-            total, norm = _step(fitted, batch, plan.keep_ids, config, optimizer, prefix, step, out)
+            lr = optimizer.param_groups[0]["lr"] = config.lr_at(step, n_steps)
+            stored = states.read(step % n_batches, device) if states else None
+            total, norm = take_step(fitted, batch, plan.keep_ids, config, optimizer, prefix, stored, step, out)
             sums += torch.tensor([total, int(batch.attention_mask.sum())], dtype=torch.float64)
             step += 1
             progress.update(1)
             if step % config.log_every == 0 or step == n_steps:
                 seconds = time.perf_counter() - since
                 line = {
-                    "step": step, "kl": float(sums[0] / sums[1]), "grad_norm": norm, "lr": config.lr,
+                    "step": step, "kl": float(sums[0] / sums[1]), "grad_norm": norm, "lr": lr,
                     "n_tokens": int(sums[1]), "tokens_per_second": round(float(sums[1]) / seconds),
                 }  # fmt: skip
                 _write_line(out, line)
@@ -108,36 +116,32 @@ def fit(config: FitConfig, out: str | Path) -> Path:
         return out / "adapter"
 
 
-def _prefix(
+def common_prefix(
     fitted: correctors.Fitted,
     layers: list[int],
     plan: Plan,
     config: FitConfig,
     device: torch.device,
-) -> str | None:
-    """The residual-stream point at or before the lowest dictionary, if all LoRA comes after it and starting there gives
-    the same logits bit for bit."""
+) -> objective.Prefix | None:
+    """The part up to the residual-stream point at or before the lowest dictionary, if all LoRA comes after it and
+    nothing changes by starting there."""
     lowest = hooks.entry_point(fitted.dictionaries[0].hook_point)
     if layers and layers[0] < first_layer_after(lowest):
         return None
-    batch = next(plan.batches(config.batch_rows, device))
-    with torch.no_grad():
-        whole = objective.logits(fitted.model, batch)
-        with objective.shared_prefix(fitted.model, lowest, batch):
-            resumed = objective.logits(fitted.model, batch)
-    if torch.equal(whole, resumed):
-        return lowest
-    say("this architecture gives other logits when it is entered half-way; every pass runs from the bottom.")
-    return None
+    prefix = objective.find_prefix(fitted.model, lowest, next(plan.batches(config.batch_rows, device)))
+    if prefix is None:
+        say("this architecture gives other logits when it is entered half-way; every pass runs from the bottom.")
+    return prefix
 
 
-def _step(
+def take_step(
     fitted: correctors.Fitted,
     batch: Batch,
     keep_ids: list[int],
     config: FitConfig,
     optimizer: torch.optim.Optimizer,
-    prefix: str | None,
+    prefix: objective.Prefix | None,
+    stored: objective.States | None,
     step: int,
     out: Path,
 ) -> tuple[float, float]:
@@ -145,7 +149,13 @@ def _step(
     with torch.random.fork_rng():
         torch.manual_seed(config.seed * 1_000_003 + step)  # dropout; resuming draws the same
         total = objective.batch_kl(
-            fitted.model, fitted.dictionaries, batch, keep_ids, chunk_tokens=config.chunk_tokens, prefix=prefix
+            fitted.model,
+            fitted.dictionaries,
+            batch,
+            keep_ids,
+            chunk_tokens=config.chunk_tokens,
+            prefix=prefix,
+            stored=stored,
         )
         if not torch.isfinite(total):
             raise CorruptData(

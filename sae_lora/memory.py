@@ -29,7 +29,15 @@ def fit_need(config: FitConfig, plan: Plan, layers: Sequence[int], device: torch
     }[config.corrector]
     # From the lowest weight that is trained on, a pass keeps what the backward pass reads.
     n_kept = plan.n_layers - (layers[0] if layers else first_layer_after(plan.infos[0].hook_point))
-    return _need(config, plan, device, n_trained=n_trained, n_kept=n_kept, chunk_tokens=config.chunk_tokens)
+    need = _need(config, plan, device, n_trained=n_trained, n_kept=n_kept, chunk_tokens=config.chunk_tokens)
+    if config.store != "memory":
+        return need
+    config_of: Any = plan.skeleton.config
+    itemsize = pair.model_dtype(config.model_dtype, device).itemsize
+    states = 2 * itemsize * plan.rows.n_scored * int(config_of.get_text_config().hidden_size)
+    if device.type == "cuda":
+        return need._replace(gpu=need.gpu + states)
+    return need._replace(ram=need.ram + states)
 
 
 def eval_need(config: TextConfig, plan: Plan, device: torch.device) -> Need:

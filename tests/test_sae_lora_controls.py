@@ -317,7 +317,7 @@ def test_an_interrupted_fit_of_a_corrector_goes_on_with_the_same_bits(
 ) -> None:
     settings = config(pair, scope, corrector=corrector, control=control)
     whole = (fit(settings, tmp_path / "whole") / "corrector.safetensors").read_bytes()
-    real, calls = fitting._step, []
+    real, calls = fitting.take_step, []
 
     def stopping(*args: Any) -> Any:
         calls.append(args)
@@ -325,7 +325,7 @@ def test_an_interrupted_fit_of_a_corrector_goes_on_with_the_same_bits(
             os.kill(os.getpid(), signal.SIGTERM)
         return real(*args)
 
-    monkeypatch.setattr(fitting, "_step", stopping)
+    monkeypatch.setattr(fitting, "take_step", stopping)
     with pytest.raises(StopRequested, match="step 3"):
         fit(settings, tmp_path / "cut")
     assert (fit(settings, tmp_path / "cut") / "corrector.safetensors").read_bytes() == whole

@@ -19,6 +19,7 @@ from sae_lora.adapter import SIDECAR, add_lora, choose_layers, load_adapter, rea
 from sae_lora.cli import main
 from sae_lora.config import PRESETS, pair_up
 from sae_lora.dictionary import Constant, DictionaryInfo, FrozenDictionary
+from sae_lora.end_to_end import train_end_to_end, trainable
 from sae_lora.inputs import load_dictionaries, load_model, make_plan
 from sae_lora.loading import load_dictionary
 
@@ -71,6 +72,10 @@ def opened(settings: FitConfig) -> Any:
     return plan, model, dictionaries, list(plan.batches(settings.batch_rows, device))
 
 
+def batches_of(settings: FitConfig) -> list[Any]:
+    return list(opened(settings)[3])
+
+
 def adapter_weights(folder: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
@@ -107,7 +112,7 @@ def test_kl_in_chunks_equals_kl_at_once_and_torch(pair: Any) -> None:
     "points",
     [[POINT], ["blocks.1.hook_resid_pre"], ["blocks.0.hook_resid_pre"], ["blocks.0.hook_resid_post", POINT]],
 )
-def test_a_shared_prefix_gives_equal_bits(pair: Any, scope: Path, points: list[str]) -> None:
+def test_a_shared_prefix_and_stored_states_give_equal_bits(pair: Any, scope: Path, points: list[str]) -> None:
     plan, model, _, batches = opened(config(pair, scope))
     adapted = add_lora(model, [2], rank=2, alpha=1.0)
     with torch.no_grad():
@@ -116,12 +121,17 @@ def test_a_shared_prefix_gives_equal_bits(pair: Any, scope: Path, points: list[s
                 weight.normal_()
     found = []
     chosen = [Constant(point, torch.full((D,), 1.0 + i)) for i, point in enumerate(points)]
-    for prefix in (None, points[0]):
+    prefix = objective.find_prefix(adapted, points[0], batches[0])
+    stored = objective.states(adapted, chosen[0], batches[0], plan.keep_ids)
+    assert prefix is not None
+    for known in ({}, {"prefix": prefix}, {"prefix": prefix, "stored": stored}, {"stored": stored}):
         adapted.zero_grad()
-        total = objective.batch_kl(adapted, chosen, batches[0], plan.keep_ids, prefix=prefix)
+        total = objective.batch_kl(adapted, chosen, batches[0], plan.keep_ids, **known)
         total.backward()
         found.append([total.detach(), *(w.grad for w in adapted.parameters() if w.requires_grad)])
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True)) and float(found[0][0]) > 0
+    for values in zip(*found, strict=True):
+        assert all(torch.equal(values[0], value) for value in values[1:])
+    assert float(found[0][0]) > 0
 
 
 # ---------------------------------------------------------------------------------------------------- objective
@@ -215,21 +225,22 @@ def test_two_dictionaries_are_fitted_and_measured_together(
 def test_an_interrupted_fit_goes_on_with_the_same_bits(
     pair: Any, scope: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = config(pair, scope, dropout=0.2)
+    settings = config(pair, scope, dropout=0.2, epochs=2, store="memory")
     whole = adapter_weights(fit(settings, tmp_path / "whole"))
-    real, calls = fitting._step, []
+    real, calls = fitting.take_step, []
+    stop_after = len(batches_of(settings)) + 3  # in the second epoch
 
     def stopping(*args: Any) -> Any:
         import os
         import signal
 
         calls.append(args)
-        if len(calls) == 3:
+        if len(calls) == stop_after:
             os.kill(os.getpid(), signal.SIGTERM)
         return real(*args)
 
-    monkeypatch.setattr(fitting, "_step", stopping)
-    with pytest.raises(StopRequested, match="step 3"):
+    monkeypatch.setattr(fitting, "take_step", stopping)
+    with pytest.raises(StopRequested, match=f"step {stop_after}"):
         fit(settings, tmp_path / "cut")
     assert not (tmp_path / "cut" / "adapter").exists()
     found = adapter_weights(fit(settings, tmp_path / "cut"))
@@ -241,6 +252,35 @@ def test_an_interrupted_fit_goes_on_with_the_same_bits(
         fit(config(pair, scope, dropout=0.2, rank=5), tmp_path / "cut")
 
 
+@pytest.mark.parametrize("layers", ["after", "all"])
+def test_stored_states_change_no_bit_of_a_fit_and_serve_other_fits(
+    pair: Any, scope: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layers: str
+) -> None:
+    common: dict[str, object] = {"epochs": 2, "layers": layers, "lr_decay_fraction": 0.5}
+    wanted = adapter_weights(fit(config(pair, scope, **common), tmp_path / "none"))
+    disk = common | {"store": "disk", "store_folder": str(tmp_path / "states")}
+    for name, how in (("memory", common | {"store": "memory"}), ("disk", disk)):
+        found = adapter_weights(fit(config(pair, scope, **how), tmp_path / name))
+        assert all(torch.equal(found[key], value) for key, value in wanted.items()), name
+    monkeypatch.setattr("sae_lora.stored.states", None)  # the model is not run for them again
+    fit(config(pair, scope, **disk, rank=2), tmp_path / "other")
+    with monkeypatch.context() as patched, pytest.raises(InputError, match="does not make the same logits"):
+        patched.setattr("sae_lora.stored.head", lambda model, batch, final: objective.logits(model, batch) + 1)
+        fit(config(pair, scope, **disk, rank=3), tmp_path / "unlike")
+    damaged = next((tmp_path / "states").glob("*/00000001.safetensors"))
+    data = bytearray(damaged.read_bytes())
+    data[-1] ^= 1
+    damaged.write_bytes(data)
+    with pytest.raises(CorruptData, match="00000001"):
+        fit(config(pair, scope, **disk, rank=3), tmp_path / "third")
+
+
+def test_the_rate_falls_linearly_at_the_end_if_asked(pair: Any, scope: Path) -> None:
+    settings = config(pair, scope, lr=1.0, lr_decay_fraction=0.4)
+    assert [settings.lr_at(step, 10) for step in range(10)] == [1.0] * 7 + [0.75, 0.5, 0.25]
+    assert config(pair, scope, lr=1.0).lr_at(9, 10) == 1.0
+
+
 def test_a_run_does_not_go_on_with_another_dictionary_at_the_same_path(pair: Any, scope: Path, tmp_path: Path) -> None:
     lower = tmp_path / "layer_1" / "width_16k" / "x"
     lower.mkdir(parents=True)
@@ -250,6 +290,61 @@ def test_a_run_does_not_go_on_with_another_dictionary_at_the_same_path(pair: Any
     np.savez(lower / "params.npz", **arrays | {"b_dec": arrays["b_dec"] + 1})
     with pytest.raises(InputError, match=r"holds a run with dictionaries\.blocks\.1\.hook_resid_post\.hash"):
         fit(config(pair, lower), tmp_path / "run")
+
+
+# --------------------------------------------------------------------------------------------------- end to end
+
+
+def training_sae(**changes: object) -> Any:
+    from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
+
+    torch.manual_seed(0)
+    settings: dict[str, Any] = {"d_in": D, "d_sae": F, "k": 6, "apply_b_dec_to_input": True, **changes}
+    return TopKTrainingSAE(TopKTrainingSAEConfig(**settings))
+
+
+def test_end_to_end_training_equals_a_straightforward_loop(pair: Any, scope: Path) -> None:
+    plan, model, _, batches = opened(config(pair, scope))
+    dictionary, sae = trainable(training_sae(), POINT), training_sae()
+    steps = list(train_end_to_end(dictionary, model, batches, plan.keep_ids, lr_at=lambda step: 1e-2 / (1 + step)))
+    optimizer = torch.optim.Adam(sae.parameters(), lr=1e-2)
+    layer = hooks.decoder_layers(model)[1]
+    for number, batch in enumerate(batches):
+        p = model(input_ids=batch.ids, attention_mask=batch.attention_mask).logits.detach().softmax(-1)
+        special = torch.isin(batch.ids, torch.tensor([0, 1, 2]))[..., None]
+        handle = layer.register_forward_hook(
+            lambda _m, _a, x, special=special: torch.where(special, x, sae.decode(sae.encode(x)))
+        )
+        q = model(input_ids=batch.ids, attention_mask=batch.attention_mask).logits.log_softmax(-1)
+        handle.remove()
+        kl = torch.nn.functional.kl_div(q, p, reduction="none").sum(-1)[batch.attention_mask.bool()].mean()
+        assert steps[number].kl == pytest.approx(float(kl.detach()), rel=1e-4)
+        optimizer.param_groups[0]["lr"] = 1e-2 / (1 + number)
+        optimizer.zero_grad()
+        kl.backward()
+        assert all(w.grad is not None and float(w.grad.abs().max()) > 0 for w in sae.parameters())
+        torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
+        optimizer.step()
+    assert len(steps) == len(batches)
+    start = dict(training_sae().named_parameters())
+    for (name, found), wanted in zip(dictionary.sae.named_parameters(), sae.parameters(), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=2e-4)
+        assert float((found - start[name]).abs().max().detach()) > 1e-3  # every parameter moves
+    assert all(weight.grad is None for weight in model.parameters())
+
+
+def test_end_to_end_training_lowers_the_kl(pair: Any, scope: Path) -> None:
+    plan, model, _, batches = opened(config(pair, scope))
+    dictionary = trainable(training_sae(), POINT)
+    steps = list(train_end_to_end(dictionary, model, batches[:1] * 30, plan.keep_ids, lr_at=lambda _: 1e-2))
+    assert steps[-1].kl < 0.7 * steps[0].kl
+
+
+def test_an_sae_whose_sparsity_needs_a_term_is_not_trained_end_to_end() -> None:
+    from sae_lens import StandardTrainingSAE, StandardTrainingSAEConfig
+
+    with pytest.raises(InputError, match="only 'topk' is"):
+        trainable(StandardTrainingSAE(StandardTrainingSAEConfig(d_in=D, d_sae=F)), POINT)
 
 
 # --------------------------------------------------------------------------------------------------- evaluation
@@ -404,6 +499,7 @@ def test_wrong_input_is_one_line_before_the_model_loads(
         ([*fits, "--dictionary", str(narrow)], "does not say its hook point"),
         ([*fits, "--dictionary", str(scope), "--layers", "[7]"], "layers has 7"),
         ([*fits, "--dictionary", str(scope), "--rank", "0"], "rank is 0"),
+        ([*fits, "--dictionary", str(scope), "--store", "disk"], "disk needs a folder"),
         ([*fits, "--dictionary", f'["{scope}", "{scope}"]'], "two dictionaries sit at"),
         ([*fits, "--dictionary", str(scope), "--hook-point", f'["{POINT}", "{POINT}"]'], "1 dictionaries and 2 hook"),
         ([*fits, "--dictionary", str(scope), "--side", "base"], "is for crosscoders"),

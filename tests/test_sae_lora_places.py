@@ -98,12 +98,16 @@ def test_a_prefix_that_ends_before_the_layer_of_the_dictionary_gives_equal_bits(
     adapted = add_lora(load_model(plan, settings, CPU), [1, 2], rank=2, alpha=1.0)
     dictionaries, batch = load_dictionaries(plan, settings, CPU), next(plan.batches(4, CPU))
     found = []
-    for prefix in (None, hooks.entry_point(point)):
+    start = objective.find_prefix(adapted, hooks.entry_point(point), batch)
+    assert start is not None
+    kept = objective.states(adapted, dictionaries[0], batch, plan.keep_ids)
+    for prefix, stored in ((None, None), (start, None), (start, kept)):
         adapted.zero_grad()
-        total = objective.batch_kl(adapted, dictionaries, batch, plan.keep_ids, prefix=prefix)
+        total = objective.batch_kl(adapted, dictionaries, batch, plan.keep_ids, prefix=prefix, stored=stored)
         total.backward()
         found.append([total.detach(), *(w.grad for w in adapted.parameters() if w.requires_grad)])
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True)) and float(found[0][0]) > 0
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True)) and float(other[0]) > 0
 
 
 # ----------------------------------------------------------------------------------------------- both models at once

@@ -1,0 +1,90 @@
+"""LoRA around frozen SAEs of the embedded base model: gap closed, race against end-to-end training, speed.
+
+SAEs: TopK and JumpReLU at three sparsities each, by SAELens. Rows `sae-lora.<dictionary>.*` are fits on the layers
+after the SAE, `sae-lora.<dictionary>.all.*` on all layers, `sae-lora.<dictionary>.rank_<n>.*` with other ranks, all
+measured on held-out documents with 95% intervals over documents; one seed. `sae-lora.race.*` are the curves of the
+comparison with an SAE that was trained end to end, `sae-lora.e2e_speedup` what comes of it. Finished SAEs and adapters
+are kept.
+
+`quick`: one SAE of each kind and few tokens; its figures say nothing.
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.sae_lora_gap import gaps, race, setting, speed
+from benchmarks.sae_lora_gap.saes import DICTIONARIES, make_sae, quality, train_sae
+from crosscoders import store
+from crosscoders.progress import say
+from crosscoders.reporting import row
+from sae_lora import fit, load_dictionary
+
+STUDIED = "topk-16"
+"""The dictionary of the ranks, the race and the speed; settings were chosen on it."""
+QUICK_DICTIONARIES = ("topk-16", "jumprelu-16")
+WITH_ALL_LAYERS = ("topk-8", "topk-16", "topk-32")
+OTHER_RANKS = (1, 4)
+"""Beside that of ARMS, which is the largest within 5% of the parameters."""
+GEMMA = """the same on Gemma-2-2B, for those who have the weights:
+  sae-lora fit --preset paper --model google/gemma-2-2b --data text.jsonl --out runs/gemma-lora \\
+    --dictionary gemma-scope-2b-pt-res/layer_12/width_16k/average_l0_82/params.npz
+  sae-lora eval runs/gemma-lora --data heldout.jsonl"""
+
+
+def run(quick: bool, work: Path) -> dict[str, Any]:
+    """Rows `sae-lora.*`; `work`: folder in which SAEs and adapters are kept."""
+    size = setting.QUICK if quick else setting.FULL
+    work = work / ("quick" if quick else "full")
+    data = setting.split(work)
+    names = QUICK_DICTIONARIES if quick else tuple(DICTIONARIES)
+    rows, pretraining = train_all(names, size, data["train"], work)
+    for name in names:
+        arms = gaps.ARMS if name in WITH_ALL_LAYERS else {"": gaps.ARMS[""]}
+        if name == STUDIED:
+            arms = arms | {
+                f"rank_{rank}.": {**gaps.ARMS[""], "rank": rank, "alpha": 2.0 * rank} for rank in OTHER_RANKS
+            }
+        for prefix, settings in arms.items():
+            folder, sae = work / f"{name}-{prefix.rstrip('.') or 'after'}", work / name
+            config = gaps.fit_config(
+                sae, data["train"], size.tokens, store="disk", store_folder=str(work / "states"), **settings
+            )
+            adapter = fit(config, folder)
+            found = gaps.measure(f"sae-lora.{name}.{prefix}", adapter, sae, setting.HELD_OUT, size.held_out)
+            say("  ".join(f"{entry['name']} {entry['value']:.4f}" for entry in found))
+            rows += found
+    rows += speed.run(size, data["train"], work / STUDIED)
+    raced = race.run(size, data["train"], work / STUDIED, pretraining[STUDIED])
+    say(GEMMA)
+    return {"name": "sae-lora", "rows": rows + raced.rows, "left_out": raced.left_out}
+
+
+def train_all(
+    names: tuple[str, ...], size: setting.Size, data: str, work: Path
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """The SAEs, or those that are there; rows of their quality, and the seconds that each took with its activations."""
+    plan, model = setting.open_base(data, size.tokens)
+    start = time.process_time()
+    x = setting.activations(plan, model)
+    reading = time.process_time() - start
+    held_out = setting.activations(*setting.open_base(setting.HELD_OUT, size.held_out))
+    rows: list[dict[str, Any]] = []
+    seconds: dict[str, float] = {}
+    for name in names:
+        kept = work / name / "seconds.json"
+        if not kept.is_file():
+            start = time.process_time()
+            train_sae(make_sae(*DICTIONARIES[name], x.shape[1]), x, size.tokens, work / name)
+            store.write_json(kept, {"training": time.process_time() - start, "activations": reading})
+        seconds[name] = sum(store.read_object(kept).values())
+        dictionary = load_dictionary(work / name)
+        found = quality(dictionary, held_out)
+        rows += [
+            row(f"sae-lora.{name}.fve", found.fve[0], "fraction", found.n_tokens),
+            row(f"sae-lora.{name}.l0", found.l0, "latents/token", found.n_tokens),
+            row(f"sae-lora.{name}.dead", found.dead_fraction, "fraction", found.n_tokens),
+            row(f"sae-lora.{name}.training_seconds", seconds[name], "s", 1),
+        ]
+        say("  ".join(f"{entry['name']} {entry['value']:.3f}" for entry in rows[-4:]))
+    return rows, seconds

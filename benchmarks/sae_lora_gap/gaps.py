@@ -1,0 +1,52 @@
+"""Fits around each dictionary, and what they close on held-out documents.
+
+Settings of every fit: SETTINGS, chosen on topk-16 and the development documents, and kept for the others. ARMS are the
+fits that every dictionary gets; controls (identity, noise, scrambled decoders) and cheaper correctors belong there.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks.sae_lora_gap.setting import BASE, CONTEXT, CPU, ROWS, batches, text
+from crosscoders.reporting import row
+from sae_lora import FitConfig, evaluation
+from sae_lora.adapter import load_adapter
+from sae_lora.inputs import load_dictionaries, load_model, make_plan
+
+SETTINGS: dict[str, Any] = {"lr": 5e-3, "lr_decay_fraction": 1.0}
+ARMS: dict[str, dict[str, Any]] = {
+    "": {"layers": "after", "rank": 10, "alpha": 20.0},
+    "all.": {"layers": "all", "rank": 5, "alpha": 10.0},
+}
+"""By the prefix of their rows. Ranks: the largest within 5% of the model's parameters."""
+SHOWN = {
+    "gap_closed": "gap_closed",
+    "kl_closed": "kl_closed",
+    "ce_drift": "ce_gap.adapted",
+    "ce_gap": "ce_gap.spliced",
+    "ce_gap_left": "ce_gap.adapted_spliced",
+}
+"""Our row -> row of `sae-lora eval`. ce_drift: CE of the adapted model without the dictionary, above plain."""
+
+
+def fit_config(dictionary: Path, data: str, n_tokens: int, **changes: Any) -> FitConfig:
+    """Settings of a fit."""
+    return FitConfig(
+        model=BASE, dictionary=str(dictionary), data=data, n_tokens=n_tokens, context_length=CONTEXT,
+        batch_rows=ROWS, device="cpu", log_every=1000, checkpoint_every=100_000, **{**SETTINGS, **changes},
+    )  # fmt: skip
+
+
+def measure(prefix: str, adapter: Path, dictionary: Path, data: str, n_tokens: int) -> list[dict[str, Any]]:
+    """Rows of one adapter: SHOWN, with 95% intervals over sequences, and its share of the model's parameters."""
+    config = text(data, n_tokens)
+    plan = make_plan(config, BASE, [(str(dictionary), None)])
+    dictionaries, model = load_dictionaries(plan, config, CPU), load_model(plan, config, CPU)
+    n_weights = sum(weight.numel() for weight in model.parameters())
+    adapted = load_adapter(model, adapter, dictionaries)
+    n_added = sum(weight.numel() for weight in adapted.parameters()) - n_weights
+    n_sequences = len(plan.rows.offsets) - 1
+    measured = evaluation.measure(adapted, dictionaries, lambda: batches(plan), n_sequences, plan.keep_ids)
+    found = {entry["name"].removeprefix("eval."): entry for entry in evaluation.rows(measured)}
+    rows = [{**found[name], "name": f"{prefix}{ours}"} for ours, name in SHOWN.items() if name in found]
+    return [*rows, row(f"{prefix}parameters", n_added / n_weights, "of the model's parameters", n_weights)]

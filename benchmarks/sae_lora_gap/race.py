@@ -1,0 +1,178 @@
+"""Time and tokens to one loss: an SAE trained end to end, against one trained by reconstruction with LoRA around it.
+
+All arms run in turn, a few steps each, on the same batches of the same documents; seconds are CPU time of the process,
+without evaluation. What LoRA's SAE took before (activations, training) is added, and also left out.
+"""
+
+import itertools
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks.sae_lora_gap.gaps import ARMS, fit_config
+from benchmarks.sae_lora_gap.saes import make_sae
+from benchmarks.sae_lora_gap.setting import CPU, HELD_OUT, HOOK_POINT, ROWS, Size, batches, open_base
+from crosscoders import metrics
+from crosscoders.reporting import row
+from sae_lora import FitConfig, load_dictionary, objective, splice
+from sae_lora.adapter import choose_layers
+from sae_lora.correctors import Fitted, start
+from sae_lora.dictionary import FrozenDictionary
+from sae_lora.end_to_end import Step, train_end_to_end, trainable
+from sae_lora.fitting import common_prefix, take_step
+from sae_lora.inputs import Batch, Plan, load_model
+
+EVALUATED_TOKENS = 15_000
+CHECKS = 24
+"""Evaluations of an arm."""
+END_TO_END_LR = 1e-2
+"""Falling to 0 over the second half. KL after 200,000 tokens of training: 0.78, 0.30, 0.17, 0.29 nats for 1e-3, 3e-3,
+1e-2, 3e-2."""
+
+
+class Point(NamedTuple):
+    """An arm so far."""
+
+    n_tokens: int
+    """Read by the language model."""
+    seconds: float
+    ce: float
+    """Of the spliced model on held-out documents, nats/token."""
+
+
+class Arm:
+    """A trainer that is run a few steps at a time."""
+
+    def __init__(self, steps: Iterator[Step], model: Any, dictionary: FrozenDictionary) -> None:
+        self.steps, self.model, self.dictionary = steps, model, dictionary
+        self.n_tokens, self.seconds = 0, 0.0
+        self.points: list[Point] = []
+
+    def advance(self, n_steps: int, held_out: list[Batch], keep_ids: list[int]) -> None:
+        """Train for some steps, then evaluate."""
+        start = time.process_time()
+        for step in itertools.islice(self.steps, n_steps):
+            self.n_tokens += step.n_tokens
+        self.seconds += time.process_time() - start
+        ce = spliced_ce(self.model, self.dictionary, held_out, keep_ids)
+        self.points.append(Point(self.n_tokens, self.seconds, ce))
+
+
+@torch.no_grad()
+def spliced_ce(model: Any, dictionary: FrozenDictionary | None, held_out: list[Batch], keep_ids: list[int]) -> float:
+    """CE with the dictionary in place, or without one; nats per scored prediction."""
+    total, n = 0.0, 0
+    for batch in held_out:
+        if dictionary is None:
+            found = objective.logits(model, batch)
+        else:
+            with splice(model, dictionary, keep_ids=keep_ids):
+                found = objective.logits(model, batch)
+        used = batch.scored[:, 1:]
+        ce = metrics.ce(metrics.log_probs(found[:, :-1][used]), batch.ids[:, 1:][used])
+        total, n = total + float(ce.double().sum()), n + len(ce)
+    return total / n
+
+
+def adapt(config: FitConfig, plan: Plan, fitted: Fitted, layers: list[int]) -> Iterator[Step]:
+    """The steps of `sae_lora.fit`, without its files."""
+    optimizer = torch.optim.AdamW(fitted.weights, lr=config.lr, weight_decay=config.weight_decay)
+    prefix = common_prefix(fitted, layers, plan, config, CPU)
+    n_steps = len(plan.rows.batches(ROWS))
+    for step, batch in enumerate(batches(plan)):
+        optimizer.param_groups[0]["lr"] = config.lr_at(step, n_steps)
+        kl, _ = take_step(fitted, batch, plan.keep_ids, config, optimizer, prefix, None, step, Path("memory"))
+        n_tokens = int(batch.attention_mask.sum())
+        yield Step(kl / n_tokens, n_tokens)
+
+
+class Raced(NamedTuple):
+    rows: list[dict[str, Any]]
+    left_out: dict[str, str]
+    """Why a row has no value."""
+
+
+def run(size: Size, data: str, folder: Path, pretraining: float) -> Raced:
+    """Rows of the race around one TopK SAE.
+
+    folder: the SAE that was trained by reconstruction. pretraining: seconds that it took, activations included.
+    """
+    plan, model = open_base(data, size.tokens)
+    held_out = list(batches(open_base(HELD_OUT, min(EVALUATED_TOKENS, size.held_out))[0]))
+    n_steps = len(plan.rows.batches(ROWS))
+    dictionary = load_dictionary(folder, hook_point=HOOK_POINT)
+    arms: dict[str, Arm] = {}
+
+    sae = trainable(make_sae("topk", dictionary.info.settings["k"], dictionary.info.d_model), HOOK_POINT)
+    steps = train_end_to_end(
+        sae,
+        model,
+        batches(plan),
+        plan.keep_ids,
+        lr_at=lambda step: END_TO_END_LR * min(1.0, (n_steps - step) / (0.5 * n_steps)),
+    )
+    arms["end_to_end"] = Arm(steps, model, sae)
+    for name, settings in ARMS.items():
+        config = fit_config(folder, data, size.tokens, **settings)
+        layers = choose_layers(config.layers, [dictionary.info], plan.n_layers)
+        fitted = start(config, load_model(plan, config, CPU), [dictionary], layers)
+        arms[f"lora_{name.rstrip('.') or 'after'}"] = Arm(adapt(config, plan, fitted, layers), fitted.model, dictionary)
+
+    plain = spliced_ce(model, None, held_out, plan.keep_ids)
+    spliced = spliced_ce(model, dictionary, held_out, plan.keep_ids)
+    borders = [round(n_steps * i / CHECKS) for i in range(CHECKS + 1)]
+    for first, last in itertools.pairwise(borders):
+        for arm in arms.values():
+            arm.advance(last - first, held_out, plan.keep_ids)
+    n = sum(int(batch.scored[:, 1:].sum()) for batch in held_out)
+    return summarise({name: arm.points for name, arm in arms.items()}, plain, spliced, pretraining, n)
+
+
+def summarise(curves: dict[str, list[Point]], plain: float, spliced: float, pretraining: float, n: int) -> Raced:
+    """Curves, and the ratios of seconds and tokens to the losses that both sides reach.
+
+    Rows race.<arm>.<tokens>.{ce,seconds}; e2e_speedup: seconds of the end-to-end SAE to its best loss over those of
+    the faster LoRA arm to that loss, pretraining included (`.without_pretraining`: left out). Where no LoRA arm gets
+    there, the rows are missing, and <arm>.speedup_to_its_best compares at the best loss of each LoRA arm instead.
+    """
+    rows = [
+        row("sae-lora.race.plain.ce", plain, "nats/token", n),
+        row("sae-lora.race.spliced.ce", spliced, "nats/token", n),
+    ]
+    for arm, points in curves.items():
+        for point in points:
+            name = f"sae-lora.race.{arm}.{point.n_tokens}"
+            rows += [row(f"{name}.ce", point.ce, "nats/token", n), row(f"{name}.seconds", point.seconds, "s", 1)]
+    target = min(curves["end_to_end"], key=lambda point: point.ce)
+    reached = [found for arm in curves if arm != "end_to_end" if (found := first_below(curves[arm], target.ce))]
+    left_out: dict[str, str] = {}
+    if reached:
+        best = min(reached, key=lambda point: point.seconds)
+        rows += compared("sae-lora.e2e_speedup", target, best, pretraining)
+    else:
+        left_out["sae-lora.e2e_speedup"] = f"no LoRA arm came to CE {target.ce:.4f}, the best of the end-to-end SAE"
+    for arm in curves:
+        if arm != "end_to_end":
+            mine = min(curves[arm], key=lambda point: point.ce)
+            other = first_below(curves["end_to_end"], mine.ce)
+            if other:
+                rows += compared(f"sae-lora.race.{arm}.speedup_to_its_best", other, mine, pretraining)
+    return Raced(rows, left_out)
+
+
+def first_below(points: list[Point], ce: float) -> Point | None:
+    """The first point of a curve that is as good as that."""
+    return next((point for point in points if point.ce <= ce), None)
+
+
+def compared(name: str, slow: Point, fast: Point, pretraining: float) -> list[dict[str, Any]]:
+    """Ratios, above 1 where LoRA needs less. Tokens are those of the fit; the forward pass that collects the
+    activations for pretraining is in the seconds only."""
+    return [
+        row(name, slow.seconds / (fast.seconds + pretraining), "ratio of seconds", 1),
+        row(f"{name}.without_pretraining", slow.seconds / fast.seconds, "ratio of seconds", 1),
+        row(f"{name}.tokens", slow.n_tokens / fast.n_tokens, "ratio of tokens through the model", 1),
+    ]

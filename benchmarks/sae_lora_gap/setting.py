@@ -1,0 +1,80 @@
+"""The embedded base model, its documents in three parts, and what every part of the benchmark reads of them.
+
+Settings were chosen on `development`: every 20th document of raw_train, which no SAE and no LoRA has seen. Results are
+of raw_heldout, which the model has not seen either.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from crosscoders import store
+from diffing.demo import ASSETS, model_folder
+from diffing.demo.build import read_rows
+from sae_lora import objective
+from sae_lora.config import TextConfig
+from sae_lora.inputs import Batch, Plan, load_model, make_plan
+
+HOOK_POINT = "blocks.1.hook_resid_post"
+CONTEXT, ROWS = 256, 16
+CPU = torch.device("cpu")
+BASE = str(model_folder("base"))
+HELD_OUT = str(ASSETS / "corpus" / "raw_heldout.jsonl.gz")
+
+
+class Size(NamedTuple):
+    """How much of everything."""
+
+    tokens: int
+    """Training tokens of every SAE, end to end too, and of every fit; read once, of the 1,080,000 that there are."""
+    held_out: int
+    """Tokens that results are measured on; 43,876 is the whole file."""
+    rounds: int
+    """Of the speed measurements."""
+
+
+FULL = Size(tokens=800_000, held_out=43_876, rounds=15)
+QUICK = Size(tokens=60_000, held_out=8_000, rounds=3)
+
+
+def split(work: Path) -> dict[str, str]:
+    """Files of the training and the development documents."""
+    import json
+
+    rows = read_rows("raw_train")
+    parts = {"train": [r for i, r in enumerate(rows) if i % 20], "development": rows[::20]}
+    for name, chosen in parts.items():
+        store.write_bytes(work / f"{name}.jsonl", "".join(json.dumps(r) + "\n" for r in chosen).encode())
+    return {name: str(work / f"{name}.jsonl") for name in parts}
+
+
+def text(data: str, n_tokens: int) -> TextConfig:
+    """How documents are read everywhere."""
+    return TextConfig(data=data, n_tokens=n_tokens, context_length=CONTEXT, batch_rows=ROWS, device="cpu")
+
+
+def open_base(data: str, n_tokens: int) -> tuple[Plan, nn.Module]:
+    """Documents, and the model without any dictionary."""
+    config = text(data, n_tokens)
+    plan = make_plan(config, BASE, [])
+    return plan, load_model(plan, config, CPU)
+
+
+def batches(plan: Plan) -> Iterator[Batch]:
+    """All documents once."""
+    return plan.batches(ROWS, CPU)
+
+
+def activations(plan: Plan, model: nn.Module) -> Float[Tensor, "tokens d_model"]:
+    """At the hook point, of all tokens that a splice replaces."""
+    kept = torch.tensor(plan.keep_ids)
+    return torch.cat(
+        [
+            objective.activations(model, HOOK_POINT, b)[b.attention_mask.bool() & ~torch.isin(b.ids, kept)]
+            for b in batches(plan)
+        ]
+    )

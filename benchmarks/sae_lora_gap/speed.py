@@ -1,0 +1,61 @@
+"""Speed of the same fit by three routes, in turn: the whole model each time, the common lower layers once, and with
+what the frozen model computes stored. Every route trains an adapter of its own from the same start on the same batches;
+their losses have to be equal bit for bit."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.sae_lora_gap.gaps import ARMS, fit_config
+from benchmarks.sae_lora_gap.setting import CPU, ROWS, Size, batches
+from benchmarks.timing import interleaved, median_row, ratio_row
+from sae_lora import objective
+from sae_lora.adapter import choose_layers
+from sae_lora.correctors import start
+from sae_lora.fitting import common_prefix, take_step
+from sae_lora.inputs import load_dictionaries, load_model, make_plan
+
+ROUTES = ("whole", "prefix", "stored")
+N_BATCHES = 8
+
+
+def run(size: Size, data: str, folder: Path) -> list[dict[str, Any]]:
+    """Rows prefix_speedup, stored_speedup (median of the ratios by round, quartiles) and tokens per second."""
+    config = fit_config(folder, data, size.tokens, **ARMS[""])
+    plan = make_plan(config, config.model, [(str(folder), None)])
+    dictionaries = load_dictionaries(plan, config, CPU)
+    layers = choose_layers(config.layers, plan.infos, plan.n_layers)
+    chosen = [batch for _, batch in zip(range(N_BATCHES), batches(plan), strict=False)]
+    losses: dict[str, list[float]] = {route: [] for route in ROUTES}
+
+    def route_of(name: str) -> Any:
+        fitted = start(config, load_model(plan, config, CPU), dictionaries, layers)
+        optimizer = torch.optim.AdamW(fitted.weights, lr=config.lr)
+        prefix = common_prefix(fitted, layers, plan, config, CPU) if name != "whole" else None
+        stored: list[objective.States | None] = [None] * len(chosen)
+        if name == "stored":
+            stored = [objective.states(fitted.model, dictionaries[0], batch, plan.keep_ids) for batch in chosen]
+
+        def steps() -> None:
+            for batch, known in zip(chosen, stored, strict=True):
+                kl, _ = take_step(fitted, batch, plan.keep_ids, config, optimizer, prefix, known, 0, Path("memory"))
+                losses[name].append(kl)
+
+        return steps
+
+    seconds = interleaved({route: route_of(route) for route in ROUTES}, n_rounds=size.rounds)
+    assert losses["whole"] == losses["prefix"] == losses["stored"]
+    n_tokens = sum(int(batch.attention_mask.sum()) for batch in chosen)
+    note = f"{N_BATCHES} batches of {ROWS} texts a round, CPU time of one thread, equal losses"
+    rows = [
+        ratio_row(f"sae-lora.{route}_speedup", seconds["whole"], seconds[route], "ratio of seconds", note)
+        for route in ROUTES[1:]
+    ]
+    rows += [
+        median_row(
+            f"sae-lora.speed.{route}.tokens_per_second", [n_tokens / s for s in seconds[route]], "tokens/s", note
+        )
+        for route in ROUTES
+    ]
+    return rows

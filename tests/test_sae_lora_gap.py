@@ -1,0 +1,68 @@
+"""The benchmark `sae-lora`: its documents, its SAEs, and what it makes of two curves."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.sae_lora_gap import race, saes, setting
+from benchmarks.sae_lora_gap.race import Point
+from crosscoders import store
+from diffing.demo.build import read_rows
+from sae_lora import load_dictionary
+
+
+def test_training_and_development_documents_are_disjoint_and_all(tmp_path: Path) -> None:
+    parts = {name: Path(path).read_text().splitlines() for name, path in setting.split(tmp_path).items()}
+    assert len(parts["train"]) + len(parts["development"]) == len(read_rows("raw_train"))
+    assert not set(parts["train"]) & set(parts["development"]) and len(parts["development"]) == 1041
+
+
+@pytest.mark.parametrize(("architecture", "sparsity"), [("topk", 4), ("jumprelu", 0.1)])
+def test_a_trained_sae_is_saved_as_it_computes_and_reconstructs(
+    architecture: str, sparsity: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saes, "DICT_SIZE", 32)
+    torch.manual_seed(0)
+    x = torch.randn(6000, 4) @ torch.randn(4, 12) + 3
+    sae = saes.make_sae(architecture, sparsity, 12)
+    saes.train_sae(sae, x, 250 * saes.BATCH, tmp_path)
+    dictionary = load_dictionary(tmp_path)
+    assert dictionary.hook_point == setting.HOOK_POINT
+    torch.testing.assert_close(dictionary(x[:50]), sae(x[:50]), rtol=1e-4, atol=1e-4)
+    found = saes.quality(dictionary, x)
+    assert found.fve[0] > 0.5 and found.n_tokens == 6000
+    variance = (x - x.mean(0)).pow(2).sum()
+    assert found.fve[0] == pytest.approx(1 - float((x - dictionary(x)).pow(2).sum() / variance), rel=1e-3)
+
+
+def test_the_speedup_counts_pretraining_and_the_first_time_at_the_loss() -> None:
+    """The end-to-end SAE is best, 3.8, after 40 s; LoRA gets there at 10 s, 30 s with pretraining."""
+    slow = [Point(100, 20.0, 4.0), Point(200, 40.0, 3.8), Point(300, 60.0, 3.9)]
+    fast = [Point(100, 5.0, 3.9), Point(200, 10.0, 3.75), Point(300, 15.0, 3.7)]
+    found = race.summarise({"end_to_end": slow, "lora_after": fast}, 3.5, 4.5, 20.0, n=7)
+    values = {entry["name"]: entry["value"] for entry in found.rows}
+    assert values["sae-lora.e2e_speedup"] == pytest.approx(40 / 30)
+    assert values["sae-lora.e2e_speedup.without_pretraining"] == 4 and values["sae-lora.e2e_speedup.tokens"] == 1
+    assert "sae-lora.race.lora_after.speedup_to_its_best" not in values and not found.left_out  # 3.7 is never reached
+    assert values["sae-lora.race.end_to_end.200.ce"] == 3.8
+
+
+def test_a_loss_that_no_lora_reaches_is_left_out_with_its_reason() -> None:
+    slow = [Point(100, 20.0, 4.0), Point(200, 40.0, 3.6)]
+    fast = [Point(100, 5.0, 3.9), Point(200, 10.0, 3.8)]
+    found = race.summarise({"end_to_end": slow, "lora_all": fast}, 3.5, 4.5, 10.0, n=7)
+    values = {entry["name"]: entry["value"] for entry in found.rows}
+    assert "sae-lora.e2e_speedup" not in values and "3.6000" in found.left_out["sae-lora.e2e_speedup"]
+    assert values["sae-lora.race.lora_all.speedup_to_its_best"] == 2
+    assert values["sae-lora.race.lora_all.speedup_to_its_best.without_pretraining"] == 4
+
+
+def test_the_command_keeps_its_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import __main__ as command
+    from benchmarks import sae_lora_gap
+
+    monkeypatch.setattr(sae_lora_gap, "run", lambda quick, work: {"name": "sae-lora", "rows": [], "work": str(work)})
+    found = command.run_one("sae-lora", quick=True, out=tmp_path, options={})
+    assert found["work"] == str(tmp_path / "sae-lora")
+    assert store.read_json(tmp_path / "sae-lora-quick.json")["name"] == "sae-lora"
