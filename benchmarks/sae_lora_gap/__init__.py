@@ -1,10 +1,10 @@
 """LoRA around frozen SAEs of the embedded base model: gap closed, race against end-to-end training, speed.
 
 SAEs: TopK and JumpReLU at three sparsities each, by SAELens. Rows `sae-lora.<dictionary>.*` are fits on the layers
-after the SAE, `sae-lora.<dictionary>.all.*` on all layers, `sae-lora.<dictionary>.rank_<n>.*` with other ranks, all
-measured on held-out documents with 95% intervals over documents; one seed. `sae-lora.race.*` are the curves of the
-comparison with an SAE that was trained end to end, `sae-lora.e2e_speedup` what comes of it. Finished SAEs and adapters
-are kept.
+after the SAE, `.all.*` on all layers, `.rank_<n>.*` with other ranks, `.control_<name>.*` with a control in place of the
+SAE, `.corrector_<name>.*` of what is cheaper than LoRA; all measured on held-out documents with 95% intervals over
+documents; one seed. `sae-lora.race.*` are the curves of the comparison with an SAE that was trained end to end,
+`sae-lora.e2e_speedup` what comes of it. Finished SAEs and adapters are kept.
 
 `quick`: one SAE of each kind and few tokens; its figures say nothing.
 """
@@ -45,13 +45,15 @@ def run(quick: bool, work: Path) -> dict[str, Any]:
             arms = arms | {
                 f"rank_{rank}.": {**gaps.ARMS[""], "rank": rank, "alpha": 2.0 * rank} for rank in OTHER_RANKS
             }
+            arms |= gaps.COMPARED
         for prefix, settings in arms.items():
             folder, sae = work / f"{name}-{prefix.rstrip('.') or 'after'}", work / name
+            kept: dict[str, Any] = {"store": "disk", "store_folder": str(work / "states")}
             config = gaps.fit_config(
-                sae, data["train"], size.tokens, store="disk", store_folder=str(work / "states"), **settings
+                sae, data["train"], size.tokens, **(settings if "corrector" in settings else settings | kept)
             )
-            adapter = fit(config, folder)
-            found = gaps.measure(f"sae-lora.{name}.{prefix}", adapter, sae, setting.HELD_OUT, size.held_out)
+            fit(config, folder)
+            found = gaps.measure(f"sae-lora.{name}.{prefix}", folder, sae, setting.HELD_OUT, size.held_out)
             say("  ".join(f"{entry['name']} {entry['value']:.4f}" for entry in found))
             rows += found
     rows += speed.run(size, data["train"], work / STUDIED)

@@ -1,7 +1,7 @@
 """Fits around each dictionary, and what they close on held-out documents.
 
 Settings of every fit: SETTINGS, chosen on topk-16 and the development documents, and kept for the others. ARMS are the
-fits that every dictionary gets; controls (identity, noise, scrambled decoders) and cheaper correctors belong there.
+fits that dictionaries get, COMPARED those beside them on one: controls, and correctors cheaper than LoRA.
 """
 
 from pathlib import Path
@@ -10,7 +10,9 @@ from typing import Any
 from benchmarks.sae_lora_gap.setting import BASE, CONTEXT, CPU, ROWS, batches, text
 from crosscoders.reporting import row
 from sae_lora import FitConfig, evaluation
-from sae_lora.adapter import load_adapter
+from sae_lora.adapter import read_sidecar
+from sae_lora.controls import with_control
+from sae_lora.correctors import load_corrector
 from sae_lora.inputs import load_dictionaries, load_model, make_plan
 
 SETTINGS: dict[str, Any] = {"lr": 5e-3, "lr_decay_fraction": 1.0}
@@ -19,6 +21,12 @@ ARMS: dict[str, dict[str, Any]] = {
     "all.": {"layers": "all", "rank": 5, "alpha": 10.0},
 }
 """By the prefix of their rows. Ranks: the largest within 5% of the model's parameters."""
+CONTROLS = ("noise", "random-decoder", "shuffled-decoder")
+CORRECTORS = {"mean-scale": 2e-3, "affine": 5e-4, "sae": 5e-4}
+"""Learning rates, chosen on another SAE of this model (docs/log.md)."""
+COMPARED: dict[str, dict[str, Any]] = {f"control_{kind}.": {**ARMS[""], "control": kind} for kind in CONTROLS} | {
+    f"corrector_{kind}.": {"corrector": kind, "lr": lr} for kind, lr in CORRECTORS.items()
+}
 SHOWN = {
     "gap_closed": "gap_closed",
     "kl_closed": "kl_closed",
@@ -37,16 +45,20 @@ def fit_config(dictionary: Path, data: str, n_tokens: int, **changes: Any) -> Fi
     )  # fmt: skip
 
 
-def measure(prefix: str, adapter: Path, dictionary: Path, data: str, n_tokens: int) -> list[dict[str, Any]]:
-    """Rows of one adapter: SHOWN, with 95% intervals over sequences, and its share of the model's parameters."""
+def measure(prefix: str, run: Path, dictionary: Path, data: str, n_tokens: int) -> list[dict[str, Any]]:
+    """Rows of one fit: SHOWN, with 95% intervals over sequences, and its weights as a share of the model's."""
     config = text(data, n_tokens)
     plan = make_plan(config, BASE, [(str(dictionary), None)])
     dictionaries, model = load_dictionaries(plan, config, CPU), load_model(plan, config, CPU)
     n_weights = sum(weight.numel() for weight in model.parameters())
-    adapted = load_adapter(model, adapter, dictionaries)
-    n_added = sum(weight.numel() for weight in adapted.parameters()) - n_weights
+    sidecar = read_sidecar(run)
+    if (made := sidecar["dictionaries"][0]["control"]) is not None:
+        dictionaries = with_control(dictionaries, made["kind"], made["seed"])
+    fitted = load_corrector(model, sidecar["folder"], dictionaries)
     n_sequences = len(plan.rows.offsets) - 1
-    measured = evaluation.measure(adapted, dictionaries, lambda: batches(plan), n_sequences, plan.keep_ids)
+    measured = evaluation.measure(
+        fitted.model, dictionaries, lambda: batches(plan), n_sequences, plan.keep_ids, corrected=fitted.dictionaries
+    )
     found = {entry["name"].removeprefix("eval."): entry for entry in evaluation.rows(measured)}
     rows = [{**found[name], "name": f"{prefix}{ours}"} for ours, name in SHOWN.items() if name in found]
-    return [*rows, row(f"{prefix}parameters", n_added / n_weights, "of the model's parameters", n_weights)]
+    return [*rows, row(f"{prefix}parameters", fitted.n_weights / n_weights, "of the model's parameters", n_weights)]
