@@ -1,8 +1,8 @@
 """LoRA around frozen SAEs of the embedded base model: gap closed, race against end-to-end training, speed.
 
 SAEs: TopK and JumpReLU at three sparsities each, by SAELens. Rows `sae-lora.<dictionary>.*` are fits on the layers
-after the SAE, `.all.*` on all layers, `.rank_<n>.*` with other ranks, `.control_<name>.*` with a control in place of the
-SAE, `.corrector_<name>.*` of what is cheaper than LoRA; all measured on held-out documents with 95% intervals over
+after the SAE, `.all.*` on all layers, `.rank_<n>.*` with other ranks, `.control_<name>.*` with a control in place of
+the SAE, `.corrector_<name>.*` of what is cheaper than LoRA; all measured on held-out documents with 95% intervals over
 documents; one seed. `sae-lora.race.*` are the curves of the comparison with an SAE that was trained end to end,
 `sae-lora.e2e_speedup` what comes of it. Finished SAEs and adapters are kept.
 
