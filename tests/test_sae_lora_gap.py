@@ -48,6 +48,14 @@ def test_the_speedup_counts_pretraining_and_the_first_time_at_the_loss() -> None
     assert values["sae-lora.race.end_to_end.200.ce"] == 3.8
 
 
+def test_an_sae_that_is_there_without_lora_is_compared_by_its_pretraining_alone() -> None:
+    slow, fast = [Point(100, 20.0, 4.0)], [Point(100, 5.0, 3.7)]
+    found = race.summarise({"end_to_end": slow, "lora_after": fast}, 3.5, 3.9, 8.0, n=7)
+    values = {entry["name"]: entry["value"] for entry in found.rows}
+    assert values["sae-lora.e2e_speedup"] == 2.5 and "sae-lora.e2e_speedup.tokens" not in values
+    assert "without LoRA" in found.left_out["sae-lora.e2e_speedup.tokens"]
+
+
 def test_a_loss_that_no_lora_reaches_is_left_out_with_its_reason() -> None:
     slow = [Point(100, 20.0, 4.0), Point(200, 40.0, 3.6)]
     fast = [Point(100, 5.0, 3.9), Point(200, 10.0, 3.8)]

@@ -135,8 +135,9 @@ def summarise(curves: dict[str, list[Point]], plain: float, spliced: float, pret
     """Curves, and the ratios of seconds and tokens to the losses that both sides reach.
 
     Rows race.<arm>.<tokens>.{ce,seconds}; e2e_speedup: seconds of the end-to-end SAE to its best loss over those of
-    the faster LoRA arm to that loss, pretraining included (`.without_pretraining`: left out). Where no LoRA arm gets
-    there, the rows are missing, and <arm>.speedup_to_its_best compares at the best loss of each LoRA arm instead.
+    the faster LoRA arm to that loss, pretraining included (`.without_pretraining`: left out). LoRA arms start from the
+    loss of their SAE at no cost; an SAE that is already there needs none, and then only e2e_speedup is defined. Where
+    no LoRA arm gets there, <arm>.speedup_to_its_best compares at the best loss of each LoRA arm instead.
     """
     rows = [
         row("sae-lora.race.plain.ce", plain, "nats/token", n),
@@ -146,20 +147,25 @@ def summarise(curves: dict[str, list[Point]], plain: float, spliced: float, pret
         for point in points:
             name = f"sae-lora.race.{arm}.{point.n_tokens}"
             rows += [row(f"{name}.ce", point.ce, "nats/token", n), row(f"{name}.seconds", point.seconds, "s", 1)]
-    target = min(curves["end_to_end"], key=lambda point: point.ce)
-    reached = [found for arm in curves if arm != "end_to_end" if (found := first_below(curves[arm], target.ce))]
+    slow = curves["end_to_end"]
+    adapted = {name: [Point(0, 0.0, spliced), *points] for name, points in curves.items() if name != "end_to_end"}
+    target = min(slow, key=lambda point: point.ce)
+    reached = [found for points in adapted.values() if (found := first_below(points, target.ce))]
     left_out: dict[str, str] = {}
     if reached:
         best = min(reached, key=lambda point: point.seconds)
         rows += compared("sae-lora.e2e_speedup", target, best, pretraining)
+        if not best.n_tokens:
+            left_out["sae-lora.e2e_speedup.tokens"] = (
+                f"the SAE is at CE {spliced:.4f} without LoRA, better than the end-to-end SAE ever is, {target.ce:.4f}"
+            )
     else:
         left_out["sae-lora.e2e_speedup"] = f"no LoRA arm came to CE {target.ce:.4f}, the best of the end-to-end SAE"
-    for arm in curves:
-        if arm != "end_to_end":
-            mine = min(curves[arm], key=lambda point: point.ce)
-            other = first_below(curves["end_to_end"], mine.ce)
-            if other:
-                rows += compared(f"sae-lora.race.{arm}.speedup_to_its_best", other, mine, pretraining)
+    for arm, points in adapted.items():
+        mine = min(points, key=lambda point: point.ce)
+        other = first_below(slow, mine.ce)
+        if other:
+            rows += compared(f"sae-lora.race.{arm}.speedup_to_its_best", other, mine, pretraining)
     return Raced(rows, left_out)
 
 
@@ -171,8 +177,10 @@ def first_below(points: list[Point], ce: float) -> Point | None:
 def compared(name: str, slow: Point, fast: Point, pretraining: float) -> list[dict[str, Any]]:
     """Ratios, above 1 where LoRA needs less. Tokens are those of the fit; the forward pass that collects the
     activations for pretraining is in the seconds only."""
-    return [
-        row(name, slow.seconds / (fast.seconds + pretraining), "ratio of seconds", 1),
-        row(f"{name}.without_pretraining", slow.seconds / fast.seconds, "ratio of seconds", 1),
-        row(f"{name}.tokens", slow.n_tokens / fast.n_tokens, "ratio of tokens through the model", 1),
-    ]
+    rows = [row(name, slow.seconds / (fast.seconds + pretraining), "ratio of seconds", 1)]
+    if fast.n_tokens:
+        rows += [
+            row(f"{name}.without_pretraining", slow.seconds / fast.seconds, "ratio of seconds", 1),
+            row(f"{name}.tokens", slow.n_tokens / fast.n_tokens, "ratio of tokens through the model", 1),
+        ]
+    return rows
