@@ -109,10 +109,11 @@ def _forward_relu(
 def _products(
     model: Crosscoder, x: Float[Tensor, "batch n_models d_model"], dtype: torch.dtype
 ) -> tuple[Float[Tensor, "batch dict_size"], Float[Tensor, " dict_size"] | None]:
-    """x W_enc with the bias that is still to be added, which the compiled kernels do in passing."""
+    """x W_enc with the bias that is still to be added, which the compiled kernels do in passing; others add it once."""
     if dtype == torch.float32 and not cpu.usable(x):
         return model.pre_acts(x), None
-    return dense.product(x.flatten(1), model.W_enc.flatten(0, 1), dtype), model.b_enc.detach()
+    found = dense.product(x.flatten(1), model.W_enc.flatten(0, 1), dtype)
+    return (found, model.b_enc.detach()) if cpu.usable(x) else (found.add_(model.b_enc), None)
 
 
 def _parameters(model: Crosscoder) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -20,7 +20,7 @@ from sae_lora.adapter import read_sidecar
 from sae_lora.classes import TokenClasses
 from sae_lora.cli import CompareSettings, EvalSettings, FitSettings
 from sae_lora.config import ControlKind, FitConfig, TextConfig, pair_up
-from sae_lora.controls import WITHOUT_LATENTS, with_control
+from sae_lora.controls import WITHOUT_LATENTS, as_fitted
 from sae_lora.correctors import Fitted, load_corrector
 from sae_lora.dictionary import FrozenDictionary
 from sae_lora.fitting import fit
@@ -156,8 +156,7 @@ def _load(
 ) -> tuple[Fitted, list[FrozenDictionary]]:
     """The fit on its model, and the dictionaries or controls that it started from."""
     memory.require([eval_need(settings, plan, device)], MEND)
-    made = sidecar["dictionaries"][0]["control"] or {"kind": "none", "seed": 0}
-    dictionaries = with_control(load_dictionaries(plan, settings, device), made["kind"], made["seed"])
+    dictionaries = as_fitted(load_dictionaries(plan, settings, device), sidecar)
     return load_corrector(load_model(plan, settings, device), sidecar["folder"], dictionaries), dictionaries
 
 

@@ -82,6 +82,12 @@ def with_control(dictionaries: Sequence[FrozenDictionary], kind: ControlKind, se
     return [Control(dictionary, kind, seed + number) for number, dictionary in enumerate(dictionaries)]
 
 
+def as_fitted(dictionaries: Sequence[FrozenDictionary], sidecar: dict[str, Any]) -> list[FrozenDictionary]:
+    """The dictionaries, with the control that a fit's sidecar names."""
+    made = sidecar["dictionaries"][0]["control"] or {"kind": "none", "seed": 0}
+    return with_control(dictionaries, made["kind"], made["seed"])
+
+
 def decoder_of(dictionary: FrozenDictionary) -> Float[Tensor, "dict_size *models d_model"]:
     """The decoder's weights in any layout, in place."""
     return next(value for name, value in dictionary.state_dict().items() if name.split(".")[-1] == "W_dec")

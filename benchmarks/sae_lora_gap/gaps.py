@@ -11,7 +11,7 @@ from benchmarks.sae_lora_gap.setting import BASE, CONTEXT, CPU, ROWS, batches, t
 from crosscoders.reporting import row
 from sae_lora import FitConfig, evaluation
 from sae_lora.adapter import read_sidecar
-from sae_lora.controls import with_control
+from sae_lora.controls import as_fitted
 from sae_lora.correctors import load_corrector
 from sae_lora.inputs import load_dictionaries, load_model, make_plan
 
@@ -52,8 +52,7 @@ def measure(prefix: str, run: Path, dictionary: Path, data: str, n_tokens: int) 
     dictionaries, model = load_dictionaries(plan, config, CPU), load_model(plan, config, CPU)
     n_weights = sum(weight.numel() for weight in model.parameters())
     sidecar = read_sidecar(run)
-    if (made := sidecar["dictionaries"][0]["control"]) is not None:
-        dictionaries = with_control(dictionaries, made["kind"], made["seed"])
+    dictionaries = as_fitted(dictionaries, sidecar)
     fitted = load_corrector(model, sidecar["folder"], dictionaries)
     n_sequences = len(plan.rows.offsets) - 1
     measured = evaluation.measure(
