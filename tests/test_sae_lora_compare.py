@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fits import opened
 from torch import Tensor
 
 from crosscoders import hooks, metrics
@@ -14,10 +15,7 @@ from crosscoders.reporting import wilson
 from sae_lora import FitConfig, evaluation, fit, stability, tables
 from sae_lora.classes import TokenClasses
 from sae_lora.cli import main
-from sae_lora.config import pair_up
-from sae_lora.controls import with_control
 from sae_lora.correctors import start
-from sae_lora.inputs import load_dictionaries, load_model, make_plan
 
 D, F = 16, 24
 POINT = "blocks.1.hook_resid_post"
@@ -45,13 +43,6 @@ def config(pair: Any, scope: Path, **changes: object) -> FitConfig:
         "batch_rows": 8, "lr": 1e-2, "log_every": 2, "checkpoint_every": 20,
     }  # fmt: skip
     return FitConfig(**{**settings, **changes})  # type: ignore[arg-type]
-
-
-def opened(settings: FitConfig) -> Any:
-    plan = make_plan(settings, settings.model, pair_up(settings.dictionary, settings.hook_point), settings.side)
-    device = torch.device("cpu")
-    dictionaries = with_control(load_dictionaries(plan, settings, device), settings.control, settings.seed)
-    return plan, load_model(plan, settings, device), dictionaries, list(plan.batches(settings.batch_rows, device))
 
 
 def lora(settings: FitConfig, std: float) -> Any:

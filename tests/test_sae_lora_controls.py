@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fits import opened
 from torch import Tensor
 
 from crosscoders import CrosscoderConfig, InputError
@@ -17,11 +18,9 @@ from crosscoders.training import StopRequested
 from sae_lora import FitConfig, fit, fitting, load_adapter, load_corrector, load_dictionary, objective, splice
 from sae_lora.adapter import read_sidecar
 from sae_lora.cli import main
-from sae_lora.config import pair_up
 from sae_lora.controls import Control, decoder_of, unit_noise, with_control
 from sae_lora.correctors import start, trainable_copy
 from sae_lora.dictionary import CrosscoderSide, DictionaryInfo, FrozenDictionary, JumpReLU
-from sae_lora.inputs import load_dictionaries, load_model, make_plan
 
 D, F = 16, 24
 POINT = "blocks.1.hook_resid_post"
@@ -57,13 +56,6 @@ def config(pair: Any, scope: Path, **changes: object) -> FitConfig:
         "batch_rows": 4, "lr": 1e-2, "log_every": 2, "checkpoint_every": 2,
     }  # fmt: skip
     return FitConfig(**{**settings, **changes})  # type: ignore[arg-type]
-
-
-def opened(settings: FitConfig) -> Any:
-    plan = make_plan(settings, settings.model, pair_up(settings.dictionary, settings.hook_point), settings.side)
-    device = torch.device("cpu")
-    dictionaries = with_control(load_dictionaries(plan, settings, device), settings.control, settings.seed)
-    return plan, load_model(plan, settings, device), dictionaries, next(plan.batches(settings.batch_rows, device))
 
 
 # ----------------------------------------------------------------------------------------------------- controls
@@ -134,7 +126,7 @@ def test_fitting_around_the_identity_has_no_kl_and_no_gradient(pair: Any, scope:
     for control, is_zero in (("identity", True), ("noise", False)):
         for corrector in ("lora", "mean-scale", "affine"):
             settings = config(pair, scope, control=control, corrector=corrector)
-            plan, model, dictionaries, batch = opened(settings)
+            plan, model, dictionaries, (batch, *_) = opened(settings)
             fitted = start(settings, model, dictionaries, [2])
             total = objective.batch_kl(fitted.model, fitted.dictionaries, batch, plan.keep_ids)
             total.backward()
@@ -149,7 +141,7 @@ def test_every_corrector_starts_at_the_plain_splice_and_trains_what_it_says(pair
     n_weights = {"lora": 0, "mean-scale": D + 1, "affine": D * D + D, "sae": 2 * D * F + D + F}
     for corrector, n in n_weights.items():
         settings = config(pair, scope, corrector=corrector)
-        plan, model, dictionaries, batch = opened(settings)
+        plan, model, dictionaries, (batch, *_) = opened(settings)
         with torch.no_grad(), splice(model, dictionaries, keep_ids=plan.keep_ids):
             wanted = objective.logits(model, batch)
         fitted = start(settings, model, dictionaries, [2])
@@ -215,7 +207,7 @@ def test_the_fine_tuned_sae_keeps_thresholds_and_the_file_keeps_the_sae(pair: An
     before = (scope / "params.npz").read_bytes()
     settings = config(pair, scope, corrector="sae")
     folder = fit(settings, tmp_path / "run")
-    plan, model, dictionaries, batch = opened(settings)
+    plan, model, dictionaries, (batch, *_) = opened(settings)
     fitted = load_corrector(model, folder, dictionaries)
     found, was = fitted.dictionaries[0].state_dict(), dictionaries[0].state_dict()
     assert torch.equal(found["threshold"], was["threshold"])
@@ -273,7 +265,7 @@ def test_fit_and_load_give_what_was_trained(
         assert entry["control"] is None and entry["hash"] == source.content_hash()
     else:
         assert entry["control"] == {"kind": control, "seed": 0, "source_hash": source.content_hash()}
-    plan, model, dictionaries, batch = opened(settings)
+    plan, model, dictionaries, (batch, *_) = opened(settings)
     fitted = load_corrector(model, folder, dictionaries)
     with torch.no_grad():
         after = objective.batch_kl(fitted.model, fitted.dictionaries, batch, plan.keep_ids)
