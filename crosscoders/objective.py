@@ -12,7 +12,7 @@ from torch import Tensor
 
 from crosscoders import dense, sparse
 from crosscoders.config import TrainConfig
-from crosscoders.kernels import cpu
+from crosscoders.kernels.library import usable
 from crosscoders.losses import auxiliary_loss, differentiable_code_norm, reconstruction_loss
 from crosscoders.model import Crosscoder, code_norm
 
@@ -89,8 +89,8 @@ def _forward_relu(
 ) -> StepResult:
     """Dense or sparse by the density of this batch, so that no step depends on the one before."""
     with torch.no_grad():
-        latents = dense.relu_(*_products(model, x, products))
-    rule, fired = config.crosscoder.code_norm, latents.n_active
+        latents = dense.relu_(*_products(model, x, products, spaced=True))
+    rule, fired, weight_squares = config.crosscoder.code_norm, latents.n_active, list[Tensor]()
     if float(fired.sum()) <= SPARSE_DENSITY * latents.f.numel():
         entries = sparse.active(latents.f, torch.zeros_like(model.b_enc))
         if products != torch.float32:
@@ -98,22 +98,23 @@ def _forward_relu(
         values, err, squares = sparse.residuals(*_parameters(model), x.flatten(1), entries)
         penalty = values @ differentiable_code_norm(model.W_dec, norms, rule)[entries.latents]
     else:
-        err, squares, penalty = dense.residual(*_parameters(model), x.flatten(1), latents, norms, rule, products)
+        inputs = *_parameters(model), x.flatten(1)
+        err, squares, penalty = dense.residual(*inputs, latents, norms, rule, products, weight_squares)
     terms = {"reconstruction": reconstruction_loss(squares, config.reconstruction)}
     if config.l1_coefficient:
         weight = config.l1_coefficient * min(1.0, (step + 1) / max(1, config.l1_warmup_steps))
         terms["sparsity"] = weight * penalty / len(x)
-    return StepResult(terms, fired.long(), err.view_as(x), x.new_tensor(torch.inf), [])
+    return StepResult(terms, fired.long(), err.view_as(x), x.new_tensor(torch.inf), weight_squares)
 
 
 def _products(
-    model: Crosscoder, x: Float[Tensor, "batch n_models d_model"], dtype: torch.dtype
+    model: Crosscoder, x: Float[Tensor, "batch n_models d_model"], dtype: torch.dtype, spaced: bool = False
 ) -> tuple[Float[Tensor, "batch dict_size"], Float[Tensor, " dict_size"] | None]:
     """x W_enc with the bias that is still to be added, which the compiled kernels do in passing; others add it once."""
-    if dtype == torch.float32 and not cpu.usable(x):
+    if dtype == torch.float32 and not usable(x):
         return model.pre_acts(x), None
-    found = dense.product(x.flatten(1), model.W_enc.flatten(0, 1), dtype)
-    return (found, model.b_enc.detach()) if cpu.usable(x) else (found.add_(model.b_enc), None)
+    found = dense.product(x.flatten(1), model.W_enc.flatten(0, 1), dtype, spaced)
+    return (found, model.b_enc.detach()) if usable(x) else (found.add_(model.b_enc), None)
 
 
 def _parameters(model: Crosscoder) -> tuple[Tensor, Tensor, Tensor, Tensor]:

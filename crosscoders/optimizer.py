@@ -8,6 +8,7 @@ from torch import Tensor
 
 from crosscoders.config import TrainConfig
 from crosscoders.kernels import cpu
+from crosscoders.kernels.library import usable
 from crosscoders.model import Crosscoder
 
 
@@ -27,7 +28,7 @@ class Optimizer:
         self.clip_norm, self.betas = config.clip_norm, (config.adam_beta1, config.adam_beta2)
         self.adam = torch.optim.Adam([t.requires_grad_() for t in self.shared], betas=self.betas, fused=True)
         self.W_dec, self.norms = model.W_dec, torch.empty(0)
-        self.is_compiled = cpu.usable(*(tensor.detach() for tensor in self.shared))
+        self.is_compiled = usable(*(tensor.detach() for tensor in self.shared))
 
     def decoder_norms(self) -> Float[Tensor, "dict_size n_models"]:
         """Norms of the decoders as they are now, ||d_jm||; after a compiled step they are known already."""

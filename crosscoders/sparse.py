@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from crosscoders.kernels import cpu, gpu
+from crosscoders.kernels.library import usable, usable_rows
 
 # --------------------------------------------------------------------------------------------------------- primitives
 
@@ -40,7 +41,7 @@ def _bags(
     bias: Float[Tensor, " width"] | None = None,
 ) -> Float[Tensor, "bags width"]:
     """out_b = bias + sum over the entries i of bag b of weights_i rows[ids_i]."""
-    if len(ids) >= USES * max(len(rows), len(starts)) and cpu.usable(weights, rows):
+    if len(ids) >= USES * max(len(rows), len(starts)) and usable(weights, rows):
         return cpu.bags(ids, weights, starts, rows, bias)
     if gpu.usable(weights, rows):
         return gpu.bags(ids, weights, starts, rows, bias)
@@ -64,7 +65,7 @@ def _dots(
 def _sort_by_key(
     keys: Int[Tensor, " n"], ids: Int[Tensor, " n"], values: Float[Tensor, " n"], n_keys: int
 ) -> cpu.Sorted:
-    if cpu.usable(keys, ids, values):
+    if usable(keys, ids, values):
         return cpu.sort_by_key(keys, ids, values, n_keys)
     order = keys.argsort(stable=True)
     return cpu.Sorted(_starts(keys[order], n_keys), ids[order], values[order])
@@ -108,7 +109,7 @@ def _above(
     guess: int,
 ) -> cpu.Selected:
     """Entries of products + bias above their column's gate, ordered by token and latent; about `guess` of them."""
-    if cpu.usable(products, gate_at, weight):
+    if usable_rows(products) and usable(gate_at, weight):
         return cpu.select_above(products, torch.zeros_like(weight) if bias is None else bias, gate_at, weight, guess)
     pre_acts = products if bias is None else products + bias
     if pre_acts.device.type == "cpu":  # numpy compares and searches 4 to 5 times faster than torch on one thread
@@ -158,7 +159,7 @@ class WarmSelection:
 
 def _keep_largest(found: cpu.Selected, n: int) -> tuple[cpu.Selected, float]:
     """The n entries of largest `scaled`, in order, ties to the earlier ones; and the smallest that is kept."""
-    if cpu.usable(*found):
+    if usable(*found):
         return cpu.keep_largest(found, n)
     cut = found.scaled.kthvalue(len(found.scaled) - n + 1).values
     kept = found.scaled > cut
@@ -177,7 +178,7 @@ def largest_per_token(
     pre = products + bias."""
     products, weight, k = products.detach(), code_norm.detach()[columns], min(k, len(columns))
     bias = torch.zeros_like(weight) if bias is None else bias[columns]
-    if cpu.usable(products, weight, columns):
+    if usable(products, weight, columns):
         tokens, places, values = cpu.largest_per_token(products, bias, weight, columns, k)
     else:
         pre_acts = products[:, columns] + bias
@@ -226,7 +227,7 @@ def _residual(
     out: Float[Tensor, "batch width"],
 ) -> cpu.Residual:
     """goal - bias - f rows, written to `out`, with the squared norms and products that its gradients need."""
-    if cpu.usable(entries.values, rows, goal):
+    if usable(entries.values, rows, goal):
         return cpu.residual(entries.latents, entries.values, entries.starts, rows, bias, goal, n_models, out)
     torch.sub(goal, _bags(entries.latents, entries.values, entries.starts, rows, bias), out=out)
     squares = torch.linalg.vector_norm(out.view(len(goal), n_models, -1), dim=2).square_()
@@ -267,7 +268,7 @@ class _Residuals(torch.autograd.Function):
             for e, dots, scale in zip(ctx.sets, ctx.dots, scales, strict=True)
         ]
         found[0] = found[0]._replace(direct=direct)
-        run = cpu.row_gradients if cpu.usable(ctx.left, ctx.x, *scales) else _row_gradients
+        run = cpu.row_gradients if usable(ctx.left, ctx.x, *scales) else _row_gradients
         grads_of = run(found, ctx.left, ctx.x, n_latents)
         ctx.squares.append(grads_of.squares.double().sum())
         err = ctx.left[: len(ctx.x)].view(-1, n_models, d_model)

@@ -20,7 +20,7 @@ from crosscoders import checkpoint, sparse, store
 from crosscoders.config import TrainConfig, to_dict
 from crosscoders.errors import CorruptData, InputError
 from crosscoders.formats import load_crosscoder
-from crosscoders.kernels.cpu import keep_large_blocks, library
+from crosscoders.kernels.library import keep_large_blocks, library
 from crosscoders.metrics import ReconstructionSums, evaluate
 from crosscoders.model import Crosscoder
 from crosscoders.objective import StepResult, forward

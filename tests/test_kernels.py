@@ -11,8 +11,9 @@ import torch
 
 from crosscoders import sparse
 from crosscoders.kernels import cpu, gpu
+from crosscoders.kernels.library import library
 
-compiled = pytest.mark.skipif(cpu.library().functions is None, reason=f"kernels: {cpu.library().state}")
+compiled = pytest.mark.skipif(library().functions is None, reason=f"kernels: {library().state}")
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -130,8 +131,11 @@ def test_the_kernels_take_ties_as_torch_does() -> None:
 
 
 @compiled
-def test_relu_and_its_gradient_equal_torch(threads: int) -> None:
+@pytest.mark.parametrize("is_spaced", [False, True])
+def test_relu_and_its_gradient_equal_torch(is_spaced: bool, threads: int) -> None:
     f, bias, gradient, penalty = random(6, 9), random(9, seed=3), random(6, 9, seed=1), random(9, seed=2)
+    if is_spaced:
+        f, gradient = cpu.spaced(6, 9).copy_(f), cpu.spaced(6, 9).copy_(gradient)
     pre = f + bias
     counts, sums = cpu.relu_count_(f, bias)
     assert torch.equal(counts, (pre > 0).sum(dim=0).float()) and torch.equal(f, pre.relu())
@@ -140,7 +144,19 @@ def test_relu_and_its_gradient_equal_torch(threads: int) -> None:
     sums = cpu.relu_backward_(gradient, f, penalty)
     assert torch.equal(gradient, expected)
     torch.testing.assert_close(sums, expected.sum(dim=0))
+    found = cpu.select_above(f, torch.zeros(9), bias, penalty, 1)
+    assert torch.equal(found.tokens * 9 + found.latents, (f > bias).flatten().nonzero()[:, 0])
     assert cpu.relu_count_(torch.tensor([[torch.nan, 1.0]]), torch.zeros(2))[0].tolist() == [0, 1]
+
+
+@compiled
+@pytest.mark.parametrize("width", [5, 16, 70])
+def test_rows_are_added_and_squared(width: int, threads: int) -> None:
+    gradient, factors, rows = random(7, width), random(7, seed=1), random(7, width, seed=2)
+    expected = gradient + factors[:, None] * rows
+    squares = cpu.add_rows_(gradient, factors, rows)
+    torch.testing.assert_close(gradient, expected)
+    torch.testing.assert_close(squares, expected.square().sum(dim=1))
 
 
 @compiled
@@ -189,13 +205,13 @@ def test_without_kernels_the_fast_path_is_the_same_within_rounding(setting: str,
     code = """
 import torch
 from crosscoders import sparse
-from crosscoders.kernels import cpu
+from crosscoders.kernels.library import library
 pre = torch.randn(200, 40, generator=torch.Generator().manual_seed(0))
 c, W = torch.rand(40, generator=torch.Generator().manual_seed(1)), torch.randn(40, 80)
 found = sparse.WarmSelection()(pre, c, 2000)
 f = torch.zeros(200, 40).index_put((found.tokens, found.latents), found.values)
 torch.testing.assert_close(sparse.decode(found, W), f @ W)
-print(cpu.library().state, int(found.latents.sum()), f"{float(f.double().sum()):.6f}")
+print(library().state, int(found.latents.sum()), f"{float(f.double().sum()):.6f}")
 """
     name, value = setting.split("=")
     plain = {"PATH": "" if name == "CC" else os.environ["PATH"], "XDG_CACHE_HOME": str(tmp_path), "HOME": str(tmp_path)}

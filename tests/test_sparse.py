@@ -9,6 +9,7 @@ import reference
 import torch
 
 from crosscoders import Crosscoder, CrosscoderConfig, TrainConfig, sparse
+from crosscoders.kernels.library import usable
 from crosscoders.objective import forward
 from crosscoders.optimizer import Optimizer
 
@@ -153,6 +154,26 @@ def test_fifty_steps_stay_on_the_dense_trajectory(variant: str, monkeypatch: pyt
         slow.step()
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         assert (a - b).norm() <= 1e-5 * b.norm()
+
+
+@pytest.mark.parametrize("code_norm", ["sum", "concat", "none"])
+@pytest.mark.parametrize("variant", ["batchtopk", "l1"])
+def test_the_sum_of_squares_comes_with_the_gradients(
+    variant: str, code_norm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("crosscoders.objective.SPARSE_DENSITY", 0.0)
+    is_l1 = variant == "l1"
+    model, config, x = setting(code_norm, "norm", torch.float32, **({"activation": "relu", "k": None} if is_l1 else {}))
+    config = replace(config, l1_coefficient=0.3 * is_l1)
+    known = {"dead": torch.arange(20) < (0 if is_l1 else 4), "k": None if is_l1 else 3}
+    result = forward(model, config, x, step=0, select=sparse.WarmSelection(), **known)
+    torch.stack(list(result.terms.values())).sum().backward()
+    grads = [weight.grad for weight in (model.W_enc, model.W_dec) if weight.grad is not None]
+    expected = sum(float(grad.double().square().sum()) for grad in grads)
+    if not is_l1 or usable(model.b_enc.detach()):
+        assert float(sum(result.weight_squares)) == pytest.approx(expected, rel=1e-5) and expected > 0
+    else:
+        assert not result.weight_squares
 
 
 @pytest.mark.parametrize("variant", ["batchtopk", "l1 dense", "l1 sparse"])

@@ -27,7 +27,7 @@ def run(quick: bool, only: tuple[str, ...] = (), peers: bool = False, checkout: 
     """
     from benchmarks.throughput import caching, gpu, growth, reading, scaling, steps
     from benchmarks.throughput import peers as others
-    from crosscoders.kernels.cpu import keep_large_blocks
+    from crosscoders.kernels.library import keep_large_blocks
 
     keep_large_blocks()  # as training does; the peers and the floor have it too
     for part in only:

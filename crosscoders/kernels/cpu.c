@@ -14,6 +14,7 @@
 
 #define LANES 16
 #define BLOCK 64
+#define SUMMED 1024
 typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 /* ------------------------------------------------------------------------------------------------------ selection */
@@ -35,13 +36,13 @@ static inline uint32_t above(lanes value, lanes bound) {
 }
 
 /* Entries with v = pre[t][j] + bias[j] > gate[j] in ascending order, with scaled = v weight[j]. Returns how many there
-   are; the first `room` of them are stored. */
-int64_t select_above(const float *pre, const float *bias, const float *gate, const float *weight, int64_t dict_size,
-                     int64_t begin, int64_t end, int64_t room, int64_t *tokens, int64_t *latents, float *values,
-                     float *scaled) {
+   are; the first `room` of them are stored. Rows of pre begin `distance` apart. */
+int64_t select_above(const float *pre, int64_t distance, const float *bias, const float *gate, const float *weight,
+                     int64_t dict_size, int64_t begin, int64_t end, int64_t room, int64_t *tokens, int64_t *latents,
+                     float *values, float *scaled) {
     int64_t n = 0;
     for (int64_t t = begin; t < end; t++) {
-        const float *row = pre + t * dict_size;
+        const float *row = pre + t * distance;
         for (int64_t j = 0; j < dict_size; j += LANES) {
             uint32_t mask = 0;
             __builtin_prefetch(row + j + 64 * LANES, 0, 2);
@@ -417,32 +418,53 @@ void row_gradients(const entry *entries, const int64_t *ends, const float *y, in
 
 /* ------------------------------------------------------------------------------------------------------------- relu */
 
-/* Columns begin to end of f = max(f + bias, 0) in place, how many entries of each are positive, and their sums. */
-void relu_count(float *restrict f, const float *restrict bias, int64_t n_tokens, int64_t dict_size, int64_t begin,
+/* Columns begin to end of f = max(f + bias, 0) in place, how many entries of each are positive, and their sums. Rows
+   begin `distance` apart. */
+void relu_count(float *restrict f, int64_t distance, const float *restrict bias, int64_t n_tokens, int64_t begin,
                 int64_t end, float *restrict counts, float *restrict sums) {
     memset(counts + begin, 0, (end - begin) * sizeof *counts);
     memset(sums + begin, 0, (end - begin) * sizeof *sums);
     for (int64_t t = 0; t < n_tokens; t++)
         for (int64_t j = begin; j < end; j++) {
-            float value = f[t * dict_size + j] + bias[j];
+            float value = f[t * distance + j] + bias[j];
             value = value < 0 ? 0 : value; /* keeps NaN */
             counts[j] += value > 0 ? 1.0f : 0.0f;
             sums[j] += value;
-            f[t * dict_size + j] = value;
+            f[t * distance + j] = value;
         }
 }
 
-/* Columns begin to end of gradient = (gradient + penalty) where f > 0, else 0, in place, and their sums over tokens. */
-void relu_backward(float *restrict gradient, const float *restrict f, const float *restrict penalty, int64_t n_tokens,
-                   int64_t dict_size, int64_t begin, int64_t end, float *restrict sums) {
+/* Columns begin to end of gradient = (gradient + penalty) where f > 0, else 0, in place, and their sums over tokens.
+   Rows of both begin `distance` apart. */
+void relu_backward(float *restrict gradient, const float *restrict f, int64_t distance, const float *restrict penalty,
+                   int64_t n_tokens, int64_t begin, int64_t end, float *restrict sums) {
     memset(sums + begin, 0, (end - begin) * sizeof *sums);
     for (int64_t t = 0; t < n_tokens; t++)
         for (int64_t j = begin; j < end; j++) {
-            float value = gradient[t * dict_size + j] + penalty[j];
-            value = f[t * dict_size + j] > 0 ? value : 0;
-            gradient[t * dict_size + j] = value;
+            float value = gradient[t * distance + j] + penalty[j];
+            value = f[t * distance + j] > 0 ? value : 0;
+            gradient[t * distance + j] = value;
             sums[j] += value;
         }
+}
+
+/* Rows begin to end of gradient += factors[row] rows[row], and the sum of the squares of each. */
+void add_rows(float *restrict gradient, const float *restrict factors, const float *restrict rows, int64_t width,
+              int64_t begin, int64_t end, float *restrict squares) {
+    for (int64_t r = begin; r < end; r++) {
+        float *to = gradient + r * width;
+        const float *from = rows + r * width;
+        lanes sum = {0};
+        float rest = 0;
+        int64_t i = 0;
+        for (; i + LANES <= width; i += LANES) {
+            lanes value = *(const lanes *)(to + i) + factors[r] * *(const lanes *)(from + i);
+            __builtin_prefetch(to + i + SUMMED, 1, 2), __builtin_prefetch(from + i + SUMMED, 0, 2);
+            *(lanes *)(to + i) = value, sum += value * value;
+        }
+        for (; i < width; i++) to[i] += factors[r] * from[i], rest += to[i] * to[i];
+        squares[r] = total(sum) + rest;
+    }
 }
 
 /* -------------------------------------------------------------------------------------------------------- optimiser */
@@ -461,8 +483,6 @@ void row_norms(const float *rows, int64_t width, int64_t begin, int64_t end, flo
 }
 
 /* Sums of squares of blocks begin to end of SUMMED values each. */
-#define SUMMED 1024
-
 void sum_squares(const float *values, int64_t n, int64_t begin, int64_t end, double *sums) {
     for (int64_t block = begin; block < end; block++) {
         int64_t i = block * SUMMED, stop = n - i < SUMMED ? n : i + SUMMED;
