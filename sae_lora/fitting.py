@@ -9,8 +9,8 @@ import itertools
 import json
 import time
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -65,42 +65,27 @@ def fit(config: FitConfig, out: str | Path) -> Path:
         held = nn.ParameterList(fitted.weights)
         restored = checkpoint.load_state(out, held, optimizer)
         step = restored[0] if restored else 0
-        n_batches = len(plan.rows.batches(config.batch_rows))
-        n_steps = config.epochs * n_batches
-        kind = f"rank {config.rank} on layers {layers[0]} to {layers[-1]}" if layers else config.corrector
-        control = "" if config.control == "none" else f", control {config.control}"
-        often = f" {config.epochs} times" if config.epochs > 1 else ""
-        say(
-            f"fit {kind} of {plan.model} ({fitted.n_weights:,} weights) "
-            f"around {', '.join(info.hook_point for info in plan.infos)}{control}: {plan.rows.n_scored:,} tokens in "
-            f"{len(plan.rows.offsets) - 1:,} sequences{often}, {n_steps:,} steps, to {out}; needs {needed}"
-            + (f"; going on at step {step:,}" if step else "")
-        )
+        order = batch_order(len(plan.rows.batches(config.batch_rows)), config.epochs, config.seed)
+        n_steps = len(order)
+        going_on = f"; going on at step {step:,}" if step else ""
+        say(f"{_what(config, plan, fitted, layers)}, {n_steps:,} steps, to {out}; needs {needed}{going_on}")
         checkpoint.cut_log(out / "train.jsonl", step)
         prefix = common_prefix(fitted, layers, plan, config, device)
         states = open_states(config, plan, fitted.model, dictionaries[0], device)
 
         # ---- the loop
         progress = Progress("fit", total=n_steps, start=step, unit="step")
-        sums, since = torch.zeros(2, dtype=torch.float64), time.perf_counter()
-        epochs = itertools.chain.from_iterable(plan.batches(config.batch_rows, device) for _ in range(config.epochs))
-        for number, batch in enumerate(epochs):
-            if number < step:
-                continue
+        log = _Log(out)
+        batches = plan.batches(config.batch_rows, device, order[step:])
+        for number, batch in zip(order[step:], batches, strict=True):
             lr = optimizer.param_groups[0]["lr"] = config.lr_at(step, n_steps)
-            stored = states.read(step % n_batches, device) if states else None
+            stored = states.read(number, device) if states else None
             total, norm = take_step(fitted, batch, plan.keep_ids, config, optimizer, prefix, stored, step, out)
-            sums += torch.tensor([total, int(batch.attention_mask.sum())], dtype=torch.float64)
+            log.add(total, int(batch.attention_mask.sum()))
             step += 1
             progress.update(1)
             if step % config.log_every == 0 or step == n_steps:
-                seconds = time.perf_counter() - since
-                line = {
-                    "step": step, "kl": float(sums[0] / sums[1]), "grad_norm": norm, "lr": lr,
-                    "n_tokens": int(sums[1]), "tokens_per_second": round(float(sums[1]) / seconds),
-                }  # fmt: skip
-                _write_line(out, line)
-                sums, since = torch.zeros(2, dtype=torch.float64), time.perf_counter()
+                log.write(step, norm, lr)
             if step % config.checkpoint_every == 0 or stop or step == n_steps:
                 checkpoint.save_state(out, step, held, optimizer)
             if stop and step < n_steps:
@@ -114,6 +99,43 @@ def fit(config: FitConfig, out: str | Path) -> Path:
             described |= {"layers": layers, "rank": config.rank, "alpha": config.chosen_alpha()}
         correctors.save(fitted, out / "adapter", dictionaries, plan.keep_ids, described)
         return out / "adapter"
+
+
+def batch_order(n_batches: int, epochs: int, seed: int) -> list[int]:
+    """Numbers of the batches of all epochs: the plan's order first, then permutations by seed and epoch."""
+    others = (np.random.default_rng([seed, epoch]).permutation(n_batches).tolist() for epoch in range(1, epochs))
+    return list(itertools.chain(range(n_batches), *others))
+
+
+def _what(config: FitConfig, plan: Plan, fitted: correctors.Fitted, layers: list[int]) -> str:
+    """What is fitted, around what, on how much; for people."""
+    kind = f"rank {config.rank} on layers {layers[0]} to {layers[-1]}" if layers else config.corrector
+    places = ", ".join(info.hook_point for info in plan.infos)
+    control = "" if config.control == "none" else f", control {config.control}"
+    often = f" {config.epochs} times" if config.epochs > 1 else ""
+    return (
+        f"fit {kind} of {plan.model} ({fitted.n_weights:,} weights) around {places}{control}: "
+        f"{plan.rows.n_scored:,} tokens in {len(plan.rows.offsets) - 1:,} sequences{often}"
+    )
+
+
+class _Log:
+    """Means over the steps since the last line of train.jsonl."""
+
+    def __init__(self, out: Path) -> None:
+        self.path, self.kl, self.n_tokens, self.since = out / "train.jsonl", 0.0, 0, time.perf_counter()
+
+    def add(self, kl: float, n_tokens: int) -> None:
+        self.kl, self.n_tokens = self.kl + kl, self.n_tokens + n_tokens
+
+    def write(self, step: int, grad_norm: float, lr: float) -> None:
+        """A line in the file and one for people."""
+        kl, rate = self.kl / self.n_tokens, round(self.n_tokens / (time.perf_counter() - self.since))
+        line = {"step": step, "kl": kl, "grad_norm": grad_norm, "lr": lr, "n_tokens": self.n_tokens}
+        with self.path.open("a") as file:
+            file.write(json.dumps(line | {"tokens_per_second": rate}) + "\n")
+        say(f"step {step:06d}  kl {kl:.5f}  grad {grad_norm:.3g}  lr {lr:.1e}  tok/s {rate:,}")
+        self.kl, self.n_tokens, self.since = 0.0, 0, time.perf_counter()
 
 
 def common_prefix(
@@ -167,12 +189,3 @@ def take_step(
     norm = nn.utils.clip_grad_norm_(fitted.weights, limit)
     optimizer.step()
     return float(total.detach()), float(norm)
-
-
-def _write_line(out: Path, line: dict[str, Any]) -> None:
-    with (out / "train.jsonl").open("a") as file:
-        file.write(json.dumps(line) + "\n")
-    say(
-        f"step {line['step']:06d}  kl {line['kl']:.5f}  grad {line['grad_norm']:.3g}  lr {line['lr']:.1e}  "
-        f"tok/s {line['tokens_per_second']:,}"
-    )

@@ -1,6 +1,6 @@
 """Model, dictionaries and tokens, checked by configurations and headers before any weights load."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -46,9 +46,11 @@ class Plan(NamedTuple):
     other: dict[str, str] | None = None
     """Name and hash of the crosscoder's other model."""
 
-    def batches(self, batch_rows: int, device: torch.device) -> Iterator[Batch]:
-        """All sequences once, in an order that is a pure function of the plan."""
-        for numbers in self.rows.batches(batch_rows):
+    def batches(self, batch_rows: int, device: torch.device, order: Sequence[int] | None = None) -> Iterator[Batch]:
+        """All sequences once, in an order that is a pure function of the plan; or the batches of these numbers."""
+        batches = self.rows.batches(batch_rows)
+        for number in range(len(batches)) if order is None else order:
+            numbers = batches[number]
             found = pad_rows(self.rows, numbers, self.pad_id)
             ids, mask, scored = (
                 torch.from_numpy(array).to(device) for array in (found.ids, found.attention_mask, found.scored)

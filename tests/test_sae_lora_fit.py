@@ -275,6 +275,14 @@ def test_stored_states_change_no_bit_of_a_fit_and_serve_other_fits(
         fit(config(pair, scope, **disk, rank=3), tmp_path / "third")
 
 
+def test_every_epoch_takes_all_batches_and_later_ones_in_other_orders() -> None:
+    order = fitting.batch_order(20, 3, seed=0)
+    epochs = [order[:20], order[20:40], order[40:]]
+    assert epochs[0] == list(range(20)) and all(sorted(epoch) == epochs[0] for epoch in epochs)
+    assert epochs[1] != epochs[0] and epochs[2] not in epochs[:2]
+    assert fitting.batch_order(20, 3, seed=1)[20:] != order[20:]
+
+
 def test_the_rate_falls_linearly_at_the_end_if_asked(pair: Any, scope: Path) -> None:
     settings = config(pair, scope, lr=1.0, lr_decay_fraction=0.4)
     assert [settings.lr_at(step, 10) for step in range(10)] == [1.0] * 7 + [0.75, 0.5, 0.25]
