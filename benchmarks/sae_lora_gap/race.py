@@ -1,6 +1,7 @@
 """Time and tokens to one loss: an SAE trained end to end, against one trained by reconstruction with LoRA around it.
 
-All arms run in turn, a few steps each, on the same batches of the same documents; seconds are CPU time of the process,
+All arms run in turn, each a share of its own steps, on batches of the same documents, which LoRA reads once and the
+end-to-end SAE `Size.end_to_end_epochs` times; every rate falls over its own steps. Seconds are CPU time of the process,
 without evaluation. What LoRA's SAE took before (activations, training) is added, and also left out.
 """
 
@@ -20,9 +21,9 @@ from crosscoders.reporting import row
 from sae_lora import FitConfig, load_dictionary, objective, splice
 from sae_lora.adapter import choose_layers
 from sae_lora.correctors import Fitted, start
-from sae_lora.dictionary import FrozenDictionary
+from sae_lora.dictionary import FrozenDictionary, SaeLens
 from sae_lora.end_to_end import Step, train_end_to_end, trainable
-from sae_lora.fitting import common_prefix, take_step
+from sae_lora.fitting import batch_order, common_prefix, take_step
 from sae_lora.inputs import Batch, Plan, load_model
 
 EVALUATED_TOKENS = 15_000
@@ -77,6 +78,18 @@ def spliced_ce(model: Any, dictionary: FrozenDictionary | None, held_out: list[B
     return total / n
 
 
+def end_to_end(sae: SaeLens, model: Any, plan: Plan, order: list[int]) -> Iterator[Step]:
+    """Train the SAE on batches in that order, with a rate that falls over the second half."""
+    n = len(order)
+    return train_end_to_end(
+        sae,
+        model,
+        plan.batches(ROWS, CPU, order),
+        plan.keep_ids,
+        lr_at=lambda step: END_TO_END_LR * min(1.0, (n - step) / (0.5 * n)),
+    )
+
+
 def adapt(config: FitConfig, plan: Plan, fitted: Fitted, layers: list[int]) -> Iterator[Step]:
     """The steps of `sae_lora.fit`, without its files."""
     optimizer = torch.optim.AdamW(fitted.weights, lr=config.lr, weight_decay=config.weight_decay)
@@ -102,30 +115,24 @@ def run(size: Size, data: str, folder: Path, pretraining: float) -> Raced:
     """
     plan, model = open_base(data, size.tokens)
     held_out = list(batches(open_base(HELD_OUT, min(EVALUATED_TOKENS, size.held_out))[0]))
-    n_steps = len(plan.rows.batches(ROWS))
+    n_batches = len(plan.rows.batches(ROWS))
     dictionary = load_dictionary(folder, hook_point=HOOK_POINT)
-    arms: dict[str, Arm] = {}
-
     sae = trainable(make_sae("topk", dictionary.info.settings["k"], dictionary.info.d_model), HOOK_POINT)
-    steps = train_end_to_end(
-        sae,
-        model,
-        batches(plan),
-        plan.keep_ids,
-        lr_at=lambda step: END_TO_END_LR * min(1.0, (n_steps - step) / (0.5 * n_steps)),
-    )
-    arms["end_to_end"] = Arm(steps, model, sae)
+    order = batch_order(n_batches, size.end_to_end_epochs, seed=0)
+    arms = {"end_to_end": Arm(end_to_end(sae, model, plan, order), model, sae)}
+    n_steps = {"end_to_end": len(order)}
     for name, settings in ARMS.items():
         config = fit_config(folder, data, size.tokens, **settings)
         layers = choose_layers(config.layers, [dictionary.info], plan.n_layers)
         fitted = start(config, load_model(plan, config, CPU), [dictionary], layers)
-        arms[f"lora_{name.rstrip('.') or 'after'}"] = Arm(adapt(config, plan, fitted, layers), fitted.model, dictionary)
+        label = f"lora_{name.rstrip('.') or 'after'}"
+        arms[label], n_steps[label] = Arm(adapt(config, plan, fitted, layers), fitted.model, dictionary), n_batches
 
     plain = spliced_ce(model, None, held_out, plan.keep_ids)
     spliced = spliced_ce(model, dictionary, held_out, plan.keep_ids)
-    borders = [round(n_steps * i / CHECKS) for i in range(CHECKS + 1)]
-    for first, last in itertools.pairwise(borders):
-        for arm in arms.values():
+    for check in range(CHECKS):
+        for name, arm in arms.items():
+            first, last = (round(n_steps[name] * i / CHECKS) for i in (check, check + 1))
             arm.advance(last - first, held_out, plan.keep_ids)
     n = sum(int(batch.scored[:, 1:].sum()) for batch in held_out)
     return summarise({name: arm.points for name, arm in arms.items()}, plain, spliced, pretraining, n)

@@ -30,15 +30,17 @@ class Size(NamedTuple):
     """How much of everything."""
 
     tokens: int
-    """Training tokens of every SAE, end to end too, and of every fit; read once, of the 1,080,000 that there are."""
+    """Training tokens of every SAE and of every fit, of the 1,080,000 that there are."""
     held_out: int
     """Tokens that results are measured on; 43,876 is the whole file."""
     rounds: int
     """Of the speed measurements."""
+    end_to_end_epochs: int
+    """Times that the end-to-end SAE of the race reads the training tokens."""
 
 
-FULL = Size(tokens=800_000, held_out=43_876, rounds=15)
-QUICK = Size(tokens=60_000, held_out=8_000, rounds=3)
+FULL = Size(tokens=800_000, held_out=43_876, rounds=15, end_to_end_epochs=8)
+QUICK = Size(tokens=60_000, held_out=8_000, rounds=3, end_to_end_epochs=1)
 
 
 def split(work: Path) -> dict[str, str]:
