@@ -63,12 +63,8 @@ def train(
     """
     out = Path(out)
     config = fill_width(config, stream)
-    device = choose_device(config.device)
+    device = _open_device(config)
     products = choose_products(config.products, device)
-    if device.type == "cpu":
-        keep_large_blocks()
-        if library().functions is None:
-            say(f"inner loops run on {library().state}; with a C compiler (cc, gcc or clang) steps are faster.")
     with store.exclusive(out), stop_requests() as stop:
         # The mean norms tell apart streams that have no other name.
         inputs = {**(inputs or {}), "stream": {"mean_norm": [str(value) for value in stream.mean_norm]}}
@@ -79,12 +75,7 @@ def train(
             return load_crosscoder(out)
 
         # ---- model, optimiser, state
-        generator = torch.Generator().manual_seed(config.seed)
-        model = Crosscoder(config.crosscoder)
-        model.init_weights_(norm=config.decoder_init_norm, generator=generator)
-        if config.input_norm == "sqrt_d":
-            model.input_scale.copy_(stream.d_model**0.5 / torch.tensor(stream.mean_norm))
-        model.to(device)
+        model = _new_model(config, stream).to(device)
         optimizer = Optimizer(model, config)
         tokens_since_fired = torch.zeros(config.crosscoder.dict_size, dtype=torch.int64, device=device)
         step = 0
@@ -125,10 +116,8 @@ def train(
             # ---- once in a while: log, evaluate, save
             if step % config.log_every == 0 or step == config.n_steps:
                 seconds, since = time.perf_counter() - logged[0], logged[1]
-                rate = (step - since) * config.batch_size / seconds
-                write_line(
-                    out, step_line(config, model, result, x, dead, step) | {"tokens_per_second": round(rate)}, log
-                )
+                rate = {"tokens_per_second": round((step - since) * config.batch_size / seconds)}
+                write_line(out, step_line(config, model, result, x, dead, step) | rate, log)
                 logged = time.perf_counter(), step
             if holdout and config.eval_every and step % config.eval_every == 0 and step < config.n_steps:
                 write_line(out, eval_line(step, evaluate(model, holdout())), log)
@@ -141,13 +130,32 @@ def train(
                 break
         progress.close()
 
-        # ---- the finished crosscoder; config.json is written last and says that the run is complete
         if holdout:
             found = evaluate(model, holdout())
             write_line(out, eval_line(step, found), log)
             store.write_json(out / "eval.json", {"name": "eval", "rows": evaluation_rows(found)})
-        model.to("cpu").requires_grad_(False).save(out, provenance=inputs)
+        model.to("cpu").requires_grad_(False).save(
+            out, provenance=inputs
+        )  # config.json comes last: the run is complete
         return model
+
+
+def _open_device(config: TrainConfig) -> torch.device:
+    device = choose_device(config.device)
+    if device.type == "cpu":
+        keep_large_blocks()
+        if library().functions is None:
+            say(f"inner loops run on {library().state}; with a C compiler (cc, gcc or clang) steps are faster.")
+    return device
+
+
+def _new_model(config: TrainConfig, stream: BatchStream) -> Crosscoder:
+    """A crosscoder at its start, with the scales of its inputs."""
+    model = Crosscoder(config.crosscoder)
+    model.init_weights_(norm=config.decoder_init_norm, generator=torch.Generator().manual_seed(config.seed))
+    if config.input_norm == "sqrt_d":
+        model.input_scale.copy_(stream.d_model**0.5 / torch.tensor(stream.mean_norm))
+    return model
 
 
 def fill_width(config: TrainConfig, stream: BatchStream) -> TrainConfig:
