@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from crosscoders import dense, sparse
+from crosscoders import dense, selection, sparse
 from crosscoders.config import TrainConfig
 from crosscoders.kernels.library import usable
 from crosscoders.losses import auxiliary_loss, differentiable_code_norm, reconstruction_loss
@@ -43,7 +43,7 @@ def forward(
     dead: Bool[Tensor, " dict_size"],
     k: int | None,
     step: int,
-    select: sparse.WarmSelection,
+    select: selection.WarmSelection,
     decoder_norms: Float[Tensor, "dict_size n_models"] | None = None,
     products: torch.dtype = torch.float32,
 ) -> StepResult:
@@ -64,7 +64,7 @@ def forward(
     if config.aux_coefficient and bool(dead.any()):
         # d_model // 2 takes the width of one model, not of all (Gao et al. 2024, B.1)
         k_aux = config.k_aux or x.shape[2] // 2
-        sets.append(sparse.largest_per_token(found, c, dead.nonzero().squeeze(1), k_aux, bias))
+        sets.append(selection.largest_per_token(found, c, dead.nonzero().squeeze(1), k_aux, bias))
     if products != torch.float32:
         sets = [sparse.refine(entries, model.W_enc, model.b_enc, x.flatten(1)) for entries in sets]
     weight_squares: list[Tensor] = []
@@ -92,7 +92,7 @@ def _forward_relu(
         latents = dense.relu_(*_products(model, x, products, spaced=True))
     rule, fired, weight_squares = config.crosscoder.code_norm, latents.n_active, list[Tensor]()
     if float(fired.sum()) <= SPARSE_DENSITY * latents.f.numel():
-        entries = sparse.active(latents.f, torch.zeros_like(model.b_enc))
+        entries = selection.active(latents.f, torch.zeros_like(model.b_enc))
         if products != torch.float32:
             entries = sparse.refine(entries, model.W_enc, model.b_enc, x.flatten(1))
         values, err, squares = sparse.residuals(*_parameters(model), x.flatten(1), entries)

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from crosscoders import checkpoint, sparse, store
+from crosscoders import checkpoint, selection, store
 from crosscoders.config import TrainConfig, to_dict
 from crosscoders.errors import CorruptData, InputError
 from crosscoders.formats import load_crosscoder
@@ -90,7 +90,7 @@ def train(
         checkpoint.cut_log(out / "train.jsonl", step)
         progress = Progress("train", total=config.n_tokens, start=step * config.batch_size, unit="tok")
         logged = time.perf_counter(), step
-        select = sparse.WarmSelection()  # saves time only, so it is no part of the state
+        select = selection.WarmSelection()  # saves time only, so it is no part of the state
 
         # ---- the loop
         batches = stream.batches(step) if step < config.n_steps else iter(())

@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from crosscoders import sparse
+from crosscoders import selection, sparse
 from crosscoders.errors import InputError
 from crosscoders.model import Crosscoder
 from diffing.verdict import Thresholds
@@ -50,7 +50,7 @@ class Parts(NamedTuple):
 
     x: Float[Tensor, "tokens n_models d_model"]
     x_hat: Float[Tensor, "tokens n_models d_model"]
-    entries: list[sparse.Active]
+    entries: list[selection.Active]
     """Active latents, in chunks of tokens."""
     is_template: Bool[Tensor, " tokens"]
 
@@ -86,7 +86,7 @@ class Exchange:
             )
         x = x.to(crosscoder.b_enc.device).float()
         for chunk in x.split(_CHUNK):
-            found = sparse.active(crosscoder.pre_acts(crosscoder.normalise(chunk)), crosscoder.gate_at())
+            found = selection.active(crosscoder.pre_acts(crosscoder.normalise(chunk)), crosscoder.gate_at())
             decoded = sparse.decode(found, crosscoder.W_dec.detach().flatten(1)).view_as(chunk) + crosscoder.b_dec
             x_hat.append(crosscoder.denormalise(decoded))
             entries.append(found)

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from crosscoders import sparse
+from crosscoders import selection
 from crosscoders.cache import ActivationCache
 from crosscoders.documents import RESERVED_GROUP
 from crosscoders.model import Crosscoder
@@ -29,7 +29,7 @@ class ContextSums:
         self.names = [*groups, TEMPLATE]
         self.mass = torch.zeros(dict_size, len(self.names), dtype=torch.float64)
 
-    def add(self, latents: sparse.Active, tokens: Tokens) -> None:
+    def add(self, latents: selection.Active, tokens: Tokens) -> None:
         """Add the active latents of one batch of tokens."""
         contexts = torch.where(tokens.roles == ROLES.index(TEMPLATE), len(self.names) - 1, tokens.groups.long())
         index = latents.latents.cpu() * len(self.names) + contexts[latents.tokens.cpu()]

@@ -29,7 +29,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from crosscoders import sparse
+from crosscoders import selection, sparse
 from crosscoders.errors import InputError
 from crosscoders.model import Crosscoder
 
@@ -95,11 +95,11 @@ class ScalingSums:
         self.n_tokens = self.n_batches = 0
 
     @torch.no_grad()
-    def add(self, x: Float[Tensor, "batch n_models d_model"]) -> sparse.Active:
+    def add(self, x: Float[Tensor, "batch n_models d_model"]) -> selection.Active:
         """Add one batch in the units of x; returns its active latents, so that others need not encode again."""
         crosscoder = self.crosscoder
         x = x.to(self.weight.device).float()
-        latents = sparse.active(crosscoder.pre_acts(crosscoder.normalise(x)), crosscoder.gate_at())
+        latents = selection.active(crosscoder.pre_acts(crosscoder.normalise(x)), crosscoder.gate_at())
         decoded = (sparse.decode(latents, self.weight) + crosscoder.b_dec.flatten()).view_as(x)
         if crosscoder.is_folded:
             decoded = crosscoder.to_training_space(decoded)

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from crosscoders import sparse
+from crosscoders import selection
 from crosscoders.source import Tokens
 from crosscoders.tokens import ROLES
 
@@ -71,7 +71,7 @@ class PositionSums:
         self.mass = torch.zeros(dict_size, len(PLACES), dtype=torch.float64)
         self._held: _Held | None = None
 
-    def add(self, latents: sparse.Active, tokens: Tokens) -> None:
+    def add(self, latents: selection.Active, tokens: Tokens) -> None:
         """Add one batch in cache order; its last document waits for the next batch."""
         entries = (latents.tokens.cpu(), latents.latents.cpu(), latents.values.double().cpu())
         now = _Held(tokens.roles, tokens.positions, tokens.document_ids, *entries)

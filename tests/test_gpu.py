@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from crosscoders import Crosscoder, CrosscoderConfig, TrainConfig, sparse
+from crosscoders import Crosscoder, CrosscoderConfig, TrainConfig, selection
 from crosscoders.objective import forward
 from crosscoders.optimizer import Optimizer
 
@@ -21,7 +21,7 @@ def trajectory(device: str, activation: str, products: torch.dtype) -> list[torc
     model = Crosscoder(shape)
     model.init_weights_(norm=0.3, generator=torch.Generator().manual_seed(0))
     model.to(device)
-    optimizer, select = Optimizer(model, config), sparse.WarmSelection()
+    optimizer, select = Optimizer(model, config), selection.WarmSelection()
     dead = (torch.arange(256) < (0 if is_relu else 64)).to(device)
     for step in range(20):
         x = torch.randn(128, 2, 48, generator=torch.Generator().manual_seed(step)).to(device)

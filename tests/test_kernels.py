@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from crosscoders import sparse
+from crosscoders import selection, sparse
 from crosscoders.kernels import cpu, gpu
 from crosscoders.kernels.library import library
 
@@ -28,13 +28,13 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
-def entries(n_tokens: int, dict_size: int, share: float) -> sparse.Active:
+def entries(n_tokens: int, dict_size: int, share: float) -> selection.Active:
     """Uneven numbers per token and per latent, some of them none."""
     pre = random(n_tokens, dict_size) * torch.linspace(0, 2, n_tokens)[:, None]
-    return sparse.active(pre, torch.full((dict_size,), float(pre.flatten().quantile(1 - share))))
+    return selection.active(pre, torch.full((dict_size,), float(pre.flatten().quantile(1 - share))))
 
 
-def dense(found: sparse.Active, values: torch.Tensor) -> torch.Tensor:
+def dense(found: selection.Active, values: torch.Tensor) -> torch.Tensor:
     return torch.zeros(found.n_tokens, found.dict_size).index_put((found.tokens, found.latents), values)
 
 
@@ -204,11 +204,11 @@ def test_without_kernels_the_fast_path_is_the_same_within_rounding(setting: str,
     """In a process of its own, since the library is loaded once."""
     code = """
 import torch
-from crosscoders import sparse
+from crosscoders import selection, sparse
 from crosscoders.kernels.library import library
 pre = torch.randn(200, 40, generator=torch.Generator().manual_seed(0))
 c, W = torch.rand(40, generator=torch.Generator().manual_seed(1)), torch.randn(40, 80)
-found = sparse.WarmSelection()(pre, c, 2000)
+found = selection.WarmSelection()(pre, c, 2000)
 f = torch.zeros(200, 40).index_put((found.tokens, found.latents), found.values)
 torch.testing.assert_close(sparse.decode(found, W), f @ W)
 print(library().state, int(found.latents.sum()), f"{float(f.double().sum()):.6f}")
@@ -222,7 +222,7 @@ print(library().state, int(found.latents.sum()), f"{float(f.double().sum()):.6f}
     assert ran.stdout.startswith("torch ("), ran.stdout
     pre = random(200, 40)
     c = torch.rand(40, generator=torch.Generator().manual_seed(1))
-    here = sparse.WarmSelection()(pre, c, 2000)
+    here = selection.WarmSelection()(pre, c, 2000)
     assert ran.stdout.split(")")[1].split() == [
         str(int(here.latents.sum())),
         f"{float(here.values.double().sum()):.6f}",
@@ -231,11 +231,11 @@ print(library().state, int(found.latents.sum()), f"{float(f.double().sum()):.6f}
 
 TRITON = """
 import torch
-from crosscoders import sparse
+from crosscoders import selection, sparse
 from crosscoders.kernels import gpu
 device = "cuda" if torch.cuda.is_available() else "cpu"
 pre = torch.randn(13, 29, device=device)
-found = sparse.active(pre, torch.full((29,), 0.8, device=device))
+found = selection.active(pre, torch.full((29,), 0.8, device=device))
 f = torch.zeros(13, 29, device=device).index_put((found.tokens, found.latents), found.values)
 for width in (4, 256, 600):
     W, bias, y = (torch.randn(*shape, device=device) for shape in ((29, width), (width,), (13, width)))

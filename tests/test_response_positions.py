@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from crosscoders import ActivationCache, Crosscoder, CrosscoderConfig, sparse
+from crosscoders import ActivationCache, Crosscoder, CrosscoderConfig, selection
 from diffing.response_positions import PLACES, PositionSums, places
 from diffing.table import scale_cache
 
@@ -40,7 +40,7 @@ def test_the_cut_into_batches_does_not_matter(cache_folder: Path, batch_size: in
     sums = PositionSums(12)
     for tokens in cache.batches(batch_size):
         pre_acts = cc.pre_acts(cc.normalise(tokens.activations)).detach()
-        sums.add(sparse.active(pre_acts, cc.gate_at()), tokens)
+        sums.add(selection.active(pre_acts, cc.gate_at()), tokens)
     f, tokens = cc.encode(cache.read(0, 600).activations).detach().double(), cache.read(0, 600)
     at = places(tokens.roles, tokens.positions, tokens.document_ids)
     mass = torch.zeros(12, len(PLACES), dtype=torch.float64).index_add_(1, at, f.T)

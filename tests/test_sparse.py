@@ -8,13 +8,13 @@ import pytest
 import reference
 import torch
 
-from crosscoders import Crosscoder, CrosscoderConfig, TrainConfig, sparse
+from crosscoders import Crosscoder, CrosscoderConfig, TrainConfig, selection, sparse
 from crosscoders.kernels.library import usable
 from crosscoders.objective import forward
 from crosscoders.optimizer import Optimizer
 
 
-def dense(entries: sparse.Active) -> torch.Tensor:
+def dense(entries: selection.Active) -> torch.Tensor:
     return torch.zeros(entries.n_tokens, entries.dict_size).index_put((entries.tokens, entries.latents), entries.values)
 
 
@@ -25,7 +25,7 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 def test_active_decode_transposed_and_sums_equal_dense_products() -> None:
     pre, gate, W, y = random(9, 7), torch.rand(7), random(7, 5, seed=1), random(9, 4, seed=2)
     f = torch.where(pre > gate, pre, 0.0)
-    entries = sparse.active(pre, gate)
+    entries = selection.active(pre, gate)
     assert torch.equal(dense(entries), f)
     torch.testing.assert_close(sparse.decode(entries, W), f @ W)
     torch.testing.assert_close(sparse.transposed(entries, y), f.T @ y)
@@ -37,14 +37,14 @@ def test_active_decode_transposed_and_sums_equal_dense_products() -> None:
 
 
 def test_nothing_active_gives_zeros() -> None:
-    entries = sparse.active(random(3, 4), torch.full((4,), torch.inf))
+    entries = selection.active(random(3, 4), torch.full((4,), torch.inf))
     assert torch.equal(sparse.decode(entries, random(4, 5)), torch.zeros(3, 5))
     assert torch.equal(sparse.transposed(entries, random(3, 2)), torch.zeros(4, 2))
 
 
 @pytest.mark.parametrize("jump", [1.0, 0.01, 100.0])
 def test_the_warm_selection_is_exact_even_when_the_data_jump(jump: float) -> None:
-    select, c = sparse.WarmSelection(), torch.rand(50) + 0.5
+    select, c = selection.WarmSelection(), torch.rand(50) + 0.5
     for step in range(6):
         pre = random(40, 50, seed=step) * (jump if step == 3 else 1.0)
         expected = (pre.relu() * c).flatten().topk(40 * 3).indices.sort().values
@@ -59,17 +59,17 @@ def test_the_warm_selection_is_exact_even_when_the_data_jump(jump: float) -> Non
 
 def test_ties_at_the_cut_keep_exactly_n_and_too_few_positive_entries_are_all_kept() -> None:
     pre = torch.tensor([[1.0, 1.0, 1.0], [1.0, 2.0, -1.0]])
-    found = sparse.WarmSelection()(pre, torch.ones(3), 3)
+    found = selection.WarmSelection()(pre, torch.ones(3), 3)
     assert dense(found).tolist() == [[1.0, 1.0, 0.0], [0.0, 2.0, 0.0]]
-    assert len(sparse.WarmSelection()(pre, torch.ones(3), 6).values) == 5
-    assert len(sparse.WarmSelection()(-pre.abs(), torch.ones(3), 6).values) == 0
-    zero_norm = sparse.WarmSelection()(pre, torch.tensor([1.0, 0.0, 1.0]), 6)
+    assert len(selection.WarmSelection()(pre, torch.ones(3), 6).values) == 5
+    assert len(selection.WarmSelection()(-pre.abs(), torch.ones(3), 6).values) == 0
+    zero_norm = selection.WarmSelection()(pre, torch.tensor([1.0, 0.0, 1.0]), 6)
     assert 1 not in zero_norm.latents.tolist()
 
 
 def test_the_largest_of_some_columns_for_each_token() -> None:
     pre, c, columns = random(6, 8), torch.rand(8), torch.tensor([1, 4, 5, 7])
-    entries = sparse.largest_per_token(pre, c, columns, 2)
+    entries = selection.largest_per_token(pre, c, columns, 2)
     found = torch.zeros(6, 8).index_put((entries.tokens, entries.dictionary_latents), entries.values)
     for n in range(6):
         ranked = sorted(columns.tolist(), key=lambda j: -float(pre[n, j].relu() * c[j]))[:2]
@@ -99,7 +99,7 @@ def setting(
 def test_gradients_equal_dense_autograd(code_norm: str, reconstruction: str, n_dead: int) -> None:
     model, config, x = setting(code_norm, reconstruction, torch.float64)
     dead = torch.arange(20) < n_dead
-    terms = forward(model, config, x, dead=dead, k=3, step=0, select=sparse.WarmSelection()).terms
+    terms = forward(model, config, x, dead=dead, k=3, step=0, select=selection.WarmSelection()).terms
     expected = reference.dense_terms(model, config, x, dead=dead, k=3)
     assert set(terms) == set(expected)
     for name in terms:
@@ -120,7 +120,7 @@ def test_l1_gradients_equal_dense_autograd(code_norm: str, density: float, monke
     with torch.no_grad():
         model.W_dec[3, 1] = 0  # a decoder without a norm: its direction has no gradient
     none = torch.zeros(20, dtype=torch.bool)
-    result = forward(model, config, x, dead=none, k=None, step=0, select=sparse.WarmSelection())
+    result = forward(model, config, x, dead=none, k=None, step=0, select=selection.WarmSelection())
     assert torch.equal(result.n_active, (model.pre_acts(x) > 0).sum(dim=0))
     expected = reference.dense_terms(model, config, x)
     parameters = list(model.parameters())
@@ -140,7 +140,7 @@ def test_fifty_steps_stay_on_the_dense_trajectory(variant: str, monkeypatch: pyt
     config = replace(config, lr=1e-2, clip_norm=1.0, **({"l1_coefficient": 0.05, "aux_coefficient": 0.0} if l1 else {}))
     other, *_ = setting("sum", "norm", torch.float32, **l1)
     fast, slow = Optimizer(model, config), torch.optim.Adam(other.parameters(), lr=1e-2)
-    select, dead = sparse.WarmSelection(), torch.arange(20) < (0 if l1 else 4)
+    select, dead = selection.WarmSelection(), torch.arange(20) < (0 if l1 else 4)
     for step in range(50):
         x = random(64, 2, 6, seed=100 + step)
         norms = fast.decoder_norms()
@@ -166,7 +166,7 @@ def test_the_sum_of_squares_comes_with_the_gradients(
     model, config, x = setting(code_norm, "norm", torch.float32, **({"activation": "relu", "k": None} if is_l1 else {}))
     config = replace(config, l1_coefficient=0.3 * is_l1)
     known = {"dead": torch.arange(20) < (0 if is_l1 else 4), "k": None if is_l1 else 3}
-    result = forward(model, config, x, step=0, select=sparse.WarmSelection(), **known)
+    result = forward(model, config, x, step=0, select=selection.WarmSelection(), **known)
     torch.stack(list(result.terms.values())).sum().backward()
     grads = [weight.grad for weight in (model.W_enc, model.W_dec) if weight.grad is not None]
     expected = sum(float(grad.double().square().sum()) for grad in grads)
@@ -189,7 +189,7 @@ def test_a_step_leaves_nothing_behind(variant: str, monkeypatch: pytest.MonkeyPa
         n_tensors = []
         for _ in range(3):
             model.zero_grad()
-            known = {"dead": dead, "k": None if is_l1 else 3, "select": sparse.WarmSelection()}
+            known = {"dead": dead, "k": None if is_l1 else 3, "select": selection.WarmSelection()}
             torch.stack(list(forward(model, config, x, step=0, **known).terms.values())).sum().backward()
             n_tensors.append(sum(type(thing) is torch.Tensor for thing in gc.get_objects()))
         assert n_tensors[0] == n_tensors[1] == n_tensors[2]
@@ -200,7 +200,7 @@ def test_a_step_leaves_nothing_behind(variant: str, monkeypatch: pytest.MonkeyPa
 def test_the_encoder_gradient_needs_no_transposed_copy() -> None:
     model, config, x = setting("sum", "norm", torch.float32)
     terms = forward(
-        model, config, x, dead=torch.zeros(20, dtype=torch.bool), k=3, step=0, select=sparse.WarmSelection()
+        model, config, x, dead=torch.zeros(20, dtype=torch.bool), k=3, step=0, select=selection.WarmSelection()
     )
     terms.terms["reconstruction"].backward()
     assert model.W_enc.grad is not None and model.W_enc.grad.stride() == model.W_enc.stride()
@@ -215,7 +215,7 @@ def test_the_optimiser_equals_plain_adam_with_clipped_gradients(clip_norm: float
     alive = torch.zeros(20, dtype=torch.bool)
     for step in range(5):
         for m in (other, model):
-            result = forward(m, config, x, dead=alive, k=3, step=step, select=sparse.WarmSelection())
+            result = forward(m, config, x, dead=alive, k=3, step=step, select=selection.WarmSelection())
             result.terms["reconstruction"].backward()
         if clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(other.parameters(), clip_norm)
@@ -231,14 +231,14 @@ def test_bfloat16_products_select_and_the_values_stay_float32(n_dead: int) -> No
     model, config, x = setting("sum", "norm", torch.float32)
     dead = torch.arange(20) < n_dead
     known = {"dead": dead, "k": 3, "step": 0}
-    exact = forward(model, config, x, **known, select=sparse.WarmSelection())
-    rough = forward(model, config, x, **known, select=sparse.WarmSelection(), products=torch.bfloat16)
+    exact = forward(model, config, x, **known, select=selection.WarmSelection())
+    rough = forward(model, config, x, **known, select=selection.WarmSelection(), products=torch.bfloat16)
     assert rough.n_active.sum() == exact.n_active.sum()
     assert (rough.n_active - exact.n_active).abs().sum() <= 4  # of 192: entries within rounding of the cut
     for name in exact.terms:
         torch.testing.assert_close(rough.terms[name], exact.terms[name], rtol=1e-2, atol=0)
     pre = model.pre_acts(x).detach()
-    chosen = sparse.active(pre.bfloat16().float(), torch.zeros(20))
+    chosen = selection.active(pre.bfloat16().float(), torch.zeros(20))
     refined = sparse.refine(chosen, model.W_enc, model.b_enc, x.flatten(1))
     torch.testing.assert_close(refined.values, pre[chosen.tokens, chosen.latents].relu(), rtol=1e-5, atol=1e-6)
     torch.stack(list(rough.terms.values())).sum().backward()
@@ -253,7 +253,9 @@ def test_l1_in_bfloat16_is_near_float32(density: float, monkeypatch: pytest.Monk
     for products in (torch.float32, torch.bfloat16):
         model.zero_grad()
         none = torch.zeros(20, dtype=torch.bool)
-        result = forward(model, config, x, dead=none, k=None, step=0, select=sparse.WarmSelection(), products=products)
+        result = forward(
+            model, config, x, dead=none, k=None, step=0, select=selection.WarmSelection(), products=products
+        )
         torch.stack(list(result.terms.values())).sum().backward()
         grads.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
     for exact, rough in zip(*grads, strict=True):

@@ -36,8 +36,8 @@ from crosscoders.metrics import ReconstructionSums
 from crosscoders.objective import forward
 from crosscoders.optimizer import lr_at
 from crosscoders.pair import choose_products
+from crosscoders.selection import WarmSelection
 from crosscoders.source import ActivationSource
-from crosscoders.sparse import WarmSelection
 from crosscoders.tokens import tokenize_documents
 from crosscoders.training import geometric_median, k_at
 

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.throughput import memory
 from benchmarks.timing import interleaved, median_row, ratio_row
-from crosscoders import Crosscoder, CrosscoderConfig, TrainConfig, sparse
+from crosscoders import Crosscoder, CrosscoderConfig, TrainConfig, selection
 from crosscoders.objective import forward
 from crosscoders.optimizer import Optimizer
 
@@ -64,7 +64,7 @@ def our_step(
     products: torch.dtype = torch.float32,
 ) -> Step:
     """The step of `crosscoders.train`, with `dead` as the latents that take part in the auxiliary term."""
-    optimizer, select = Optimizer(model, config), sparse.WarmSelection()
+    optimizer, select = Optimizer(model, config), selection.WarmSelection()
     none_dead = torch.zeros(config.crosscoder.dict_size, dtype=torch.bool, device=model.W_dec.device)
     taking_part = none_dead if dead is None else dead
 
