@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.sae_lora_gap.gaps import ARMS, fit_config
-from benchmarks.sae_lora_gap.saes import make_sae
-from benchmarks.sae_lora_gap.setting import CPU, HELD_OUT, HOOK_POINT, ROWS, Size, batches, open_base
+from benchmarks.sae_lora_gap.saes import make_sae, quality
+from benchmarks.sae_lora_gap.setting import CPU, HELD_OUT, HOOK_POINT, ROWS, Size, activations, batches, open_base
 from crosscoders import metrics
 from crosscoders.reporting import row
 from sae_lora import FitConfig, load_dictionary, objective, splice
@@ -114,7 +114,8 @@ def run(size: Size, data: str, folder: Path, pretraining: float) -> Raced:
     folder: the SAE that was trained by reconstruction. pretraining: seconds that it took, activations included.
     """
     plan, model = open_base(data, size.tokens)
-    held_out = list(batches(open_base(HELD_OUT, min(EVALUATED_TOKENS, size.held_out))[0]))
+    of_held_out = open_base(HELD_OUT, min(EVALUATED_TOKENS, size.held_out))[0]
+    held_out = list(batches(of_held_out))
     n_batches = len(plan.rows.batches(ROWS))
     dictionary = load_dictionary(folder, hook_point=HOOK_POINT)
     sae = trainable(make_sae("topk", dictionary.info.settings["k"], dictionary.info.d_model), HOOK_POINT)
@@ -135,7 +136,10 @@ def run(size: Size, data: str, folder: Path, pretraining: float) -> Raced:
             first, last = (round(n_steps[name] * i / CHECKS) for i in (check, check + 1))
             arm.advance(last - first, held_out, plan.keep_ids)
     n = sum(int(batch.scored[:, 1:].sum()) for batch in held_out)
-    return summarise({name: arm.points for name, arm in arms.items()}, plain, spliced, pretraining, n)
+    found = summarise({name: arm.points for name, arm in arms.items()}, plain, spliced, pretraining, n)
+    end = quality(sae, activations(of_held_out, model))  # no term of its loss revives dead latents
+    found.rows.append(row("sae-lora.race.end_to_end.dead", end.dead_fraction, "fraction", end.n_tokens))
+    return found
 
 
 def summarise(curves: dict[str, list[Point]], plain: float, spliced: float, pretraining: float, n: int) -> Raced:
