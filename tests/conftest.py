@@ -1,8 +1,11 @@
 """Shared fixtures: a tiny Gemma-2 pair with its own tokenizer, made once; shapes are checked at call time."""
 
+import contextlib
 import json
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -15,7 +18,7 @@ _hook.__enter__()
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from crosscoders import CacheConfig, cache_activations  # noqa: E402
+from crosscoders import CacheConfig, EnvironmentFault, cache_activations, store  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -26,6 +29,22 @@ CHAT_TEMPLATE = (
 THINGS = ("file", "string", "number", "table", "line", "word", "node", "key")
 PARTS = ("name", "size", "sum", "list", "path")
 TEXTS = [f"Return the {part} of a {thing}. The {thing} must not be empty." for part in PARTS for thing in THINGS]
+
+
+@contextlib.contextmanager
+def failing_write(monkeypatch: pytest.MonkeyPatch, writer: str, when: Callable[[int, Path], bool]) -> Iterator[None]:
+    """`store.<writer>` fails at writes whose number, from 1, and path fulfil `when`; what is run must fail with it."""
+    real, made = getattr(store, writer), list[Path]()
+
+    def failing(path: Path, data: Any) -> store.Written:
+        made.append(path)
+        if when(len(made), path):
+            raise EnvironmentFault("no space left (planted)")
+        return real(path, data)
+
+    with monkeypatch.context() as patched, pytest.raises(EnvironmentFault, match="planted"):
+        patched.setattr(store, writer, failing)
+        yield
 
 
 def make_tokenizer(folder: Path, *, template: bool = True, words: list[str] | None = None) -> None:

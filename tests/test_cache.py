@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Pair
+from conftest import Pair, failing_write
 
 from crosscoders import ActivationCache, CorruptData, EnvironmentFault, InputError, cache_activations, load_pair, store
 from crosscoders.hooks import run_to
@@ -72,20 +72,11 @@ def test_bfloat16_is_the_default_and_rounds_only(pair: Pair, cache_folder: Path,
 def test_a_run_that_stops_at_any_write_goes_on_to_the_same_bytes(
     pair: Pair, cache_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: int
 ) -> None:
-    out, real, made = tmp_path / "cache", store.write_bytes, []
-
-    def failing(path: Path, data: bytes) -> store.Written:
-        made.append(path)
-        if len(made) == calls:
-            raise EnvironmentFault("no space left (planted)")
-        return real(path, data)
-
-    monkeypatch.setattr(store, "write_bytes", failing)
-    with pytest.raises(EnvironmentFault, match="planted"):
+    out = tmp_path / "cache"
+    with failing_write(monkeypatch, "write_bytes", lambda number, _: number == calls):
         cache_activations(pair.config(out))
     with pytest.raises(InputError, match=r"has no manifest\.json"):
         ActivationCache(out)
-    monkeypatch.setattr(store, "write_bytes", real)
     cache_activations(pair.config(out))
     expected, found = file_bytes(cache_folder), file_bytes(out)
     assert {n: b for n, b in found.items() if n != "manifest.json"} == {

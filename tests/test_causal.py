@@ -82,6 +82,19 @@ def test_kl_and_ce_equal_those_of_torch() -> None:
     assert metrics.log_probs(p.bfloat16()).dtype == torch.float32
 
 
+def effect_of_hook(model: ResumableModel, state: Any, patched: torch.Tensor, hooked: Any, handle: Any) -> float:
+    """Largest change of a logit by the hook, after checking that `model` patched in the same way agrees with it."""
+    with torch.no_grad():
+        expected = hooked(input_ids=IDS, attention_mask=MASK).logits
+        handle.remove()
+        unpatched = hooked(input_ids=IDS, attention_mask=MASK).logits
+    real = MASK.bool()
+    torch.testing.assert_close(model.logits(state.final[real]), unpatched[real], rtol=1e-4, atol=1e-5)
+    found = model.logits(model.resume(state, patched)[real])
+    torch.testing.assert_close(found, expected[real], rtol=1e-4, atol=1e-5)
+    return float((expected - unpatched)[real].abs().max())
+
+
 @pytest.mark.parametrize("point", POINTS)
 def test_resumed_models_equal_a_full_forward_with_a_handwritten_hook(pair: Pair, point: str) -> None:
     from transformers import AutoModelForCausalLM
@@ -99,15 +112,7 @@ def test_resumed_models_equal_a_full_forward_with_a_handwritten_hook(pair: Pair,
         handle = layer.post_feedforward_layernorm.register_forward_hook(lambda *_: patched)
     else:
         handle = layer.register_forward_hook(lambda *_: patched)
-    with torch.no_grad():
-        expected = plain(input_ids=IDS, attention_mask=MASK).logits
-        handle.remove()
-        unpatched = plain(input_ids=IDS, attention_mask=MASK).logits
-    real = MASK.bool()
-    torch.testing.assert_close(model.logits(state.final[real]), unpatched[real], rtol=1e-4, atol=1e-5)
-    found = model.logits(model.resume(state, patched)[real])
-    torch.testing.assert_close(found, expected[real], rtol=1e-4, atol=1e-5)
-    assert (expected - unpatched).abs().max() > 1e-2
+    assert effect_of_hook(model, state, patched, plain, handle) > 1e-2
     assert torch.equal(model.resume(state, state.activation), state.final)
 
 
@@ -192,15 +197,7 @@ def test_points_of_the_bridge_resume_as_a_full_forward_with_a_handwritten_hook(t
         handle = module.register_forward_pre_hook(lambda _m, args: (patched.reshape(args[0].shape), *args[1:]))
     else:
         handle = module.register_forward_hook(lambda _m, _a, out: patched.reshape(out.shape))
-    with torch.no_grad():
-        expected = plain(input_ids=IDS, attention_mask=MASK).logits
-        handle.remove()
-        unpatched = plain(input_ids=IDS, attention_mask=MASK).logits
-    real = MASK.bool()
-    torch.testing.assert_close(model.logits(state.final[real]), unpatched[real], rtol=1e-4, atol=1e-5)
-    found = model.logits(model.resume(state, patched)[real])
-    torch.testing.assert_close(found, expected[real], rtol=1e-4, atol=1e-5)
-    assert (found - unpatched[real]).abs().max() > 1e-3
+    assert effect_of_hook(model, state, patched, plain, handle) > 1e-3
 
 
 def test_points_without_a_vector_for_each_token_are_one_line(pair: Pair) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Pair
+from conftest import Pair, failing_write
 from test_cache import file_bytes
 
 from crosscoders import (
@@ -80,18 +80,8 @@ def test_several_hook_points_go_on_to_the_same_bytes(
     config = pair.config(tmp_path / "cache", hook_point=POINTS[:2])
     run_cache(config)
     expected = [moved_away(tmp_path / "cache" / point) for point in POINTS[:2]]
-    real, made = store.write_bytes, []
-
-    def failing(path: Path, data: bytes) -> store.Written:
-        made.append(path)
-        if len(made) == calls:
-            raise EnvironmentFault("no space left (planted)")
-        return real(path, data)
-
-    monkeypatch.setattr(store, "write_bytes", failing)
-    with pytest.raises(EnvironmentFault, match="planted"):
+    with failing_write(monkeypatch, "write_bytes", lambda number, _: number == calls):
         run_cache(config)
-    monkeypatch.setattr(store, "write_bytes", real)
     run_cache(config)
     assert [file_bytes(tmp_path / "cache" / point) for point in POINTS[:2]] == expected
 
@@ -193,15 +183,8 @@ def test_devices_that_are_not_there_or_contradict_are_one_line_before_anything_l
 def test_devices_do_not_take_over_what_one_process_has_begun(
     pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, real = pair.config(tmp_path / "cache"), store.write_tensors
-
-    def failing(path: Path, tensors: object) -> store.Written:
-        if path.name == "shard-00002.safetensors":
-            raise EnvironmentFault("no space left (planted)")
-        return real(path, tensors)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(store, "write_tensors", failing)
-    with pytest.raises(EnvironmentFault, match="planted"):
+    config = pair.config(tmp_path / "cache")
+    with failing_write(monkeypatch, "write_tensors", lambda _, path: path.name == "shard-00002.safetensors"):
         run_cache(config)
     with pytest.raises(InputError, match=r"was begun without --devices. Go on without it"):
         run_cache(config, devices=["cpu", "cpu"])
@@ -292,17 +275,9 @@ def test_a_part_runs_the_forward_passes_of_its_own_range_only(
 def test_a_part_goes_on_and_is_no_cache_and_no_other_part(
     pair: Pair, parts: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, real = pair.config(tmp_path / "part"), store.write_tensors
-
-    def failing(path: Path, tensors: object) -> store.Written:
-        if path.name == "shard-00002.safetensors":
-            raise EnvironmentFault("no space left (planted)")
-        return real(path, tensors)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(store, "write_tensors", failing)
-    with pytest.raises(EnvironmentFault, match="planted"):
+    config = pair.config(tmp_path / "part")
+    with failing_write(monkeypatch, "write_tensors", lambda _, path: path.name == "shard-00002.safetensors"):
         run_cache(config, part=Part(2, 3))
-    monkeypatch.setattr(store, "write_tensors", real)
     with pytest.raises(InputError, match=r"part is not finished. Run its `crosscoders cache` command again"):
         merge_parts([str(parts[0]), config.out, str(parts[2])], str(tmp_path / "out"))
     run_cache(config, part=Part(2, 3))

@@ -491,8 +491,8 @@ def test_a_run_without_optional_files_still_renders_and_names_the_commands(tmp_p
         if name != "latents.json":
             (run / name).unlink()
     page = page_of(run)
-    evaluate = "crosscoders eval run --cache CACHE --out run/eval.json"
-    for command in ("crosscoders train --cache CACHE --out run", evaluate, "diffing scale run --cache CACHE"):
+    evaluate = f"crosscoders eval {run} --cache CACHE --out {run}/eval.json"
+    for command in (f"crosscoders train --cache CACHE --out {run}", evaluate, f"diffing scale {run} --cache CACHE"):
         assert command in page.text
     assert "The base model against the tuned model: a crosscoder of 40 latents." in page.text
     report = json.loads((run / "report.json").read_text())

@@ -57,7 +57,7 @@ def test_the_page_has_each_set_with_n_and_interval(tmp_path: Path) -> None:
 def test_without_it_or_about_an_earlier_table_the_page_names_the_command(tmp_path: Path) -> None:
     bare, stale = write_run(tmp_path / "bare"), with_causal(tmp_path / "stale", latents="0" * 64)
     for run in (bare, stale):
-        assert f"diffing causal {run.name} --cache CACHE" in page_of(run).text
+        assert f"diffing causal {run} --cache CACHE" in page_of(run).text
         assert json.loads((run / "report.json").read_text())["causal"] is None
     assert rows_of(bare)
 

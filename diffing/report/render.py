@@ -103,9 +103,7 @@ def render_html(run: Run, rows: list[Row]) -> bytes:
         tuned=tuned,
         summary=summary,
         run=run,
-        missing={
-            name: command_for(name, run.path.resolve().name) for name in MADE_BY if not (run.path / name).is_file()
-        },
+        missing={name: command_for(name, run.path) for name in MADE_BY if not (run.path / name).is_file()},
         best=best_latents(run),
         curves=curves,
         curves_caption=curves_caption,
@@ -116,8 +114,8 @@ def render_html(run: Run, rows: list[Row]) -> bytes:
         null_figure=null_figure,
         causes=causes,
         causal_figure=causal_figure,
-        causal_command=causes.CAUSAL.format(run=run.path.resolve().name),
-        null_command=nulls.NULL.format(run=run.path.resolve().name),
+        causal_command=causes.CAUSAL.format(run=run.path),
+        null_command=nulls.NULL.format(run=run.path),
         table_columns=table_columns(run),
         rows=rows,
         linked=linked,
