@@ -1,7 +1,7 @@
 """Fits around each dictionary, and what they close on held-out documents.
 
-Settings of every fit: SETTINGS, chosen on topk-16 and the development documents, and kept for the others. ARMS are the
-fits that dictionaries get, COMPARED those beside them on one: controls, and correctors cheaper than LoRA.
+Settings of every fit: SETTINGS, chosen on topk-16 and the development documents, and kept for the others. ARMS and LONG
+are the fits that dictionaries get, COMPARED those beside them on one: controls, and correctors cheaper than LoRA.
 """
 
 from pathlib import Path
@@ -21,6 +21,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "all.": {"layers": "all", "rank": 5, "alpha": 10.0},
 }
 """By the prefix of their rows. Ranks: the largest within 5% of the model's parameters."""
+LONG: dict[str, dict[str, Any]] = {"long.": {**ARMS["all."], "epochs": 8}}
+"""What the same weights close with eight times the steps."""
 CONTROLS = ("noise", "random-decoder", "shuffled-decoder")
 CORRECTORS = {"mean-scale": 2e-3, "affine": 5e-4, "sae": 5e-4}
 """Learning rates, chosen on another SAE of this model (docs/log.md)."""
