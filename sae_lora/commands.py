@@ -19,8 +19,8 @@ from sae_lora import evaluation, stability, tables
 from sae_lora.adapter import read_sidecar
 from sae_lora.classes import TokenClasses
 from sae_lora.cli import CompareSettings, EvalSettings, FitSettings
-from sae_lora.config import ControlKind, FitConfig, TextConfig, pair_up
-from sae_lora.controls import WITHOUT_LATENTS, as_fitted
+from sae_lora.config import WITHOUT_LATENTS, ControlKind, FitConfig, TextConfig, pair_up
+from sae_lora.controls import as_fitted
 from sae_lora.correctors import Fitted, load_corrector
 from sae_lora.dictionary import FrozenDictionary
 from sae_lora.fitting import fit

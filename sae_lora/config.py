@@ -6,7 +6,9 @@ from typing import Any, Literal
 from crosscoders.config import CacheConfig, DataSource, require_positive, require_range
 from crosscoders.errors import InputError
 
-ControlKind = Literal["none", "identity", "noise", "random-decoder", "shuffled-decoder"]
+ControlKind = Literal["none", "identity", "noise", "no-latents", "random-decoder", "shuffled-decoder"]
+WITHOUT_LATENTS: tuple[ControlKind, ...] = ("identity", "noise", "no-latents")
+"""Controls in which nothing that a latent does reaches the model."""
 CorrectorKind = Literal["lora", "mean-scale", "affine", "sae"]
 
 
@@ -66,7 +68,7 @@ class FitConfig(TextConfig):
     """Whose reconstruction is taken, for crosscoders of two models."""
     control: ControlKind = "none"
     """Put this in place of what the dictionary reconstructs: x itself, x with noise of the size of the dictionary's
-    error, or the dictionary with random or with permuted decoder rows."""
+    error, the dictionary's output without any latent, or the dictionary with random or with permuted decoder rows."""
     corrector: CorrectorKind = "lora"
     """What is trained: LoRA in the model; a scale and a shift after the dictionary; an affine map after it; the
     dictionary's own weights."""
@@ -132,7 +134,7 @@ class FitConfig(TextConfig):
                 f"store {self.store!r} keeps what the dictionary puts into the model, and corrector {self.corrector!r} "
                 "changes it at every step. Use --store none."
             )
-        if self.corrector == "sae" and self.control in ("identity", "noise"):
+        if self.corrector == "sae" and self.control in WITHOUT_LATENTS:
             raise InputError(
                 f"corrector 'sae' trains the dictionary, of which control {self.control!r} keeps nothing. "
                 "Choose another."

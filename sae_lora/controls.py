@@ -2,6 +2,7 @@ r"""What is put in place of a dictionary to see whether a share of the gap close
 
     identity          x_hat = x
     noise             x_hat = x + |err| u(x), err = decode(encode(x)) - x, u a unit vector that looks random
+    no-latents        x_hat = decode(0), the same for every token: nothing is known of it
     random-decoder    decoder rows with random directions and the norms that they had, per model
     shuffled-decoder  latent j writes the decoder row of latent sigma(j), sigma a random permutation
 
@@ -22,11 +23,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae_lora.config import ControlKind
+from sae_lora.config import WITHOUT_LATENTS, ControlKind
 from sae_lora.dictionary import FrozenDictionary
-
-WITHOUT_LATENTS: tuple[ControlKind, ...] = ("identity", "noise")
-"""Controls in which nothing that a latent does reaches the model."""
 
 
 class Control(FrozenDictionary):
@@ -51,7 +49,7 @@ class Control(FrozenDictionary):
         return self.source.encode(x)
 
     def decode(self, latents: Float[Tensor, "tokens dict_size"]) -> Float[Tensor, "tokens d_model"]:
-        """Of the decoder controls; identity and noise need x, see `reconstruct`."""
+        """Of the decoder controls; for the others see `reconstruct`."""
         assert self.kind not in WITHOUT_LATENTS
         if self.kind == "shuffled-decoder":  # sum_j f_j d_sigma(j) = sum_i f_sigma^-1(i) d_i
             latents = torch.zeros_like(latents).index_copy(1, self.permutation, latents)
@@ -67,6 +65,9 @@ class Control(FrozenDictionary):
                 latents, x_hat = self.source.reconstruct(x)
                 noise = (x_hat - x).norm(dim=1, keepdim=True) * unit_noise(x, self.seed)
             return latents, x + noise.to(x.dtype)
+        if self.kind == "no-latents":
+            latents = self.encode(x)
+            return latents, self.source.decode(torch.zeros_like(latents))
         return super().reconstruct(x)
 
     def identity(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from test_sae_lora_places import archive, both  # noqa: F401
 from crosscoders import Crosscoder, CrosscoderConfig, InputError, hooks
 from crosscoders.pair import hash_model
 from diffing import cli
-from diffing.sae_gap.command import roles_of, rows, summary
+from diffing.sae_gap.command import gap_run, roles_of, rows, summary
 from diffing.sae_gap.measure import CELLS, CLASSES, Gaps, measure
 from diffing.sae_gap.settings import SaeGapSettings
 from sae_lora.adapter import add_lora
@@ -139,6 +139,34 @@ def test_a_run_compares_base_tuned_and_placebo_on_the_same_tokens(
     assert cli.main(flags) == 0  # the fits are complete
     said = capsys.readouterr()
     assert "is complete already" in said.err and "tuned minus base" in said.out
+
+
+def test_a_control_stands_in_every_model_in_the_fit_and_in_what_is_measured(pair: Any, tmp_path: Path) -> None:
+    chosen = settings(
+        pair, sae(tmp_path / "sae", pair.base), control="no-latents", out=str(tmp_path / "out"), layers=[2]
+    )
+    found = gap_run(chosen)["tuned"]
+    sidecar = json.loads((tmp_path / "out" / "tuned" / "adapter" / "splice.json").read_text())
+    assert sidecar["dictionaries"][0]["control"]["kind"] == "no-latents"
+    plan = make_plan(chosen.eval_config(), pair.tuned, [(chosen.dictionary, None)], foreign=True)
+    (dictionary,) = load_dictionaries(plan, chosen.fit_config(pair.tuned), CPU)
+    constant = dictionary.decode(torch.zeros(1, 24))[0]
+    model, total = load_model(plan, chosen.fit_config(pair.tuned), CPU), 0.0
+    for start, stop in spans(plan):
+        ids = torch.from_numpy(plan.rows.ids[start:stop]).long()[None]
+        kept = torch.isin(ids, torch.tensor([0, 1, 2]))[..., None]
+
+        def put(x: torch.Tensor, kept: torch.Tensor = kept) -> torch.Tensor:
+            return torch.where(kept, x, constant)
+
+        with torch.no_grad():
+            p = model(input_ids=ids).logits[0].log_softmax(-1)
+            with hooks.replace(model, POINT, put):
+                q = model(input_ids=ids).logits[0].log_softmax(-1)
+        kl = (p.exp() * (p - q)).sum(dim=1)[:-1]
+        total += float(kl[torch.from_numpy(plan.rows.scored[start + 1 : stop])].double().sum())
+    spliced = found.sums[0, CELLS.index("spliced"), 1].sum()
+    assert spliced == pytest.approx(total, rel=1e-4) and spliced > 0
 
 
 def test_a_crosscoder_gives_each_model_its_side_with_the_other_beside_it(

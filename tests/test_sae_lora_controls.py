@@ -4,7 +4,7 @@ import json
 import os
 import signal
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -18,6 +18,7 @@ from crosscoders.training import StopRequested
 from sae_lora import FitConfig, fit, fitting, load_adapter, load_corrector, load_dictionary, objective, splice
 from sae_lora.adapter import read_sidecar
 from sae_lora.cli import main
+from sae_lora.config import ControlKind
 from sae_lora.controls import Control, decoder_of, unit_noise, with_control
 from sae_lora.correctors import start, trainable_copy
 from sae_lora.dictionary import CrosscoderSide, DictionaryInfo, FrozenDictionary, JumpReLU
@@ -67,10 +68,12 @@ def test_controls_keep_the_latents_and_change_what_they_name() -> None:
     pre = X @ w["W_enc"]
     latents = torch.relu(pre) * (pre > w["threshold"])
     assert 0.2 < (latents > 0).float().mean() < 0.8
-    found = {kind: Control(source, kind, 5) for kind in ("identity", "noise", "random-decoder", "shuffled-decoder")}
+    kinds = [kind for kind in get_args(ControlKind) if kind != "none"]
+    found = {kind: Control(source, kind, 5) for kind in kinds}
     for control in found.values():
         torch.testing.assert_close(control.reconstruct(X)[0], latents)
     assert torch.equal(found["identity"](X), X)
+    torch.testing.assert_close(found["no-latents"](X), w["b_dec"].expand_as(X))
     err = latents @ w["W_dec"] + w["b_dec"] - X
     torch.testing.assert_close((found["noise"](X) - X).norm(dim=1), err.norm(dim=1))
     sigma = found["shuffled-decoder"].permutation

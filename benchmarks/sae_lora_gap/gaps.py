@@ -23,7 +23,7 @@ ARMS: dict[str, dict[str, Any]] = {
 """By the prefix of their rows. Ranks: the largest within 5% of the model's parameters."""
 LONG: dict[str, dict[str, Any]] = {"long.": {**ARMS["all."], "epochs": 8}}
 """What the same weights close with eight times the steps."""
-CONTROLS = ("noise", "random-decoder", "shuffled-decoder")
+CONTROLS = ("noise", "no-latents", "random-decoder", "shuffled-decoder")
 CORRECTORS = {"mean-scale": 2e-3, "affine": 5e-4, "sae": 5e-4}
 """Learning rates, chosen on another SAE of this model (docs/log.md)."""
 COMPARED: dict[str, dict[str, Any]] = {f"control_{kind}.": {**ARMS[""], "control": kind} for kind in CONTROLS} | {

@@ -21,6 +21,7 @@ from diffing.sae_gap.measure import CELLS, CLASSES, QUANTITIES, Gaps, measure
 from diffing.sae_gap.settings import SaeGapSettings
 from sae_lora.adapter import choose_layers, load_adapter
 from sae_lora.config import FitConfig
+from sae_lora.controls import with_control
 from sae_lora.fitting import fit
 from sae_lora.inputs import Plan, load_dictionaries, load_model, make_plan
 from sae_lora.loading import inspect_dictionary, reads_two_models
@@ -40,7 +41,7 @@ def gap_run(settings: SaeGapSettings) -> dict[str, Gaps]:
     for role, config in configs.items():
         folder = fit(config, Path(settings.out) / role)
         plan, device = plans[role], choose_device(settings.device)
-        dictionaries = load_dictionaries(plan, config, device)
+        dictionaries = with_control(load_dictionaries(plan, config, device), config.control, config.seed)
         adapted = load_adapter(load_model(plan, config, device), folder, dictionaries)
         say(f"measure {role} on {plan.rows.n_scored:,} tokens in {len(plan.rows.offsets) - 1:,} sequences")
         found[role] = measure(adapted, dictionaries, plan, batch_rows=settings.batch_rows, device=device)

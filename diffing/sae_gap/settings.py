@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from crosscoders.config import DataSource, require_positive
-from sae_lora.config import FitConfig, TextConfig
+from sae_lora.config import ControlKind, FitConfig, TextConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +26,8 @@ class SaeGapSettings(TextConfig):
     """Documents that the gaps are measured on."""
     eval_tokens: int = 50_000
     """Scored tokens of them."""
+    control: ControlKind = "none"
+    """As in `sae-lora fit`; `no-latents` shows what LoRA makes up for without knowing anything of the token."""
     layers: Literal["after", "all"] | list[int] = "after"
     """Layers that get LoRA, as in `sae-lora fit`."""
     rank: int = 64
@@ -49,8 +51,8 @@ class SaeGapSettings(TextConfig):
 
     def fit_config(self, model: str, **changes: object) -> FitConfig:
         """What `sae-lora fit` does with one of the models."""
-        named = {name: getattr(self, name) for name in ("dictionary", "hook_point", "layers", "rank", "alpha", "lr")}
-        return FitConfig(model=model, **{**self.text(), **named, **changes})
+        shared = ("dictionary", "hook_point", "control", "layers", "rank", "alpha", "lr")
+        return FitConfig(model=model, **{**self.text(), **{name: getattr(self, name) for name in shared}, **changes})
 
     def eval_config(self) -> TextConfig:
         """The same reading of the documents that are measured."""
