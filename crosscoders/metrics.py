@@ -93,6 +93,13 @@ def ce(log_q: Float[Tensor, "tokens vocab"], token_ids: Int[Tensor, " tokens"]) 
     return -log_q.gather(1, token_ids[:, None].long()).squeeze(1)
 
 
-def kl(log_p: Float[Tensor, "tokens vocab"], log_q: Float[Tensor, "tokens vocab"]) -> Float[Tensor, " tokens"]:
-    """KL(p || q) = sum_v p_v (log p_v - log q_v) of each token, nats; p is the model as it is, q the changed one."""
-    return (log_p.exp() * (log_p - log_q)).sum(dim=1)
+def kl(
+    log_p: Float[Tensor, "tokens vocab"],
+    log_q: Float[Tensor, "tokens vocab"],
+    p: Float[Tensor, "tokens vocab"] | None = None,
+) -> Float[Tensor, " tokens"]:
+    """KL(p || q) = sum_v p_v (log p_v - log q_v) of each token, nats; p is the model as it is, q the changed one.
+
+    p: exp(log_p), where it is known already.
+    """
+    return ((log_p.exp() if p is None else p) * (log_p - log_q)).sum(dim=1)

@@ -31,11 +31,12 @@ class _KlTotal(torch.autograd.Function):
         for start in range(0, len(student), chunk_tokens):
             rows = slice(start, start + chunk_tokens)
             log_p, log_q = metrics.log_probs(teacher[rows]), metrics.log_probs(student[rows])
-            total += metrics.kl(log_p, log_q)[used[rows]].sum()
+            p = log_p.exp()
+            total += metrics.kl(log_p, log_q, p)[used[rows]].sum()
             if slope is not None:
-                slope[rows].copy_(log_q.exp_().sub_(log_p.exp_()))
+                slope[rows] = log_q.exp_().sub_(p)
         if slope is not None:
-            slope[~used] = 0
+            slope[(~used).nonzero().squeeze(1)] = 0  # few rows; a mask would go over all
             ctx.save_for_backward(slope)
         return total
 
