@@ -6,7 +6,7 @@ than LoRA (`correctors`) has the same sidecar.
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,26 @@ def weights_file(corrector: str) -> str:
     return "adapter_model.safetensors" if corrector == "lora" else CORRECTOR_WEIGHTS
 
 
-def lora_off(model: Any) -> contextlib.AbstractContextManager[Any]:
-    """The model without its LoRA, if it has any."""
-    off: contextlib.AbstractContextManager[Any] = (
-        model.disable_adapter() if hasattr(model, "disable_adapter") else contextlib.nullcontext()
-    )
-    return off
+@contextlib.contextmanager
+def lora_off(model: Any) -> Iterator[None]:
+    """The model without its LoRA, if it has any.
+
+    As PEFT's `disable_adapter`, which also reads the state of every weight of the model each time.
+    """
+    if not hasattr(model, "disable_adapter"):
+        yield
+        return
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    on = [layer for layer in layers if not layer.disable_adapters]
+    try:
+        for layer in on:
+            layer.enable_adapters(False)
+        yield
+    finally:
+        for layer in on:
+            layer.enable_adapters(True)
 
 
 def first_layer_after(hook_point: str) -> int:

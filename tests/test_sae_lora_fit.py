@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from crosscoders import CorruptData, InputError, hooks
 from crosscoders.training import StopRequested
 from sae_lora import FitConfig, evaluation, fit, fitting, objective, splice
-from sae_lora.adapter import SIDECAR, add_lora, choose_layers, load_adapter, read_sidecar
+from sae_lora.adapter import SIDECAR, add_lora, choose_layers, load_adapter, lora_off, read_sidecar
 from sae_lora.cli import main
 from sae_lora.config import PRESETS, pair_up
 from sae_lora.dictionary import Constant, DictionaryInfo, FrozenDictionary
@@ -356,6 +356,26 @@ def test_an_sae_whose_sparsity_needs_a_term_is_not_trained_end_to_end() -> None:
 
 
 # --------------------------------------------------------------------------------------------------- evaluation
+
+
+def test_lora_is_off_inside_and_on_again_after_nesting_and_errors(pair: Any, scope: Path) -> None:
+    _, model, _, (batch, *_) = opened(config(pair, scope))
+    plain = objective.logits(model, batch)
+    adapted = add_lora(model, [0, 2], rank=2, alpha=1.0)
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.05)
+    on = objective.logits(adapted, batch)
+    assert not torch.allclose(on, plain, atol=1e-3)
+    with pytest.raises(ValueError, match="planted"), lora_off(adapted):
+        with lora_off(adapted):
+            torch.testing.assert_close(objective.logits(adapted, batch), plain)
+        torch.testing.assert_close(objective.logits(adapted, batch), plain)  # the inner one does not end the outer
+        raise ValueError("planted")
+    assert torch.equal(objective.logits(adapted, batch), on)
+    trained = {name for name, weight in adapted.named_parameters() if weight.requires_grad}
+    assert trained == {name for name, _ in adapted.named_parameters() if "lora_" in name}
 
 
 def test_every_cell_equals_a_plain_loop(pair: Any, scope: Path) -> None:

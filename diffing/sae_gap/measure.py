@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 
 from crosscoders import metrics
 from crosscoders.tokens import ROLES
+from sae_lora.adapter import lora_off
 from sae_lora.dictionary import FrozenDictionary
 from sae_lora.inputs import Batch, Plan
 from sae_lora.objective import logits
@@ -54,7 +55,7 @@ def measure(
         for c, cell in enumerate(CELLS):
             with torch.no_grad(), contextlib.ExitStack() as stack:
                 if not cell.startswith("adapted"):
-                    stack.enter_context(adapted.disable_adapter())
+                    stack.enter_context(lora_off(adapted))
                 if cell.endswith("spliced"):
                     stack.enter_context(splice(adapted, dictionaries, keep_ids=plan.keep_ids))
                 q = logits(adapted, batch)
