@@ -5,11 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import sae_lora_gap
 from benchmarks.sae_lora_gap import race, saes, setting
 from benchmarks.sae_lora_gap.race import Point
 from crosscoders import store
 from diffing.demo.build import read_rows
 from sae_lora import load_dictionary
+from sae_lora.adapter import add_lora, choose_layers
+from sae_lora.dictionary import DictionaryInfo
 
 
 def test_training_and_development_documents_are_disjoint_and_all(tmp_path: Path) -> None:
@@ -20,12 +23,11 @@ def test_training_and_development_documents_are_disjoint_and_all(tmp_path: Path)
 
 @pytest.mark.parametrize(("architecture", "sparsity"), [("topk", 4), ("jumprelu", 0.1)])
 def test_a_trained_sae_is_saved_as_it_computes_and_reconstructs(
-    architecture: str, sparsity: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    architecture: str, sparsity: float, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(saes, "DICT_SIZE", 32)
     torch.manual_seed(0)
     x = torch.randn(6000, 4) @ torch.randn(4, 12) + 3
-    sae = saes.make_sae(architecture, sparsity, 12)
+    sae = saes.make_sae(saes.Design(architecture, sparsity, dict_size=32), 12)
     saes.train_sae(sae, x, 250 * saes.BATCH, tmp_path)
     dictionary = load_dictionary(tmp_path)
     assert dictionary.hook_point == setting.HOOK_POINT
@@ -34,6 +36,19 @@ def test_a_trained_sae_is_saved_as_it_computes_and_reconstructs(
     assert found.fve[0] > 0.5 and found.n_tokens == 6000
     variance = (x - x.mean(0)).pow(2).sum()
     assert found.fve[0] == pytest.approx(1 - float((x - dictionary(x)).pow(2).sum() / variance), rel=1e-3)
+
+
+def test_every_fit_has_as_many_weights_as_fit_into_a_twentieth() -> None:
+    plan, model = setting.open_base(setting.HELD_OUT, 500)
+    limit = 0.05 * sum(weight.numel() for weight in model.parameters())
+    one = sum(w.numel() for w in add_lora(model, [0], rank=1, alpha=1.0).parameters() if w.requires_grad)
+    for name, design in (saes.DICTIONARIES | saes.SWEPT).items():
+        info = DictionaryInfo("sae-lens", "", design.hook_point, 128, design.dict_size, {})
+        for prefix, settings in sae_lora_gap.arms_of(name, quick=False).items():
+            if "corrector" not in settings:
+                layers, rank = choose_layers(settings["layers"], [info], plan.n_layers), settings["rank"]
+                assert one * len(layers) * rank <= limit, (name, prefix)
+                assert one * len(layers) * (rank + 1) > limit or "rank_" in prefix, (name, prefix)
 
 
 def test_the_speedup_counts_pretraining_and_the_first_time_at_the_loss() -> None:
@@ -68,7 +83,6 @@ def test_a_loss_that_no_lora_reaches_is_left_out_with_its_reason() -> None:
 
 def test_the_command_keeps_its_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks import __main__ as command
-    from benchmarks import sae_lora_gap
 
     monkeypatch.setattr(sae_lora_gap, "run", lambda quick, work: {"name": "sae-lora", "rows": [], "work": str(work)})
     found = command.run_one("sae-lora", quick=True, out=tmp_path, options={})

@@ -1,10 +1,11 @@
 """LoRA around frozen SAEs of the embedded base model: gap closed, race against end-to-end training, speed.
 
-SAEs: TopK and JumpReLU at three sparsities each, by SAELens. Rows `sae-lora.<dictionary>.*` are fits on the layers
-after the SAE, `.all.*` on all layers, `.long.*` on all layers for eight epochs, `.rank_<n>.*` with other ranks,
-`.control_<name>.*` with a control in place of the SAE, `.corrector_<name>.*` of what is cheaper than LoRA; all measured
-on held-out documents with 95% intervals over documents; one seed. `sae-lora.race.*` are the curves of the comparison
-with an SAE that was trained end to end, `sae-lora.e2e_speedup` what comes of it. Finished SAEs and adapters are kept.
+SAEs by SAELens: TopK and JumpReLU at three sparsities each, and one TopK with other widths and on other layers. Rows
+`sae-lora.<dictionary>.*` are fits on the layers after the SAE, `.all.*` on all layers, `.long.*` on all layers for
+eight epochs, `.rank_<n>.*` with other ranks, `.control_<name>.*` with a control in place of the SAE,
+`.corrector_<name>.*` of what is cheaper than LoRA; all measured on held-out documents with 95% intervals over
+documents; one seed. `sae-lora.race.*` are the curves of the comparison with an SAE that was trained end to end,
+`sae-lora.e2e_speedup` what comes of it. Finished SAEs and adapters are kept.
 
 `quick`: one SAE of each kind and few tokens; its figures say nothing.
 """
@@ -13,9 +14,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.sae_lora_gap import gaps, race, setting, speed
-from benchmarks.sae_lora_gap.saes import DICTIONARIES, make_sae, quality, train_sae
+from benchmarks.sae_lora_gap.saes import DICTIONARIES, SWEPT, make_sae, quality, train_sae
 from crosscoders import store
+from crosscoders.hooks import layer_of
 from crosscoders.progress import say
 from crosscoders.reporting import row
 from sae_lora import fit, load_dictionary
@@ -37,16 +41,10 @@ def run(quick: bool, work: Path) -> dict[str, Any]:
     size = setting.QUICK if quick else setting.FULL
     work = work / ("quick" if quick else "full")
     data = setting.split(work)
-    names = QUICK_DICTIONARIES if quick else tuple(DICTIONARIES)
+    names = QUICK_DICTIONARIES if quick else (*DICTIONARIES, *SWEPT)
     rows, pretraining = train_all(names, size, data["train"], work)
     for name in names:
-        arms = dict(gaps.ARMS if name in WITH_ALL_LAYERS else {"": gaps.ARMS[""]})
-        if not quick:
-            arms |= gaps.LONG
-        if name == STUDIED:
-            arms |= {f"rank_{rank}.": {**gaps.ARMS[""], "rank": rank, "alpha": 2.0 * rank} for rank in OTHER_RANKS}
-            arms |= gaps.COMPARED
-        for prefix, settings in arms.items():
+        for prefix, settings in arms_of(name, quick).items():
             folder, sae = work / f"{name}-{prefix.rstrip('.') or 'after'}", work / name
             kept: dict[str, Any] = {"store": "disk", "store_folder": str(work / "states")}
             config = gaps.fit_config(
@@ -62,26 +60,40 @@ def run(quick: bool, work: Path) -> dict[str, Any]:
     return {"name": "sae-lora", "rows": rows + raced.rows, "left_out": raced.left_out}
 
 
+def arms_of(name: str, quick: bool) -> dict[str, dict[str, Any]]:
+    """The fits around a dictionary, by the prefix of their rows."""
+    if name in SWEPT:
+        return {"": gaps.after(gaps.RANKS[3 - layer_of(SWEPT[name].hook_point)])}
+    arms = dict(gaps.ARMS if name in WITH_ALL_LAYERS else {"": gaps.ARMS[""]})
+    if not quick:
+        arms |= gaps.LONG
+    if name == STUDIED:
+        arms |= {f"rank_{rank}.": gaps.after(rank) for rank in OTHER_RANKS} | gaps.COMPARED
+    return arms
+
+
 def train_all(
     names: tuple[str, ...], size: setting.Size, data: str, work: Path
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """The SAEs, or those that are there; rows of their quality, and the seconds that each took with its activations."""
     plan, model = setting.open_base(data, size.tokens)
-    start = time.process_time()
-    x = setting.activations(plan, model)
-    reading = time.process_time() - start
-    held_out = setting.activations(*setting.open_base(setting.HELD_OUT, size.held_out))
+    held_out = setting.open_base(setting.HELD_OUT, size.held_out)
+    designs = DICTIONARIES | SWEPT
     rows: list[dict[str, Any]] = []
     seconds: dict[str, float] = {}
-    for name in names:
-        kept = work / name / "seconds.json"
+    x, at, reading = torch.empty(0), "", 0.0
+    for name in sorted(names, key=lambda name: designs[name].hook_point):
+        kept, design = work / name / "seconds.json", designs[name]
         if not kept.is_file():
+            if at != design.hook_point:
+                start, at = time.process_time(), design.hook_point
+                x = setting.activations(plan, model, at)
+                reading = time.process_time() - start
             start = time.process_time()
-            train_sae(make_sae(*DICTIONARIES[name], x.shape[1]), x, size.tokens, work / name)
+            train_sae(make_sae(design, x.shape[1]), x, size.tokens, work / name)
             store.write_json(kept, {"training": time.process_time() - start, "activations": reading})
         seconds[name] = sum(store.read_object(kept).values())
-        dictionary = load_dictionary(work / name)
-        found = quality(dictionary, held_out)
+        found = quality(load_dictionary(work / name), setting.activations(*held_out, design.hook_point))
         rows += [
             row(f"sae-lora.{name}.fve", found.fve[0], "fraction", found.n_tokens),
             row(f"sae-lora.{name}.l0", found.l0, "latents/token", found.n_tokens),

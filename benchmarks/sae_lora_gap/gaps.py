@@ -16,11 +16,20 @@ from sae_lora.correctors import load_corrector
 from sae_lora.inputs import load_dictionaries, load_model, make_plan
 
 SETTINGS: dict[str, Any] = {"lr": 5e-3, "lr_decay_fraction": 1.0}
+RANKS = {1: 21, 2: 10, 3: 7}
+"""By the number of layers with LoRA, the largest within 5% of the model's parameters."""
+
+
+def after(rank: int) -> dict[str, Any]:
+    """LoRA on the layers after the dictionary."""
+    return {"layers": "after", "rank": rank, "alpha": 2.0 * rank}
+
+
 ARMS: dict[str, dict[str, Any]] = {
-    "": {"layers": "after", "rank": 10, "alpha": 20.0},
+    "": after(RANKS[2]),
     "all.": {"layers": "all", "rank": 5, "alpha": 10.0},
 }
-"""By the prefix of their rows. Ranks: the largest within 5% of the model's parameters."""
+"""By the prefix of their rows."""
 LONG: dict[str, dict[str, Any]] = {"long.": {**ARMS["all."], "epochs": 8}}
 """What the same weights close with eight times the steps."""
 CONTROLS = ("noise", "no-latents", "random-decoder", "shuffled-decoder")

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.sae_lora_gap.gaps import ARMS, fit_config
-from benchmarks.sae_lora_gap.saes import make_sae, quality
+from benchmarks.sae_lora_gap.saes import Design, make_sae, quality
 from benchmarks.sae_lora_gap.setting import CPU, HELD_OUT, HOOK_POINT, ROWS, Size, activations, batches, open_base
 from crosscoders import metrics
 from crosscoders.reporting import row
@@ -118,7 +118,7 @@ def run(size: Size, data: str, folder: Path, pretraining: float) -> Raced:
     held_out = list(batches(of_held_out))
     n_batches = len(plan.rows.batches(ROWS))
     dictionary = load_dictionary(folder, hook_point=HOOK_POINT)
-    sae = trainable(make_sae("topk", dictionary.info.settings["k"], dictionary.info.d_model), HOOK_POINT)
+    sae = trainable(make_sae(Design("topk", dictionary.info.settings["k"]), dictionary.info.d_model), HOOK_POINT)
     order = batch_order(n_batches, size.end_to_end_epochs, seed=0)
     arms = {"end_to_end": Arm(end_to_end(sae, model, plan, order), model, sae)}
     n_steps = {"end_to_end": len(order)}

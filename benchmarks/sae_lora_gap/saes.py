@@ -4,7 +4,7 @@ import contextlib
 import io
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -14,45 +14,61 @@ from benchmarks.sae_lora_gap.setting import HOOK_POINT
 from crosscoders.metrics import Evaluation, ReconstructionSums
 from sae_lora.dictionary import FrozenDictionary
 
-DICTIONARIES: dict[str, tuple[str, float]] = {
-    "topk-8": ("topk", 8),
-    "topk-16": ("topk", 16),
-    "topk-32": ("topk", 32),
-    "jumprelu-8": ("jumprelu", 4.0),
-    "jumprelu-16": ("jumprelu", 0.39),
-    "jumprelu-32": ("jumprelu", 0.11),
+
+class Design(NamedTuple):
+    """What an SAE is, and where."""
+
+    architecture: str
+    sparsity: float
+    """k, or the coefficient of L0."""
+    dict_size: int = 1024
+    hook_point: str = HOOK_POINT
+
+
+DICTIONARIES = {
+    "topk-8": Design("topk", 8),
+    "topk-16": Design("topk", 16),
+    "topk-32": Design("topk", 32),
+    "jumprelu-8": Design("jumprelu", 4.0),
+    "jumprelu-16": Design("jumprelu", 0.39),
+    "jumprelu-32": Design("jumprelu", 0.11),
 }
-"""Architecture, and k or the coefficient of L0, which was chosen for an L0 near that of the TopK SAE of the same name;
-what it came to is a row."""
-DICT_SIZE = 1024
+"""The coefficients were chosen for an L0 near that of the TopK SAE of the same name; what it came to is a row."""
+SWEPT = {
+    "topk-16-width_512": Design("topk", 16, dict_size=512),
+    "topk-16-width_2048": Design("topk", 16, dict_size=2048),
+    "topk-16-layer_0": Design("topk", 16, hook_point="blocks.0.hook_resid_post"),
+    "topk-16-layer_2": Design("topk", 16, hook_point="blocks.2.hook_resid_post"),
+}
+"""topk-16 with another width or on another layer."""
 BATCH = 1024
 LR = 2e-3
 
 
-def make_sae(architecture: str, sparsity: float, d_model: int, seed: int = 0) -> Any:
+def make_sae(design: Design, d_model: int, seed: int = 0) -> Any:
     """A training SAE of SAELens, with its start."""
     from sae_lens import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
 
     common: dict[str, Any] = {
-        "d_in": d_model, "d_sae": DICT_SIZE, "apply_b_dec_to_input": False, "decoder_init_norm": 0.1,
+        "d_in": d_model, "d_sae": design.dict_size, "apply_b_dec_to_input": False, "decoder_init_norm": 0.1,
         "normalize_activations": "expected_average_only_in",
     }  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        if architecture == "topk":
-            sae: Any = TopKTrainingSAE(TopKTrainingSAEConfig(k=int(sparsity), **common))
+        if design.architecture == "topk":
+            sae: Any = TopKTrainingSAE(TopKTrainingSAEConfig(k=int(design.sparsity), **common))
         else:
             sae = JumpReLUTrainingSAE(
                 # From SAELens's threshold of 0.01 no coefficient came below L0 13.9 in so few steps; 10 came to 39.
                 JumpReLUTrainingSAEConfig(
-                    l0_coefficient=sparsity,
+                    l0_coefficient=design.sparsity,
                     l0_warm_up_steps=200,
                     jumprelu_init_threshold=0.3,
                     jumprelu_bandwidth=0.1,
                     **common,
                 )
             )
-    sae.cfg.metadata.hook_name = HOOK_POINT
+    sae.cfg.metadata.hook_name = design.hook_point
     return sae
 
 

@@ -71,12 +71,12 @@ def batches(plan: Plan) -> Iterator[Batch]:
     return plan.batches(ROWS, CPU)
 
 
-def activations(plan: Plan, model: nn.Module) -> Float[Tensor, "tokens d_model"]:
+def activations(plan: Plan, model: nn.Module, hook_point: str = HOOK_POINT) -> Float[Tensor, "tokens d_model"]:
     """At the hook point, of all tokens that a splice replaces."""
     kept = torch.tensor(plan.keep_ids)
     return torch.cat(
         [
-            objective.activations(model, HOOK_POINT, b)[b.attention_mask.bool() & ~torch.isin(b.ids, kept)]
+            objective.activations(model, hook_point, b)[b.attention_mask.bool() & ~torch.isin(b.ids, kept)]
             for b in batches(plan)
         ]
     )
