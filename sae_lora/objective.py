@@ -17,7 +17,7 @@ from crosscoders import hooks, metrics
 from sae_lora.adapter import first_layer_after, lora_off
 from sae_lora.dictionary import FrozenDictionary
 from sae_lora.inputs import Batch
-from sae_lora.splicing import core_model, splice
+from sae_lora.splicing import Observe, core_model, splice
 
 
 class _KlTotal(torch.autograd.Function):
@@ -164,11 +164,12 @@ def batch_kl(
     chunk_tokens: int = 512,
     prefix: Prefix | None = None,
     stored: States | None = None,
+    observe: Observe | None = None,
 ) -> Float[Tensor, ""]:
     """Sum of KL over the positions of a batch that are not padding, with its graph.
 
     prefix: what lies below it runs once. stored: what was kept of this batch; the teacher is then its head alone, and
-    with a prefix the lowest dictionary and what lies below are not run at all.
+    with a prefix the lowest dictionary and what lies below are not run at all. observe: as in `splice`.
     """
     used = batch.attention_mask.bool().flatten()
     with contextlib.ExitStack() as stack:
@@ -179,7 +180,7 @@ def batch_kl(
             teacher = (logits(model, batch) if stored is None else head(model, batch, stored.final)).flatten(0, 1)
         to_splice = [d for d in dictionaries if stored is None or prefix is None or d.hook_point != prefix.hook_point]
         if to_splice:
-            stack.enter_context(splice(model, to_splice, keep_ids=keep_ids))
+            stack.enter_context(splice(model, to_splice, keep_ids=keep_ids, observe=observe))
         with lora_dropout(model):
             student = logits(model, batch).flatten(0, 1)
     return kl_total(teacher, student, chunk_tokens, used)
