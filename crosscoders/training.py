@@ -134,9 +134,8 @@ def train(
             found = evaluate(model, holdout())
             write_line(out, eval_line(step, found), log)
             store.write_json(out / "eval.json", {"name": "eval", "rows": evaluation_rows(found)})
-        model.to("cpu").requires_grad_(False).save(
-            out, provenance=inputs
-        )  # config.json comes last: the run is complete
+        # config.json is written last and says that the run is complete
+        model.to("cpu").requires_grad_(False).save(out, provenance=inputs)
         return model
 
 

@@ -137,7 +137,7 @@ def run(size: Size, data: str, folder: Path, pretraining: float) -> Raced:
             arm.advance(last - first, held_out, plan.keep_ids)
     n = sum(int(batch.scored[:, 1:].sum()) for batch in held_out)
     found = summarise({name: arm.points for name, arm in arms.items()}, plain, spliced, pretraining, n)
-    end = quality(sae, activations(of_held_out, model))  # no term of its loss revives dead latents
+    end = quality(sae, activations(of_held_out, model))
     found.rows.append(row("sae-lora.race.end_to_end.dead", end.dead_fraction, "fraction", end.n_tokens))
     return found
 
