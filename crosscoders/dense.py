@@ -23,9 +23,13 @@ def product(
 
     spaced: with its rows further apart where the compiled kernels run, for a later product that reads its columns.
     """
-    if dtype == torch.float32 or a.dtype != torch.float32:
+    if _in_own_type(a, dtype):
         return torch.mm(a, b, out=cpu.spaced(len(a), b.shape[1]) if spaced and usable(a) else None)
     return (a.to(dtype) @ b.to(dtype)).to(a.dtype)
+
+
+def _in_own_type(a: Tensor, dtype: torch.dtype) -> bool:
+    return dtype == torch.float32 or a.dtype != torch.float32
 
 
 def _less_product_(
@@ -35,7 +39,7 @@ def _less_product_(
     dtype: torch.dtype,
 ) -> Float[Tensor, "rows columns"]:
     """goal - a b in place, as `product` computes it."""
-    if dtype == torch.float32 or a.dtype != torch.float32:
+    if _in_own_type(a, dtype):
         return goal.addmm_(a, b, alpha=-1)
     return goal.sub_(product(a, b, dtype))
 
