@@ -97,7 +97,7 @@ class FitConfig(TextConfig):
     clip_norm: float | None = 1.0
     """Largest global norm of the gradient; null: no clipping."""
     epochs: int = 1
-    """Times that all documents are read, in the same order."""
+    """Times that all documents are read; every time after the first in an order of its own, by seed."""
     store: Literal["none", "memory", "disk"] = "none"
     """Keep what the lowest dictionary puts into the model and the final hidden states of the model as it is, so that
     later epochs (with disk, other fits too) do not compute them again: 2 d_model numbers per token."""

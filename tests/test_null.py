@@ -57,16 +57,46 @@ def test_a_threshold_is_the_loosest_one_that_keeps_the_rate(score: str) -> None:
         table = table_of(60, seed)
         found = rates.evidence(table, score)
         n = sum(row["n_active"] >= 30 for row in table.to_dict("records"))
-        for rate in (0.0, 0.01, 0.07, 0.5):
+        for rate in (0.07, 0.5):
             # By trying every value that a latent has, and "everything": rounding makes many of them equal.
             kept = [t for t in (*found, -math.inf) if sum(v > t for v in found) <= rate * n]
             threshold = rates.threshold_at(found, n, rate)
             assert threshold == min(kept)
 
 
+@pytest.mark.parametrize("draw", ["exponential", "normal", "uniform"])
+def test_a_threshold_for_less_than_one_latent_lets_a_further_null_crosscoder_have_that_many(draw: str) -> None:
+    rng = np.random.default_rng(0)
+    n, largest, over = 900, 0, {0.0: 0, 0.5 / 900: 0}
+    for _ in range(300):
+        fixed_on, further = (getattr(rng, draw)(size=n) for _ in range(2))
+        largest += (further > fixed_on.max()).sum()
+        for rate in over:
+            over[rate] += (further > rates.threshold_at(fixed_on, n, rate)).sum()
+    mean = {rate: count / 300 for rate, count in over.items()}
+    assert largest / 300 > 0.8  # the control: what "beyond every latent of the null" promises
+    if draw == "exponential":  # for which the form is exact, up to the error of its scale
+        assert abs(mean[0.0] - rates.RARE) < 0.1 and abs(mean[0.5 / n] - 0.5) < 0.2
+    else:  # lighter tails: never more than promised
+        assert mean[0.0] < rates.RARE + 0.05 and mean[0.5 / n] < 0.55
+
+
+def test_a_threshold_beyond_the_largest_by_hand_and_where_there_is_little_to_go_by() -> None:
+    values = np.array([-math.inf, 0.1, 0.9, 0.5, 0.3, 0.7, -math.inf, 0.2, 0.4, -math.inf])
+    # round(sqrt(9)) = 3 largest of 9 alive ones: 0.9, 0.7 and 0.5 exceed 0.4 by 0.3 on average.
+    assert rates.threshold_at(values, 9, 0.0) == pytest.approx(0.4 + 0.3 * math.log(30))
+    assert rates.threshold_at(values, 9, 0.1) == pytest.approx(max(0.9, 0.4 + 0.3 * math.log(3 / 0.9)))
+    assert rates.threshold_at(values, 9, 0.0, best=1.0) == 1.0
+    assert rates.threshold_at(np.array([-math.inf, 0.3]), 2, 0.0) == 0.3
+    assert rates.threshold_at(np.array([-math.inf, -math.inf]), 2, 0.0) == -math.inf
+    outlier = np.array([5.0, *np.linspace(0.1, 0.2, 99)])
+    assert rates.threshold_at(outlier, 100, 0.0) == 5.0  # never looser than the null's own most extreme latent
+    assert [rates.chance(n, rate) for n, rate in ((9, 0.0), (9, 0.05), (9, 0.4), (0, 0.0))] == [0.1 / 9, 0.05, 0.4, 0.0]
+
+
 def test_only_alive_latents_that_lean_to_the_tuned_model_are_counted_and_all_alive_ones_are_divided_by() -> None:
     table = table_of(200)
-    for score, (_, sign) in rates.SCORES.items():
+    for score, (_, sign, _) in rates.SCORES.items():
         found = rates.evidence(table, score)
         for row, value in zip(table.to_dict("records"), found, strict=True):
             ratio = max(abs(row["nu_error"]), abs(row["nu_reconstruction"]))
@@ -107,8 +137,7 @@ def test_counts_and_rates_of_a_calibration_are_those_of_loops() -> None:
     alone = {kind: {3: seeds[3]} for kind, seeds in tables.items()}
     row = calibrate(alone, [0.0])["thresholds"][0]
     assert not row["held_out"] and row["false_positive_rate"] == 0
-    # One of n + 1 exchangeable latents is the most extreme one.
-    assert row["expected_false"] == pytest.approx(row["counts"]["tuned"][0]["n"] / (row["n"] + 1))
+    assert row["expected_false"] == pytest.approx(row["counts"]["tuned"][0]["n"] * rates.RARE / row["n"])
     rotated = next(row for row in found["fixed"] if row["words"] == "verdict rotated")
     for seed, entry in zip((3, 4, 5), rotated["counts"]["tuned"], strict=True):
         table = tables["tuned"][seed].table

@@ -4,8 +4,8 @@ SAEs by SAELens: TopK and JumpReLU at three sparsities each, and one TopK with o
 `sae-lora.<dictionary>.*` are fits on the layers after the SAE, `.all.*` on all layers, `.long.*` on all layers for
 eight epochs, `.rank_<n>.*` with other ranks, `.control_<name>.*` with a control in place of the SAE,
 `.corrector_<name>.*` of what is cheaper than LoRA; all measured on held-out documents with 95% intervals over
-documents; one seed. `sae-lora.race.*` are the curves of the comparison with an SAE that was trained end to end,
-`sae-lora.e2e_speedup` what comes of it. Finished SAEs and adapters are kept.
+documents; one seed. `sae-lora.race.*` are the curves of the comparison with SAEs that were trained end to end,
+`sae-lora.e2e_speedup.*` what comes of it. Finished SAEs and adapters are kept.
 
 `quick`: one SAE of each kind and few tokens; its figures say nothing.
 """

@@ -1,19 +1,23 @@
-"""Time and tokens to one loss: an SAE trained end to end, against one trained by reconstruction with LoRA around it.
+"""Time and tokens to one loss: an SAE trained end to end, against one trained by reconstruction and then adapted.
 
-All arms run in turn, each a share of its own steps, on batches of the same documents, which LoRA reads once and the
-end-to-end SAE `Size.end_to_end_epochs` times; every rate falls over its own steps. Seconds are CPU time of the process,
-without evaluation. What LoRA's SAE took before (activations, training) is added, and also left out.
+    end_to_end_<epochs>    from scratch by KL, reading all documents once or several times (`Size.end_to_end_epochs`)
+    lora_after, lora_all   LoRA around the SAE that was trained by reconstruction; documents read once
+    sae_by_kl              that SAE's own weights trained on by KL; documents read once
+
+All arms run in turn, each a share of its own steps, on batches of the same documents; every rate falls over its own
+steps. Seconds are CPU time of the process, without evaluation. What the SAE took before (activations, training) is
+added to the arms that adapt it, and also left out.
 """
 
 import itertools
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from benchmarks.sae_lora_gap.gaps import ARMS, fit_config
+from benchmarks.sae_lora_gap.gaps import ARMS, COMPARED, fit_config
 from benchmarks.sae_lora_gap.saes import Design, make_sae, quality
 from benchmarks.sae_lora_gap.setting import CPU, HELD_OUT, HOOK_POINT, ROWS, Size, activations, batches, open_base
 from crosscoders import metrics
@@ -26,6 +30,8 @@ from sae_lora.end_to_end import Step, train_end_to_end, trainable
 from sae_lora.fitting import batch_order, common_prefix, take_step
 from sae_lora.inputs import Batch, Plan, load_model
 
+END_TO_END, LORA = "end_to_end_", "lora_"
+"""How the names of these arms begin."""
 EVALUATED_TOKENS = 15_000
 CHECKS = 24
 """Evaluations of an arm."""
@@ -91,7 +97,7 @@ def end_to_end(sae: SaeLens, model: Any, plan: Plan, order: list[int]) -> Iterat
 
 
 def adapt(config: FitConfig, plan: Plan, fitted: Fitted, layers: list[int]) -> Iterator[Step]:
-    """The steps of `sae_lora.fit`, without its files."""
+    """The steps of `sae_lora.fit` over all documents once, without its files."""
     optimizer = torch.optim.AdamW(fitted.weights, lr=config.lr, weight_decay=config.weight_decay)
     prefix = common_prefix(fitted, layers, plan, config, CPU)
     n_steps = len(plan.rows.batches(ROWS))
@@ -118,16 +124,19 @@ def run(size: Size, data: str, folder: Path, pretraining: float) -> Raced:
     held_out = list(batches(of_held_out))
     n_batches = len(plan.rows.batches(ROWS))
     dictionary = load_dictionary(folder, hook_point=HOOK_POINT)
-    sae = trainable(make_sae(Design("topk", dictionary.info.settings["k"]), dictionary.info.d_model), HOOK_POINT)
-    order = batch_order(n_batches, size.end_to_end_epochs, seed=0)
-    arms = {"end_to_end": Arm(end_to_end(sae, model, plan, order), model, sae)}
-    n_steps = {"end_to_end": len(order)}
-    for name, settings in ARMS.items():
+    arms, n_steps = dict[str, Arm](), dict[str, int]()
+    for epochs in size.end_to_end_epochs:
+        sae = trainable(make_sae(Design("topk", dictionary.info.settings["k"]), dictionary.info.d_model), HOOK_POINT)
+        order, name = batch_order(n_batches, epochs, seed=0), f"end_to_end_{epochs}"
+        arms[name], n_steps[name] = Arm(end_to_end(sae, model, plan, order), model, sae), len(order)
+    adapted = {f"lora_{name.rstrip('.') or 'after'}": settings for name, settings in ARMS.items()}
+    for name, settings in (adapted | {"sae_by_kl": COMPARED["corrector_sae."]}).items():
         config = fit_config(folder, data, size.tokens, **settings)
-        layers = choose_layers(config.layers, [dictionary.info], plan.n_layers)
+        lora = config.corrector == "lora"
+        layers = choose_layers(config.layers, [dictionary.info], plan.n_layers) if lora else []
         fitted = start(config, load_model(plan, config, CPU), [dictionary], layers)
-        label = f"lora_{name.rstrip('.') or 'after'}"
-        arms[label], n_steps[label] = Arm(adapt(config, plan, fitted, layers), fitted.model, dictionary), n_batches
+        arms[name] = Arm(adapt(config, plan, fitted, layers), fitted.model, fitted.dictionaries[0])
+        n_steps[name] = n_batches
 
     plain = spliced_ce(model, None, held_out, plan.keep_ids)
     spliced = spliced_ce(model, dictionary, held_out, plan.keep_ids)
@@ -137,18 +146,32 @@ def run(size: Size, data: str, folder: Path, pretraining: float) -> Raced:
             arm.advance(last - first, held_out, plan.keep_ids)
     n = sum(int(batch.scored[:, 1:].sum()) for batch in held_out)
     found = summarise({name: arm.points for name, arm in arms.items()}, plain, spliced, pretraining, n)
-    end = quality(sae, activations(of_held_out, model))
-    found.rows.append(row("sae-lora.race.end_to_end.dead", end.dead_fraction, "fraction", end.n_tokens))
+    x = activations(of_held_out, model)
+    for name in curves_of(arms, END_TO_END):
+        end = quality(arms[name].dictionary, x)
+        found.rows.append(row(f"sae-lora.race.{name}.dead", end.dead_fraction, "fraction", end.n_tokens))
     return found
+
+
+T = TypeVar("T")
+
+
+def curves_of(arms: dict[str, T], kind: str) -> dict[str, T]:
+    """Those whose names begin so."""
+    return {name: arm for name, arm in arms.items() if name.startswith(kind)}
 
 
 def summarise(curves: dict[str, list[Point]], plain: float, spliced: float, pretraining: float, n: int) -> Raced:
     """Curves, and the ratios of seconds and tokens to the losses that both sides reach.
 
-    Rows race.<arm>.<tokens>.{ce,seconds}; e2e_speedup: seconds of the end-to-end SAE to its best loss over those of
-    the faster LoRA arm to that loss, pretraining included (`.without_pretraining`: left out). LoRA arms start from the
-    loss of their SAE at no cost; an SAE that is already there needs none, and then only e2e_speedup is defined. Where
-    no LoRA arm gets there, <arm>.speedup_to_its_best compares at the best loss of each LoRA arm instead.
+    race.<arm>.<tokens>.{ce,seconds}      the curves
+    e2e_speedup.<epochs>                  seconds of that end-to-end SAE to its best loss over those of the faster LoRA
+                                          arm to that loss, pretraining included; left out where no LoRA arm gets there
+    race.<arm>.speedup_to_its_best        seconds of whichever end-to-end SAE is first at the arm's best loss over those
+                                          of the arm
+
+    and the same with the suffixes `.without_pretraining` and `.tokens`. Arms that adapt the SAE start from its loss at
+    no cost; where that is enough, there are no ratios with these suffixes.
     """
     rows = [
         row("sae-lora.race.plain.ce", plain, "nats/token", n),
@@ -158,35 +181,32 @@ def summarise(curves: dict[str, list[Point]], plain: float, spliced: float, pret
         for point in points:
             name = f"sae-lora.race.{arm}.{point.n_tokens}"
             rows += [row(f"{name}.ce", point.ce, "nats/token", n), row(f"{name}.seconds", point.seconds, "s", 1)]
-    slow = curves["end_to_end"]
-    adapted = {name: [Point(0, 0.0, spliced), *points] for name, points in curves.items() if name != "end_to_end"}
-    target = min(slow, key=lambda point: point.ce)
-    reached = [found for points in adapted.values() if (found := first_below(points, target.ce))]
+    slow = curves_of(curves, END_TO_END)
+    adapted = {name: [Point(0, 0.0, spliced), *points] for name, points in curves.items() if name not in slow}
     left_out: dict[str, str] = {}
-    if reached:
-        best = min(reached, key=lambda point: point.seconds)
-        rows += compared("sae-lora.e2e_speedup", target, best, pretraining)
-        if not best.n_tokens:
-            left_out["sae-lora.e2e_speedup.tokens"] = (
-                f"the SAE is at CE {spliced:.4f} without LoRA, better than the end-to-end SAE ever is, {target.ce:.4f}"
-            )
-    else:
-        left_out["sae-lora.e2e_speedup"] = f"no LoRA arm came to CE {target.ce:.4f}, the best of the end-to-end SAE"
+    for arm, points in slow.items():
+        name, target = f"sae-lora.e2e_speedup.{arm.removeprefix(END_TO_END)}", min(points, key=lambda point: point.ce)
+        found = earliest(curves_of(adapted, LORA), target.ce)
+        if found:
+            rows += compared(name, target, found, pretraining)
+        else:
+            left_out[name] = f"no LoRA arm came to CE {target.ce:.4f}, the best of {arm}"
     for arm, points in adapted.items():
         mine = min(points, key=lambda point: point.ce)
-        other = first_below(slow, mine.ce)
-        if other:
-            rows += compared(f"sae-lora.race.{arm}.speedup_to_its_best", other, mine, pretraining)
+        found = earliest(slow, mine.ce)
+        if found:
+            rows += compared(f"sae-lora.race.{arm}.speedup_to_its_best", found, mine, pretraining)
     return Raced(rows, left_out)
 
 
-def first_below(points: list[Point], ce: float) -> Point | None:
-    """The first point of a curve that is as good as that."""
-    return next((point for point in points if point.ce <= ce), None)
+def earliest(curves: dict[str, list[Point]], ce: float) -> Point | None:
+    """Of the points that are as good as that, the one of fewest seconds."""
+    found = [point for points in curves.values() for point in points if point.ce <= ce]
+    return min(found, key=lambda point: point.seconds, default=None)
 
 
 def compared(name: str, slow: Point, fast: Point, pretraining: float) -> list[dict[str, Any]]:
-    """Ratios, above 1 where LoRA needs less. Tokens are those of the fit; the forward pass that collects the
+    """Ratios, above 1 where adapting needs less. Tokens are those of the fit; the forward pass that collects the
     activations for pretraining is in the seconds only."""
     rows = [row(name, slow.seconds / (fast.seconds + pretraining), "ratio of seconds", 1)]
     if fast.n_tokens:

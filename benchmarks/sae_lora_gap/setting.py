@@ -35,12 +35,12 @@ class Size(NamedTuple):
     """Tokens that results are measured on; 43,876 is the whole file."""
     rounds: int
     """Of the speed measurements."""
-    end_to_end_epochs: int
-    """Times that the end-to-end SAE of the race reads the training tokens."""
+    end_to_end_epochs: tuple[int, ...]
+    """Times that each end-to-end SAE of the race reads the training tokens."""
 
 
-FULL = Size(tokens=800_000, held_out=43_876, rounds=15, end_to_end_epochs=8)
-QUICK = Size(tokens=60_000, held_out=8_000, rounds=3, end_to_end_epochs=1)
+FULL = Size(tokens=800_000, held_out=43_876, rounds=15, end_to_end_epochs=(1, 2, 4, 8))
+QUICK = Size(tokens=60_000, held_out=8_000, rounds=3, end_to_end_epochs=(1,))
 
 
 def split(work: Path) -> dict[str, str]:

@@ -12,7 +12,7 @@ import numpy as np
 import pandas
 from jaxtyping import Bool
 
-from diffing.null.rates import SCORES, alive, evidence, rate_interval, score_values, threshold_at
+from diffing.null.rates import SCORES, alive, chance, evidence, rate_interval, score_values, threshold_at
 from diffing.null.runs import Scaled
 
 Tables = dict[str, dict[int, Scaled]]
@@ -68,7 +68,8 @@ def calibrated_row(tables: Tables, null: str, score: str, rate: float) -> dict[s
     """
     first, *others = tables[null]
     made = tables[null][first]
-    threshold = threshold_at(evidence(made.table, score), int(alive(made.table).sum()), rate)
+    n_alive, best = int(alive(made.table).sum()), SCORES[score].sign * SCORES[score].best
+    threshold = threshold_at(evidence(made.table, score), n_alive, rate, best)
     counts = {
         kind: [
             {"seed": seed, **_counted(evidence(run.table, score) > threshold, run.table)} for seed, run in seeds.items()
@@ -79,11 +80,9 @@ def calibrated_row(tables: Tables, null: str, score: str, rate: float) -> dict[s
     measured = _rate(checked, sum(tables[null][entry["seed"]].n_effective for entry in checked))
     tuned = tables["tuned"][first].table
     specific = tuned[evidence(tuned, score) > threshold]
-    n_tuned, chance = counts["tuned"][0]["n"], measured["false_positive_rate"]
-    if (
-        chance is not None and not others
-    ):  # the count was fixed with the threshold; this is what a further one would have
-        chance = (counts[null][0]["count"] + 1) / (measured["n"] + 1)
+    n_tuned, share = counts["tuned"][0]["n"], measured["false_positive_rate"]
+    if share is not None and not others:  # the count was fixed with the threshold
+        share = chance(n_alive, rate)
     return {
         "null": null,
         "score": score,
@@ -93,7 +92,7 @@ def calibrated_row(tables: Tables, null: str, score: str, rate: float) -> dict[s
         "counts": counts,
         "held_out": bool(others),
         **measured,
-        "expected_false": None if chance is None else n_tuned * chance,
+        "expected_false": None if share is None else n_tuned * share,
         "expected_false_high": n_tuned * measured["high"],
         "contexts": dict(Counter(specific["main_context"]).most_common()) if "main_context" in specific else {},
         "latents": [int(latent) for latent in specific.index],

@@ -1,7 +1,8 @@
 r"""Scores, counts, thresholds and false-positive rates; pure functions of latent tables.
 
     evidence(table, score)          one number per latent, larger = more specific; -inf for what is never counted
-    threshold_at(evidence, n, r)    the loosest threshold with at most r n false positives on a null
+    threshold_at(evidence, n, r)    the loosest threshold with at most r n false positives on a null; for less than one
+                                    of them, beyond its most extreme latent
     rate_interval(k, n, n_eff)      95% interval of a rate from k of n latents that are not independent
     effective_number(...)           n_eff, the number of independent latents that n alive ones count as
 
@@ -23,6 +24,8 @@ from diffing.verdict import Thresholds, specificity
 ALIGNED = 0.3
 """Cosine of tuned decoders from which two latents count as one in `effective_number`. Random directions of width 128
 have a standard deviation of 0.09, wider ones less; docs/log.md has what was measured below and above it."""
+RARE = 0.1
+"""Latents that the threshold for a rate of 0 lets through in a further null crosscoder, on average."""
 GRAM_ROWS = 4096
 """Latents whose neighbours are counted; with more alive ones, evenly spaced among them."""
 
@@ -34,15 +37,17 @@ class Score(NamedTuple):
     """What is specific, with the threshold as `{}`."""
     sign: int
     """1 where a large value is specific, -1 where a small one is."""
+    best: float
+    """The value beyond which there is none."""
 
 
 SCORES = {
-    "larger_ratio": Score("larger ratio below {}", -1),
-    "nu_error": Score("|nu_error| below {}", -1),
-    "nu_reconstruction": Score("|nu_reconstruction| below {}", -1),
-    "relative_decoder_norm": Score("relative decoder norm above {}", 1),
-    "decoder_cosine": Score("decoder cosine below {}", -1),
-    "specificity": Score("specificity above {}", 1),
+    "larger_ratio": Score("larger ratio below {}", -1, 0.0),
+    "nu_error": Score("|nu_error| below {}", -1, 0.0),
+    "nu_reconstruction": Score("|nu_reconstruction| below {}", -1, 0.0),
+    "relative_decoder_norm": Score("relative decoder norm above {}", 1, 1.0),
+    "decoder_cosine": Score("decoder cosine below {}", -1, -1.0),
+    "specificity": Score("specificity above {}", 1, 1.0),
 }
 """The first, the larger of |nu_error| and |nu_reconstruction|, is the main one: its counts are shown first."""
 
@@ -73,11 +78,34 @@ def evidence(table: pandas.DataFrame, score: str) -> Float[np.ndarray, " dict_si
     return np.where(eligible(table) & ~np.isnan(values), values, -np.inf)
 
 
-def threshold_at(null: Float[np.ndarray, " dict_size"], n: int, rate: float) -> float:
+def threshold_at(null: Float[np.ndarray, " dict_size"], n: int, rate: float, best: float = math.inf) -> float:
     """The loosest threshold that at most `rate` n entries of a null's evidence exceed: its (floor(rate n) + 1)-th
-    largest entry; -inf where so few are eligible that none need be excluded. n is the number of alive latents."""
+    largest entry; -inf where so few are eligible that none need be excluded. n is the number of alive latents, `best`
+    the largest evidence that the score can have.
+
+    For less than one latent, rate n < 1: where a further crosscoder of the null has `rate` n of them on average, or
+    RARE if that is more; no looser than the largest entry. With K = round(sqrt(n)), u the (K + 1)-th largest entry and
+    s the mean by which the K largest exceed it: u + s ln(K / expected). That is exact for exponential tails (Weissman
+    1978, JASA 73, 812). The largest entry alone would let one latent of a further crosscoder through, since n + 1
+    exchangeable ones are equally likely to be the most extreme.
+    """
+    ordered = np.sort(null)[::-1]
     n_allowed = math.floor(rate * n + 1e-9)
-    return float(np.sort(null)[::-1][n_allowed]) if n_allowed < len(null) else -math.inf
+    if n_allowed:
+        return float(ordered[n_allowed]) if n_allowed < len(null) else -math.inf
+    ordered = ordered[np.isfinite(ordered)]
+    k = min(round(n**0.5), len(ordered) - 1)
+    if k < 1:
+        return float(ordered.max(initial=-math.inf))
+    excess = float((ordered[:k] - ordered[k]).mean())
+    beyond = float(ordered[k]) + excess * math.log(k / max(rate * n, RARE))
+    return min(max(beyond, float(ordered[0])), best)
+
+
+def chance(n: int, rate: float) -> float:
+    """Share of the latents of a further null crosscoder that the threshold for a rate is expected to let through."""
+    n_allowed = math.floor(rate * n + 1e-9)
+    return (n_allowed + 1) / (n + 1) if n_allowed else max(rate, RARE / n) if n else 0.0
 
 
 # ---------------------------------------------------------------------------------------------------------- intervals
