@@ -13,6 +13,7 @@ from benchmarks import planted
 from benchmarks.planted import generator, matching, runs, scores, summary
 from benchmarks.planted.generator import PlantedConfig, Sample, make_truth, sample
 from crosscoders import Crosscoder, CrosscoderConfig, InputError
+from diffing import scale_latents
 
 TRUTH = make_truth(PlantedConfig(), seed=3)
 DRAWN = sample(TRUTH, 60_000, seed=4)
@@ -147,6 +148,27 @@ def test_a_latent_on_the_tuned_side_never_matches_a_base_only_feature() -> None:
     assert matching.match(cc, DRAWN.activations, DRAWN, TRUTH)["feature"][row] != row
 
 
+def test_a_latent_that_took_over_half_of_a_parent_has_the_ratio_of_what_it_holds() -> None:
+    """Latent = child + parent / 2, firing with the child: nu_error is not the child's gain but the held one."""
+    truth = make_truth(PlantedConfig(gains=(0.4,), bias_norm=0.0, noise=0.0, child_share=1.0), seed=1)
+    row = int(np.flatnonzero(truth.table["class"] == "rescaled")[0])
+    parent = int(truth.table["parent"][row])
+    mixed = truth.vectors[row] + 0.5 * truth.vectors[parent]
+    cc = perfect(truth, torch.arange(200))
+    cc.W_dec[row] = mixed
+    expected = float(mixed[0] @ mixed[1] / (mixed[1] @ mixed[1]))
+    found = matching.held_gain(cc, np.where(np.arange(200) == row, row, -1), truth)
+    assert found[row] == pytest.approx(expected, abs=1e-5) and np.isnan(np.delete(found, row)).all()
+    assert expected - 0.4 > 0.08
+    s = 0.5 + torch.rand(400, 1, generator=torch.Generator().manual_seed(0))
+    one = Crosscoder(CrosscoderConfig(dict_size=1, activation="relu", d_model=64)).requires_grad_(False)
+    one.W_dec.copy_(mixed[None])
+    one.W_enc.copy_((mixed[1] / (mixed[1] @ mixed[1]))[None, :, None] * torch.tensor([0.0, 1.0])[:, None, None])
+    one.b_enc.zero_(), one.b_dec.zero_()
+    x = s[:, :, None] * mixed
+    assert scale_latents(one, x.split(50))["nu_error"][0] == pytest.approx(expected, abs=1e-4)
+
+
 def test_correlations_equal_those_of_numpy() -> None:
     g = torch.Generator().manual_seed(0)
     a, b = torch.randn(50, 3, generator=g), torch.randn(50, 2, generator=g)
@@ -221,10 +243,12 @@ def test_gain_errors_are_of_the_best_latent_of_each_feature() -> None:
         gain_by_error=[0.9, 0.43, 0.21, 0.6, 0.0],
         gain_by_norm=[0.9, 0.3, 0.0, 0.1, 0.0],
         gain_by_activation_no_bias=[0.9, 0.4, 0.2, 0.1, 0.0],
+        held_gain=[0.9, 0.45, 0.29, 0.1, 0.0],
     )
     found = {name: value for name, (value, _) in summary.gain_errors(table).items()}
     assert found["gain_error"] == pytest.approx(0.02)  # of 0.03 and 0.01; the weak one counts only by its gain
     assert found["gain_error.orphan"] == pytest.approx(0.03) and found["gain_error.child"] == pytest.approx(0.01)
+    assert found["gain_error.held"] == pytest.approx(0.05)  # of 0.02 and 0.08
     assert found["gain_error.0.1"] == pytest.approx(0.5) and found["norm_gain_error"] == pytest.approx(0.15)
 
 

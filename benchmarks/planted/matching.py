@@ -4,6 +4,10 @@ r"""Which planted feature each latent stands for.
     cosine_ji     cos(d_j^side, v_i^side); 0 where the feature has no vector in that model
     correlation_ji  Pearson correlation of f_j and s_i over all evaluation tokens, zeros included
 
+    held gain_j   <b, t> / <t, t>: t = a v_i^tuned + a' v_p^tuned, the part of d_j^tuned that its feature i and the
+                  feature's parent p span (least squares), and b = a v_i^base + a' v_p^base. The gain of what the latent
+                  holds: that of its feature where it holds none of the parent
+
 Latent j matches the feature of largest correlation among those with correlation and cosine >= 0.5, and none where there
 is no such feature. Several latents may match one feature. A feature that no latent matches counts as missed, and
 its best latent is otherwise the one of largest correlation.
@@ -12,7 +16,7 @@ its best latent is otherwise the one of largest correlation.
 import numpy as np
 import pandas
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -65,3 +69,17 @@ def twin_correlation(crosscoder: Crosscoder, latents: Float[Tensor, "tokens dict
     found = correlations(latents, latents[:, base_side])
     found[base_side] = found[base_side].fill_diagonal_(0.0)
     return found.max(dim=1).values.clamp_min(0.0)
+
+
+def held_gain(
+    crosscoder: Crosscoder, feature: Int[np.ndarray, " dict_size"], truth: Truth
+) -> Float[np.ndarray, " dict_size"]:
+    """The held gain of each latent; NaN without a feature, and for one that the tuned model does not have."""
+    parent, found = truth.table["parent"].to_numpy(), np.full(len(feature), np.nan)
+    for latent, (own, decoder) in enumerate(zip(feature, crosscoder.decoder()[:, 1], strict=True)):
+        if own >= 0 and truth.vectors[own, 1].any():
+            base, tuned = truth.vectors[[own, *parent[[own]][parent[[own]] >= 0]]].unbind(dim=1)
+            shares = torch.linalg.lstsq(tuned.T, decoder[:, None]).solution[:, 0]
+            held = shares @ tuned
+            found[latent] = float((shares @ base) @ held / (held @ held))
+    return found

@@ -7,7 +7,7 @@ import pandas
 import torch
 
 from benchmarks.planted.generator import PlantedConfig, Sample, Truth, make_truth, sample
-from benchmarks.planted.matching import match, twin_correlation
+from benchmarks.planted.matching import held_gain, match, twin_correlation
 from crosscoders import Crosscoder, CrosscoderConfig, TrainConfig, tensor_stream, train
 from crosscoders.metrics import Evaluation, evaluate
 from diffing import latent_table, scale_latents
@@ -62,7 +62,8 @@ class Data(NamedTuple):
 
 class Run(NamedTuple):
     table: pandas.DataFrame
-    """Latent table with the columns of `match`, `twin_correlation`, and both gain estimates in the units of x."""
+    """Latent table with the columns of `match`, `twin_correlation`, `held_gain`, and the gain estimates in the units of
+    x."""
     truth: Truth
     evaluation: Evaluation
 
@@ -124,6 +125,7 @@ def table_of(crosscoder: Crosscoder, data: Data) -> pandas.DataFrame:
     table = latent_table(crosscoder, scale_latents(crosscoder, x.split(1000)))
     table = table.join(match(crosscoder, latents, data.held_out, data.truth))
     table["twin_correlation"] = twin_correlation(crosscoder, latents).numpy()
+    table["held_gain"] = held_gain(crosscoder, table["feature"].to_numpy(), data.truth)
     to_raw = float(crosscoder.input_scale[1] / crosscoder.input_scale[0])  # training space -> units of x
     table["gain_by_norm"] = to_raw * table["decoder_norm_base"] / table["decoder_norm_tuned"]
     for target in ("error", "activation_no_bias"):

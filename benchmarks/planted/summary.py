@@ -73,7 +73,8 @@ def verdicts_by_class(features: pandas.DataFrame, latents: pandas.DataFrame) -> 
 def gain_errors(latents: pandas.DataFrame) -> Summary:
     """Median absolute error of the gain of rescaled features, by their best latents, in the units of x.
 
-    The first three rows of an estimate are over gains from 0.2 on, the others are by gain.
+    The first three rows of an estimate are over gains from 0.2 on, and `.held` too, which compares with the gain of
+    what the latent holds; the others are by gain.
     """
     best = best_latents(latents[latents["class"] == "rescaled"])
     strong = ~weak(best)
@@ -86,6 +87,9 @@ def gain_errors(latents: pandas.DataFrame) -> Summary:
         for suffix, chosen in parts.items():
             if chosen.any():
                 found[name + suffix] = (float(error[chosen].median()), "gain")
+        if strong.any():
+            of_held = (best[f"gain_by_{column}"] - best["held_gain"]).abs()[strong]
+            found[f"{name}.held"] = (float(of_held.median()), "gain")
     return found
 
 
