@@ -1,7 +1,8 @@
 """Step 4 of the data flow: run folder + cache -> one row of evidence per latent.
 
 `scale_run` is what `diffing scale` does: one pass over the cache gives Latent Scaling and context shares, another one
-the examples of the latents that rank first, and a third the divergence of twins where there are any. Files in RUN:
+the examples of the latents that rank first, and two more the partners of latents that look specific and the divergence
+of twins, where there are any. Files in RUN:
 latents.json, latents.parquet, examples.json, positions.json, twins.json.
 """
 
@@ -26,6 +27,7 @@ from crosscoders.progress import Progress, say
 from diffing.contexts import TEMPLATE, ContextSums, examples
 from diffing.decoder_norms import decoder_cosine, norm_class
 from diffing.latent_scaling import LatentScales, ScalingSums
+from diffing.partners import with_partners
 from diffing.response_positions import PLACES, PositionSums
 from diffing.twins import Pairs, add_twins, divergence, false_pairs, twin_pairs
 from diffing.verdict import Thresholds, ranks, specificity, verdicts
@@ -43,8 +45,8 @@ def scale_run(
     """
     crosscoder = load_crosscoder(run, device=str(choose_device(device)))
     require_fit(crosscoder, cache)
-    scales, contexts, shares = scale_cache(crosscoder, cache, n_tokens=n_tokens)
-    table = with_positions(latent_table(crosscoder, scales, contexts), shares)
+    table, scales, shares = cache_table(crosscoder, cache, n_tokens)
+    table = with_positions(table, shares)
     listed = {str(latent): [round(v, 6) for v in row] for latent, row in enumerate(shares.tolist())}
     store.write_json(run / "positions.json", {"format_version": FORMAT_VERSION, "places": PLACES, "shares": listed})
     table, twins = with_twins(crosscoder, table, cache, scales.n_tokens)
@@ -58,6 +60,15 @@ def scale_run(
     store.write_json(run / "examples.json", {"format_version": FORMAT_VERSION, "latents": found})
     write_table(run, table, scales, cache)  # last: its presence says that the other files are there
     return table
+
+
+def cache_table(
+    crosscoder: Crosscoder, cache: ActivationCache, n_tokens: int | None
+) -> tuple[pandas.DataFrame, LatentScales, Float[Tensor, "dict_size places"]]:
+    """The latent table over the first tokens of a cache, with partners; and what else `scale_cache` gives."""
+    scales, contexts, shares = scale_cache(crosscoder, cache, n_tokens=n_tokens)
+    batches = (tokens.activations for tokens in cache.batches(4096, 0, scales.n_tokens))
+    return with_partners(crosscoder, latent_table(crosscoder, scales, contexts), batches), scales, shares
 
 
 def with_twins(

@@ -13,7 +13,8 @@ calibrated on a null of your pair: `diffing.null` gives the rate that makes a co
     shared             relative norm between 0.1 and 0.9, otherwise
     shrunk             relative norm >= 0.9 or <= 0.1, |nu_error| above 0.2: Complete Shrinkage
     decoupled          the same gate, else |nu_reconstruction| above 0.5: Latent Decoupling (its partner, where one
-                       latent is it, is named by diffing.twins)
+                       latent is it, is named by diffing.twins); or specific as below, with a latent of the other
+                       model that fires together with it (diffing.partners)
     tuned-specific     relative norm >= 0.9, or >= 0.7 with decoder cosine < 0.5; both ratios below their bounds
     base-specific      relative norm <= 0.1, or <= 0.3 with decoder cosine < 0.5; both mirror ratios below their bounds
     undetermined       behind the gate, anything else
@@ -41,10 +42,11 @@ class Thresholds(NamedTuple):
     min_active: int = 30
     tuned_leaning: float = 0.7
     base_leaning: float = 0.3
+    partner_correlation: float = 0.7
 
 
 def verdicts(table: pandas.DataFrame, thresholds: Thresholds | None = None) -> list[str]:
-    """The verdict of each row of a latent table."""
+    """The verdict of each row of a latent table, by norms, cosine, ratios, and the partner where the table has one."""
     bounds = thresholds or Thresholds()
     return [_verdict(row, bounds) for row in table.to_dict("records")]
 
@@ -69,6 +71,8 @@ def _verdict(row: dict[Any, Any], bounds: Thresholds) -> str:
     if reconstruction == "above":
         return "decoupled"
     if error == reconstruction == "below":
+        if (row.get("partner_correlation") or 0.0) >= bounds.partner_correlation:
+            return "decoupled"
         return "tuned-specific" if tuned_side else "base-specific"
     return "undetermined"
 

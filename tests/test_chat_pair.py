@@ -105,14 +105,16 @@ def test_false_positives_are_shares_of_the_alive_latents_of_all_nulls() -> None:
 
 
 def test_null_rates_count_what_lies_beyond_the_null_of_the_first_seed() -> None:
-    """Larger ratios of eligible latents (norm from 0.5, alive): 0.4, 0.9, 0.8, 0.2 (latents 0, 1, 3, 4)."""
-    null = table().assign(nu_error=[0.5, 0.9, 0.0, 0.8, 0.6, 0.0])
-    other = null.assign(nu_error=[0.45, 0.9, 0.0, 0.8, 0.6, 0.0])
+    """|nu_error| of eligible latents (norm from 0.5, alive): 0.1, 0.9, 0.8, 0.1 (latents 0, 1, 3, 4)."""
+    tuned = table().assign(nu_reconstruction=0.0)
+    null = tuned.assign(nu_error=[0.5, 0.9, 0.0, 0.55, 0.6, 0.0])
+    other = null.assign(nu_error=[0.3, 0.9, 0.0, 0.8, 0.6, 0.0])
     made = {"placebo": [Scaled(null, 5.0), Scaled(other, 5.0)]}
-    found = {entry["name"]: entry for entry in summary.null_rates([Scaled(table(), 5.0)], made)}
-    assert found["null.placebo.larger_ratio.zero.count"]["value"] == 2  # below 0.5
+    found = {entry["name"]: entry for entry in summary.null_rates([Scaled(tuned, 5.0)], made)}
+    # Two of five exceed the third, 0.6, by 0.075 on average; ln(2 / 0.1) times that lies beyond it: below 0.375.
+    assert found["null.placebo.larger_ratio.zero.count"]["value"] == 2
     rate = found["null.placebo.larger_ratio.zero.false_positive_rate"]
-    assert (rate["value"], rate["n"]) == (1 / 5, 5)  # the other seed has one below 0.5, of five alive
+    assert (rate["value"], rate["n"]) == (1 / 5, 5)  # the other seed has one below 0.375, of five alive
 
 
 def test_rates_of_own_runs_are_read_from_null_json(tmp_path: Path) -> None:

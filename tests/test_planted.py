@@ -177,7 +177,7 @@ def test_correlations_equal_those_of_numpy() -> None:
     assert matching.correlations(a, torch.ones(50, 1)).abs().max() == 0
 
 
-def test_twins_are_other_latents_on_the_base_side() -> None:
+def test_the_other_side_is_other_latents_on_the_base_side() -> None:
     cc = Crosscoder(CrosscoderConfig(dict_size=4, activation="relu", d_model=3)).requires_grad_(False)
     cc.W_dec.zero_()
     cc.W_dec[0, 1, 0] = cc.W_dec[1, 0, 1] = cc.W_dec[2, 0, 2] = cc.W_dec[3, 0, 0] = cc.W_dec[3, 1, 0] = 1.0
@@ -185,10 +185,10 @@ def test_twins_are_other_latents_on_the_base_side() -> None:
     f = torch.rand(400, 4, generator=g)
     f[:, 1] = f[:, 0]  # 0 is tuned-only and fires with 1, which is base-only; 3 is shared
     f[:, 3] = f[:, 2]
-    found = matching.twin_correlation(cc, f)
+    found = matching.other_side_correlation(cc, f)
     assert found[0] == pytest.approx(1) and found[3] == pytest.approx(1) and found[1] < 0.2 and found[2] < 0.2
     cc.W_dec[1:3, 1] = cc.W_dec[1:3, 0]
-    assert matching.twin_correlation(cc, f).tolist() == [0, 0, 0, 0]
+    assert matching.other_side_correlation(cc, f).tolist() == [0, 0, 0, 0]
 
 
 # ----------------------------------------------------------------------------------------------------------- measures
@@ -283,10 +283,13 @@ def test_the_scores_find_the_truth_in_a_dictionary_of_the_truth() -> None:
     truth = truth._replace(vectors=cc.W_dec.clone())
     table = runs.table_of(cc, runs.Data(truth, x, Sample(x, drawn.activations)))
     assert table["feature"].tolist() == list(range(200))
+    looked_at = table[table["partner_correlation"].notna() & (table["relative_decoder_norm"] >= 0.5)]
+    assert len(looked_at) >= 20
+    assert np.allclose(looked_at["partner_correlation"], looked_at["other_side_correlation"], atol=1e-4)
     rescaled = table[table["class"] == "rescaled"]
     assert np.allclose(rescaled["gain_by_error"], rescaled["gain"], atol=1e-4)
     assert np.allclose(rescaled["gain_by_norm"], rescaled["gain"], atol=1e-4)
-    for name in ("norm", "published_verdict", "verdict", "twin_aware"):
+    for name in ("norm", "published_verdict", "verdict_by_ratios", "verdict"):
         found = scores.judge(table, scores.SCORES[name], truth.config.n_tuned_only)
         assert found["recall"] >= 0.9 and found["precision"] == 1, name
     dealt = table.assign(**{"class": table["class"].sample(frac=1, random_state=0).to_numpy()})

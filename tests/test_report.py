@@ -95,6 +95,7 @@ def write_run(
         "rotated_cosine": 0.5,
         "tuned_leaning": 0.7,
         "base_leaning": 0.3,
+        "partner_correlation": 0.7,
         "min_active": 30,
     }
     put(

@@ -1,7 +1,7 @@
 """Where the bounds in `scores` that are not published come from: `python -m benchmarks.planted.calibration`, 4 minutes.
 
 Three seeds of the standard size that no reported row uses, all variants. A bound is the one of largest mean F1 over
-these 12 crosscoders; the gate and the twin bound are chosen from a grid, in this order, with the published ratios.
+these 12 crosscoders; the gate and the partner bound are chosen from a grid, in this order, with the published ratios.
 """
 
 from collections.abc import Iterable
@@ -10,12 +10,12 @@ import numpy as np
 import pandas
 
 from benchmarks.planted.runs import N_STEPS, SIZES, VARIANTS, draw, run_one
-from benchmarks.planted.scores import SCORES, Score, counted, judge, specific, untwinned
+from benchmarks.planted.scores import SCORES, Score, counted, judge, specific
 from diffing.verdict import Thresholds
 
 SEEDS = (100, 101, 102)
 GATES = (0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55)
-TWIN_BOUNDS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+PARTNER_BOUNDS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
 def mean_f1(tables: list[pandas.DataFrame], score: Score, n_features: int) -> float:
@@ -46,14 +46,14 @@ def report(tables: list[pandas.DataFrame], n_features: int) -> None:
     gates = [(gate, at_gate(gate)) for gate in GATES]
     print("gate", [(gate, round(mean_f1(tables, score, n_features), 4)) for gate, score in gates])
     gate, _ = best(tables, gates, n_features)
-    twins = [(bound, at_gate(gate, bound)) for bound in TWIN_BOUNDS]
-    print("twin", [(bound, round(mean_f1(tables, score, n_features), 4)) for bound, score in twins])
+    partners = [(bound, at_gate(gate, bound)) for bound in PARTNER_BOUNDS]
+    print("partner", [(bound, round(mean_f1(tables, score, n_features), 4)) for bound, score in partners])
 
 
-def at_gate(gate: float, twin_bound: float = 2.0) -> Score:
-    """The verdict with rotated latents judged from another norm on; a twin bound above 1 asks for no twins."""
+def at_gate(gate: float, partner_bound: float = 2.0) -> Score:
+    """The verdict with rotated latents judged from another norm on; a partner bound above 1 asks for no partner."""
     bounds = Thresholds(tuned_leaning=gate, base_leaning=1 - gate)
-    return Score(lambda table: (specific(table, bounds) & untwinned(table, twin_bound)).astype(float), 1.0)
+    return Score(lambda t: 1.0 * (specific(t, bounds) & (t["other_side_correlation"] < partner_bound)), 1.0)
 
 
 if __name__ == "__main__":

@@ -22,11 +22,10 @@ from torch.nn.functional import normalize
 
 from benchmarks.planted.generator import Sample, Truth
 from crosscoders.model import Crosscoder
+from diffing.partners import OTHER_SIDE
 
 MIN_CORRELATION = 0.5
 MIN_COSINE = 0.5
-BASE_SIDE = 0.25
-"""Largest relative decoder norm of a twin: its tuned norm is at most half of its base norm."""
 
 
 def correlations(a: Float[Tensor, "tokens first"], b: Float[Tensor, "tokens second"]) -> Float[Tensor, "first second"]:
@@ -61,9 +60,11 @@ def match(
     )
 
 
-def twin_correlation(crosscoder: Crosscoder, latents: Float[Tensor, "tokens dict_size"]) -> Float[Tensor, " dict_size"]:
+def other_side_correlation(
+    crosscoder: Crosscoder, latents: Float[Tensor, "tokens dict_size"]
+) -> Float[Tensor, " dict_size"]:
     """Largest correlation of a latent with another one that writes to the base model almost alone; 0 without any."""
-    base_side = crosscoder.relative_decoder_norm <= BASE_SIDE
+    base_side = crosscoder.relative_decoder_norm <= OTHER_SIDE
     if not base_side.any():
         return torch.zeros(len(base_side))
     found = correlations(latents, latents[:, base_side])

@@ -7,10 +7,11 @@ import pandas
 import torch
 
 from benchmarks.planted.generator import PlantedConfig, Sample, Truth, make_truth, sample
-from benchmarks.planted.matching import held_gain, match, twin_correlation
+from benchmarks.planted.matching import held_gain, match, other_side_correlation
 from crosscoders import Crosscoder, CrosscoderConfig, TrainConfig, tensor_stream, train
 from crosscoders.metrics import Evaluation, evaluate
 from diffing import latent_table, scale_latents
+from diffing.partners import with_partners
 
 N_STEPS = 1500
 
@@ -62,8 +63,8 @@ class Data(NamedTuple):
 
 class Run(NamedTuple):
     table: pandas.DataFrame
-    """Latent table with the columns of `match`, `twin_correlation`, `held_gain`, and the gain estimates in the units of
-    x."""
+    """Latent table with the columns of `match`, `other_side_correlation`, `held_gain`, and the gain estimates in the
+    units of x."""
     truth: Truth
     evaluation: Evaluation
 
@@ -119,12 +120,13 @@ def run_one(data: Data, size: Size, variant: str, *, seed: int, n_steps: int) ->
 
 @torch.no_grad()
 def table_of(crosscoder: Crosscoder, data: Data) -> pandas.DataFrame:
-    """The latent table on held-out tokens, with what each latent matches."""
+    """The latent table on held-out tokens, as `diffing scale` makes it, with what each latent matches."""
     x = data.held_out.x
     latents = crosscoder.encode(x)
     table = latent_table(crosscoder, scale_latents(crosscoder, x.split(1000)))
+    table = with_partners(crosscoder, table, x.split(4096))
     table = table.join(match(crosscoder, latents, data.held_out, data.truth))
-    table["twin_correlation"] = twin_correlation(crosscoder, latents).numpy()
+    table["other_side_correlation"] = other_side_correlation(crosscoder, latents).numpy()
     table["held_gain"] = held_gain(crosscoder, table["feature"].to_numpy(), data.truth)
     to_raw = float(crosscoder.input_scale[1] / crosscoder.input_scale[0])  # training space -> units of x
     table["gain_by_norm"] = to_raw * table["decoder_norm_base"] / table["decoder_norm_tuned"]

@@ -21,8 +21,6 @@ from diffing.verdict import Thresholds, verdicts
 MIN_ACTIVE = 30
 WEAK_GAIN = 0.2
 """Rescaled features below this gain are left out of precision and recall."""
-TWIN_BOUND = 0.7
-"""Correlation with a base-side latent from which a latent has a twin; from `calibration`."""
 
 
 class Score(NamedTuple):
@@ -36,13 +34,8 @@ PUBLISHED = Thresholds()._replace(tuned_leaning=Thresholds().tuned_only, base_le
 
 
 def specific(table: pandas.DataFrame, thresholds: Thresholds | None = None) -> np.ndarray:
-    """Whether the verdict is tuned-specific."""
-    return np.array(verdicts(table, thresholds)) == "tuned-specific"
-
-
-def untwinned(table: pandas.DataFrame, bound: float = TWIN_BOUND) -> np.ndarray:
-    """Whether no base-side latent fires together with this one."""
-    return np.asarray(table["twin_correlation"] < bound)
+    """Whether norms, cosine and ratios alone say tuned-specific."""
+    return np.array(verdicts(table.drop(columns="partner_correlation"), thresholds)) == "tuned-specific"
 
 
 SCORES = {
@@ -55,9 +48,9 @@ SCORES = {
     "nu_max": Score(lambda t: -t[["nu_error", "nu_reconstruction"]].abs().max(axis=1).to_numpy(), -0.23),
     "specificity": Score(lambda t: (t["specificity"] * (t["relative_decoder_norm"] >= 0.5)).to_numpy(), 0.12),
     # Words: 1 where the verdict is tuned-specific.
-    "verdict": Score(lambda t: specific(t).astype(float), 1.0),
     "published_verdict": Score(lambda t: specific(t, PUBLISHED).astype(float), 1.0),
-    "twin_aware": Score(lambda t: (specific(t) & untwinned(t)).astype(float), 1.0),
+    "verdict_by_ratios": Score(lambda t: specific(t).astype(float), 1.0),
+    "verdict": Score(lambda t: (t["verdict"] == "tuned-specific").to_numpy().astype(float), 1.0),
 }
 
 

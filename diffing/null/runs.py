@@ -19,7 +19,7 @@ from crosscoders.formats import load_crosscoder
 from crosscoders.pair import choose_device, hash_model, identity, inspect_pair
 from crosscoders.source import make_plan
 from diffing.null.rates import effective_number
-from diffing.table import cache_tokenizer, latent_table, scale_cache, write_table
+from diffing.table import cache_table, cache_tokenizer, write_table
 
 
 class Scaled(NamedTuple):
@@ -113,8 +113,8 @@ def null_run(config: TrainConfig, cache: ActivationCache, out: Path, n_tokens: i
         if found["n_tokens"] == n_tokens and found["cache"]["hash"] == cache.manifest_hash:
             return read_scaled(out)
     crosscoder = load_crosscoder(out, device=str(choose_device(config.device)))
-    scales, contexts, *_ = scale_cache(crosscoder, cache, n_tokens=n_tokens)
-    write_table(out, latent_table(crosscoder, scales, contexts), scales, cache)
+    table, scales, _ = cache_table(crosscoder, cache, n_tokens)
+    write_table(out, table, scales, cache)
     return read_scaled(out)
 
 

@@ -34,7 +34,7 @@ TYPES: dict[str, tuple[set[type] | None, str]] = {
 PLAIN = {int, str, bool, type(None)}
 THRESHOLDS = (
     "nu_error", "nu_reconstruction", "tuned_only", "base_only", "rotated_cosine", "min_active", "tuned_leaning",
-    "base_leaning",
+    "base_leaning", "partner_correlation",
 )  # fmt: skip
 SCALE = "diffing scale {run} --cache CACHE"
 MADE_BY = {

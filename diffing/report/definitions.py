@@ -71,7 +71,8 @@ VERDICTS = {
     ),
     "decoupled": (
         "Tuned-only or base-only by norm, yet the other model's reconstruction holds it (ratio from "
-        "{nu_reconstruction}): other latents carry it there (Latent Decoupling)."
+        "{nu_reconstruction}): other latents carry it there (Latent Decoupling). Or specific by both ratios, yet a "
+        "latent of the other model, its partner, fires together with it (correlation from {partner_correlation})."
     ),
     "shared": "Neither tuned-only nor base-only by norm, and not rotated.",
     "undetermined": (

@@ -237,6 +237,9 @@ def card(run: Run, i: int, n_contexts: int) -> Card:
         f"relative norm {cells(run, 'relative_decoder_norm', [i])[0]}",
     ]
     facts.append(f"active on {number(columns['n_active'][i])} of {number(run.latents.n_tokens)} tokens")
+    partner, together = (columns.get(name, {i: None})[i] for name in ("partner", "partner_correlation"))
+    if partner is not None and columns["verdict"][i] == "decoupled":
+        facts.append(f"fires with latent {partner} of the other model (correlation {together:.2f})")
     passed = nulls.beyond(run, latent)
     facts += [f"beyond every latent of {', '.join(passed)}"] if passed else []
     where = f"mostly {cells(run, 'main_context', [i])[0]}" if columns["main_context"][i] else ""
