@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from crosscoders import store
+from crosscoders import adam8, store
 from crosscoders.errors import CorruptData, InputError
 from crosscoders.pair import identity
 from crosscoders.progress import say
@@ -88,7 +88,8 @@ def save_state(
     """Publish the state of a step, with `others`; the manifest is written last, so a half-written one is never read."""
     tensors: dict[str, Tensor] = {f"model.{name}": value for name, value in model.state_dict().items()}
     for index, entry in optimizer.state_dict()["state"].items():
-        tensors |= {f"adam.{index}.{name}": value for name, value in entry.items()}
+        for name, value in entry.items():
+            tensors |= adam8.parts(f"adam.{index}.{name}", value)
     tensors |= others or {}
     target = folder / f"step-{step:08d}"
     written = store.write_tensors(target / "state.safetensors", tensors)
@@ -127,7 +128,8 @@ def load_state(
             if name.startswith("adam."):
                 _, index, key = name.split(".", 2)
                 entries.setdefault(int(index), {})[key] = value.clone()  # not a view of the file
-        optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
+        state = {index: adam8.joined(entry) for index, entry in entries.items()}
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
         others = {name: value for name, value in tensors.items() if not name.startswith(("model.", "adam."))}
         return int(manifest["step"]), others
     return None

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from crosscoders import metrics, store
+from crosscoders.adam8 import require_torchao
 from crosscoders.cache import ActivationCache
 from crosscoders.caching import run_cache
 from crosscoders.cli import CacheSettings, EvalSettings, MergeSettings, TrainSettings
@@ -99,6 +100,8 @@ def train_run(settings: TrainSettings) -> dict[str, Any]:
     """Open the cache or the models, train, and return the JSON object."""
     started = time.perf_counter()
     config = _only(TrainConfig, settings)
+    if config.adam_bits == 8:
+        require_torchao()
     feed = open_feed(settings)
     out = Path(settings.out)
     inputs = feed.inputs["cache"]

@@ -164,6 +164,8 @@ class TrainConfig:
     """Adam's decay of the first moment."""
     adam_beta2: float = 0.999
     """Adam's decay of the second moment."""
+    adam_bits: Literal[32, 8] = 32
+    """Bits of each of Adam's two moments of a weight; 8 takes torchao (extra `low-memory`) and is meant for a GPU."""
     clip_norm: float | None = 1.0
     """Largest global norm of the gradient; null: no clipping."""
     reconstruction: Literal["norm", "squared"] = "norm"

@@ -115,10 +115,11 @@ def train_need(config: TrainConfig, *, n_models: int, d_model: int, itemsize: in
     batch = config.batch_size * (3 * size + 6 * width) * 4
     # A buffer is joined from shards, so that both are there for a moment.
     buffer = 2 * min(config.buffer_tokens, max(config.n_tokens, config.batch_size)) * width * itemsize
-    state = 12 * n_parameters  # a checkpoint: weights and moments, serialised
+    moments = config.adam_bits // 4
+    state = (4 + moments) * n_parameters  # a checkpoint: weights and moments, serialised
     if device.type == "cuda":
-        return Need(PROCESS_BYTES + 4 * n_parameters + state + buffer, 16 * n_parameters + batch, device)
-    return Need(PROCESS_BYTES + 16 * n_parameters + max(batch, state) + buffer)
+        return Need(PROCESS_BYTES + 4 * n_parameters + state + buffer, (8 + moments) * n_parameters + batch, device)
+    return Need(PROCESS_BYTES + (8 + moments) * n_parameters + max(batch, state) + buffer)
 
 
 def require(needs: list[Need], mend: str) -> str:

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from crosscoders.adam8 import adam_8bit
 from crosscoders.config import TrainConfig
 from crosscoders.kernels import cpu
 from crosscoders.kernels.library import usable
@@ -17,7 +18,7 @@ class Optimizer:
 
     It works on contiguous tensors that share the parameters' memory (W_enc is stored latent by latent). `adam` holds
     the state in torch's form; the step itself is torch's fused one, or on a CPU the compiled one, which also gives the
-    norms of the new decoders.
+    norms of the new decoders. With 8-bit moments it is torchao's.
     """
 
     def __init__(self, model: Crosscoder, config: TrainConfig) -> None:
@@ -26,9 +27,12 @@ class Optimizer:
         self.shared = [p.data.permute(order) for p, order in zip(self.parameters, self.orders, strict=True)]
         assert all(tensor.is_contiguous() for tensor in self.shared)
         self.clip_norm, self.betas = config.clip_norm, (config.adam_beta1, config.adam_beta2)
-        self.adam = torch.optim.Adam([t.requires_grad_() for t in self.shared], betas=self.betas, fused=True)
+        leaves, self.is_8bit = [t.requires_grad_() for t in self.shared], config.adam_bits == 8
+        self.adam: torch.optim.Optimizer = (
+            adam_8bit(leaves, self.betas) if self.is_8bit else torch.optim.Adam(leaves, betas=self.betas, fused=True)
+        )
         self.W_dec, self.norms = model.W_dec, torch.empty(0)
-        self.is_compiled = usable(*(tensor.detach() for tensor in self.shared))
+        self.is_compiled = not self.is_8bit and usable(*(tensor.detach() for tensor in self.shared))
 
     def decoder_norms(self) -> Float[Tensor, "dict_size n_models"]:
         """Norms of the decoders as they are now, ||d_jm||; after a compiled step they are known already."""
@@ -52,6 +56,11 @@ class Optimizer:
             divisor = ((norm + 1e-6) / self.clip_norm).clamp_min(1.0)
         if self.is_compiled:
             self._compiled_step(lr, 1 / divisor.item())
+        elif self.is_8bit:
+            torch._foreach_div_([tensor.grad for tensor in self.shared if tensor.grad is not None], divisor)
+            for group in self.adam.param_groups:
+                group["lr"].fill_(lr)
+            self.adam.step()
         else:
             self.adam.grad_scale, self.adam.found_inf = divisor, torch.zeros_like(divisor)  # type: ignore[attr-defined]
             for group in self.adam.param_groups:

@@ -1,5 +1,6 @@
 """Training: every term reaches the gradient, one seed one result, interrupted or not, on every stream."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -30,6 +31,8 @@ from crosscoders import (
     tensor_stream,
     train,
 )  # fmt: skip
+from crosscoders.cli import TrainSettings
+from crosscoders.commands import train_run
 from crosscoders.config import PRESETS
 from crosscoders.losses import auxiliary_loss, reconstruction_loss
 from crosscoders.metrics import ReconstructionSums
@@ -263,11 +266,14 @@ def test_the_input_scale_makes_the_mean_norm_sqrt_d(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("kill_at", [15, 20, 38])
-def test_a_run_that_breaks_anywhere_goes_on_to_the_same_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kill_at: int
+def run_with_a_break(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kill_at: int,
+    settings: TrainConfig | None = None,
+    **given: torch.Tensor,
 ) -> None:
-    run(tmp_path / "whole")
+    """Break at a step, then run again."""
     import crosscoders.training as module
 
     calls, real = [], module.forward
@@ -280,15 +286,53 @@ def test_a_run_that_breaks_anywhere_goes_on_to_the_same_checkpoint(
 
     monkeypatch.setattr(module, "forward", breaking)
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "broken")
-    assert not (tmp_path / "broken" / "model.safetensors").exists()
+        run(folder, settings, **given)
+    assert not (folder / "model.safetensors").exists()
     monkeypatch.setattr(module, "forward", real)
-    run(tmp_path / "broken")
+    run(folder, settings, **given)
+
+
+@pytest.mark.parametrize("kill_at", [15, 20, 38])
+def test_a_run_that_breaks_anywhere_goes_on_to_the_same_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kill_at: int
+) -> None:
+    run(tmp_path / "whole")
+    run_with_a_break(tmp_path / "broken", monkeypatch, kill_at)
     assert weights(tmp_path / "broken") == weights(tmp_path / "whole")
     for name in ("step", "loss", "fve_tuned"):
         logs = [[json.loads(line).get(name) for line in (tmp_path / n / "train.jsonl").read_text().splitlines()]
                 for n in ("whole", "broken")]  # fmt: skip
         assert logs[0] == logs[1]
+
+
+def test_8_bit_moments_train_as_well_and_go_on_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, shape = activations(d_model=128), CrosscoderConfig(dict_size=64, k=3)
+    settings = config(crosscoder=shape, n_tokens=3200)
+    run(tmp_path / "32", settings, x)
+    with torch.compiler.set_stance("force_eager"):  # compiling takes longer than the runs
+        run(tmp_path / "8", replace(settings, adam_bits=8), x)
+        run_with_a_break(tmp_path / "broken", monkeypatch, 55, replace(settings, adam_bits=8), x=x)
+    assert weights(tmp_path / "8") == weights(tmp_path / "broken") != weights(tmp_path / "32")
+    fve = [evaluate(load_crosscoder(tmp_path / n), x.split(100)).fve for n in ("32", "8")]
+    assert min(fve[0]) > 0.95 and fve[1] == pytest.approx(fve[0], abs=0.01)
+    # Weights of 4 bytes, two moments of 4 and of 1.
+    size = [(tmp_path / n / "step-00000100" / "state.safetensors").stat().st_size for n in ("32", "8")]
+    assert size[1] / size[0] == pytest.approx(6 / 12, abs=0.1)
+
+
+def test_8_bit_moments_that_would_mix_latents_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"one latent, but n_models \* d_model is 12\. Leave adam_bits at 32"):
+        run(tmp_path / "run", config(adam_bits=8))
+
+
+def test_8_bit_moments_without_torchao_are_refused_before_anything_opens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torchao" else real(name))
+    settings = TrainSettings(cache=str(tmp_path / "nowhere"), out=str(tmp_path / "run"), adam_bits=8)
+    with pytest.raises(EnvironmentFault, match=r"adam_bits 8 needs the package torchao\. Run: pip install"):
+        train_run(settings)
 
 
 SLOW_CHILD = """
