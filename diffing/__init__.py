@@ -1,4 +1,4 @@
-"""What a fine-tune changed inside a language model: Latent Scaling, verdicts, twins, causal patching, reports.
+"""What a fine-tune changed inside a language model: Latent Scaling, verdicts, partners, twins, patching, reports.
 
 Names are loaded when first used, so that importing the package costs nothing.
 """
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from diffing.causal_sets import choose_sets
     from diffing.latent_scaling import LatentScales, scale_latents
     from diffing.lens import logit_lens
+    from diffing.partners import with_partners
     from diffing.report import write_report
     from diffing.steering import steered, steering_vector
     from diffing.table import latent_table, scale_run
@@ -31,6 +32,7 @@ _HOMES = {
     "steered": "steering",
     "steering_vector": "steering",
     "twin_pairs": "twins",
+    "with_partners": "partners",
     "write_report": "report",
 }
 
@@ -47,6 +49,7 @@ __all__ = [
     "steered",
     "steering_vector",
     "twin_pairs",
+    "with_partners",
     "write_report",
 ]
 

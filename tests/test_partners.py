@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from crosscoders import Crosscoder, CrosscoderConfig
-from diffing import latent_table, scale_latents
-from diffing.partners import with_partners
+from diffing import latent_table, scale_latents, with_partners
 
 
 def planted(together: float, n: int = 6000) -> tuple[Crosscoder, Tensor]:
