@@ -98,12 +98,14 @@ def summary(found: dict[str, Any]) -> str:
         "",
         f"Specific latents by {main}, the larger of |nu_error| and |nu_reconstruction|, among those with a relative",
         f"decoder norm from 0.5. A threshold is fixed on a null crosscoder of seed {found['seed']}; counts of other",
-        "seeds stand in brackets, and the rate with its 95% interval is over those of the null.",
+        "seeds stand in brackets, and the rate with its 95% interval is over those of the null. None: where a further",
+        "null crosscoder has a tenth of a latent on average.",
     ]
     for entry in found["thresholds"]:
         if entry["score"] == main:
             at = "any" if entry["threshold"] is None else f"{entry['threshold']:.3f}"
-            lines.append(f"  {entry['null']} at {entry['rate']:.1%}, threshold {at}:  {counts_text(entry['counts'])}")
+            allowed = f"{entry['rate']:.1%}" if entry["rate"] else "none"
+            lines.append(f"  {entry['null']} at {allowed}, threshold {at}:  {counts_text(entry['counts'])}")
             lines.append(f"      rate {rate_text(entry)}")
     lines += ["Thresholds that no null decided:"]
     lines += [f"  {entry['words']}:  {counts_text(entry['counts'])}" for entry in found["fixed"]]

@@ -146,14 +146,14 @@ def null_sentence(run: Run) -> str:
     for row in run.nulls["thresholds"]:
         if row["score"] == main_score(run) and row["rate"] == strictest:
             latents = counted(row["counts"]["tuned"][0]["count"], "latent")
-            where = f"at {strictest:.1%} of {row['null']}" if strictest else f"beyond every latent of {row['null']}"
+            where = f"at {strictest:.1%} of {row['null']}" if strictest else f"where {row['null']} has next to none"
             chance = f"{row['expected_false'] or 0:.1f} expected by chance, at most {row['expected_false_high']:.0f}"
             words.append(f"{latents} {where} ({chance} by the 95% interval)")
     return f"Against null pairs, by the larger of the two ratios: {'; '.join(words)}."
 
 
 def beyond(run: Run, latent: int) -> list[str]:
-    """The nulls of which no latent is as specific as this one, by the main score."""
+    """The nulls whose threshold for none this latent passes, by the main score."""
     rows = run.nulls.get("thresholds", [])
     return [
         row["null"] for row in rows if row["score"] == main_score(run) and row["rate"] == 0 and latent in row["latents"]
@@ -181,8 +181,8 @@ def null_figure(run: Run) -> Figure:
     yaxis = {"type": "log", "title": {"text": "share of alive latents"}, "dtick": 1}
     caption = (
         "Share of alive latents that a threshold calls specific (ratio below it, relative decoder norm from 0.5), "
-        f"crosscoders of seed {run.nulls['seed']}. Dotted: the thresholds with no false positive on a null. A curve "
-        "ends where no latent is left."
+        f"crosscoders of seed {run.nulls['seed']}. Dotted: the thresholds for next to none on a null. A curve ends "
+        "where no latent is left."
     )
     return Figure(
         "nulls", "Specific latents at every threshold", caption, spec(traces, shapes=lines, xaxis=xaxis, yaxis=yaxis)

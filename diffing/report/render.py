@@ -241,7 +241,7 @@ def card(run: Run, i: int, n_contexts: int) -> Card:
     if partner is not None and columns["verdict"][i] == "decoupled":
         facts.append(f"fires with latent {partner} of the other model (correlation {together:.2f})")
     passed = nulls.beyond(run, latent)
-    facts += [f"beyond every latent of {', '.join(passed)}"] if passed else []
+    facts += [f"stands out where {', '.join(passed)} has next to none"] if passed else []
     where = f"mostly {cells(run, 'main_context', [i])[0]}" if columns["main_context"][i] else ""
     rank_text = NONE if rank is None else str(rank)
     return Card(latent, columns["verdict"][i], rank_text, " · ".join(facts), where, contexts, len(examples))
