@@ -163,13 +163,9 @@ def wrong_make_target(target: str, makefile: str) -> str | None:
 def wrong_public_api(source: str, homes: dict[str, str], public: list[str]) -> str | None:
     """`__all__`, the lazy table and the imports for type checkers must say the same."""
     package, typed = "", {}
-    for node in ast.walk(ast.parse(source)):
-        if (
-            isinstance(node, ast.ImportFrom)
-            and node.module
-            and "." in node.module
-            and node.module.split(".")[0] in PACKAGES
-        ):
+    for_checkers = (block for block in ast.parse(source).body if isinstance(block, ast.If))
+    for node in (node for block in for_checkers for node in block.body):
+        if isinstance(node, ast.ImportFrom) and node.module and "." in node.module:
             package = node.module.split(".")[0]
             typed |= {alias.name: node.module.removeprefix(f"{package}.") for alias in node.names}
     if public != sorted(public) or sorted(homes) != public:
