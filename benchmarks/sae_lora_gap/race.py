@@ -30,6 +30,7 @@ from sae_lora.end_to_end import Step, train_end_to_end, trainable
 from sae_lora.fitting import batch_order, common_prefix, take_step
 from sae_lora.inputs import Batch, Plan, load_model
 
+T = TypeVar("T")
 END_TO_END, LORA = "end_to_end_", "lora_"
 """How the names of these arms begin."""
 EVALUATED_TOKENS = 15_000
@@ -151,9 +152,6 @@ def run(size: Size, data: str, folder: Path, pretraining: float) -> Raced:
         end = quality(arms[name].dictionary, x)
         found.rows.append(row(f"sae-lora.race.{name}.dead", end.dead_fraction, "fraction", end.n_tokens))
     return found
-
-
-T = TypeVar("T")
 
 
 def curves_of(arms: dict[str, T], kind: str) -> dict[str, T]:

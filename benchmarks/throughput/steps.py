@@ -38,7 +38,7 @@ class Shape(NamedTuple):
 
 
 TRAINED = 0.04
-"""Share of active latents of an L1 crosscoder in training, after its first tenth of the steps (docs/performance.md)."""
+"""Share of active latents of an L1 crosscoder in training, after its first fifth of the steps (docs/performance.md)."""
 SHAPES = [Shape(256, 4096, 1024, 32), Shape(512, 16_384, 1024, 64)]
 
 
