@@ -6,9 +6,7 @@ same reason. Source: Dettmers et al. 2022 (arXiv 2110.02861), as torchao has it.
 """
 
 import importlib.util
-import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,16 +25,6 @@ def require_torchao() -> None:
         )
 
 
-@contextmanager
-def _without_notices() -> Iterator[None]:
-    """Importing torchao says which of its other kernels this machine cannot load."""
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(logging.NOTSET)
-
-
 def adam_8bit(parameters: Sequence[Tensor], betas: tuple[float, float]) -> torch.optim.Optimizer:
     """torchao's Adam for tensors that are contiguous by latent; its learning rate is a tensor, to be filled.
 
@@ -51,8 +39,7 @@ def adam_8bit(parameters: Sequence[Tensor], betas: tuple[float, float]) -> torch
             f"adam_bits 8 keeps one scale for {BLOCK} weights, which must be of one latent, but n_models * d_model is "
             f"{width}. Leave adam_bits at 32."
         )
-    with _without_notices():
-        from torchao.optim import Adam8bit
+    from torchao.optim import Adam8bit
 
     class OfWeights(Adam8bit):  # type: ignore[misc]
         def _new_buffer(self, p: Tensor, signed: bool) -> Tensor:
@@ -74,8 +61,8 @@ def joined(entry: dict[str, Tensor]) -> dict[str, Tensor]:
     found = {name: value for name, value in entry.items() if "." not in name}
     for name in dict.fromkeys(key.split(".")[0] for key in entry if "." in key):
         require_torchao()
-        with _without_notices():
-            from torchao.optim.subclass_8bit import OptimState8bit
+        from torchao.optim.subclass_8bit import OptimState8bit
+
         codes, scale, qmap = (entry[f"{name}.{part}"] for part in ("codes", "scale", "qmap"))
         found[name] = OptimState8bit(codes, scale, qmap, signed=name == "exp_avg")
     return found

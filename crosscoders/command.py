@@ -8,6 +8,7 @@ import dataclasses
 import importlib
 import itertools
 import json
+import logging
 import re
 import sys
 import traceback
@@ -16,6 +17,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from crosscoders.errors import CorruptData, EnvironmentFault, InputError, nearest
+
+TALKATIVE = ("torchao", "torch.utils._pytree")
+"""Loggers that warn when torchao is imported, as transformers does wherever it is installed."""
 
 
 class Command(NamedTuple):
@@ -54,6 +58,8 @@ def main(program: str, description: str, commands: list[Command], argv: list[str
                 "\n".join(lines), f"\n{program} COMMAND --help lists the settings of a command.", sep="\n", flush=True
             )
             return 0
+        for name in () if debug else TALKATIVE:
+            logging.getLogger(name).setLevel(logging.ERROR)
         command = _find(program, commands, argv[0])
         parsed = parse(program, command, argv[1:])
         module, function = command.run.split(":")
