@@ -6,6 +6,7 @@ same reason. Source: Dettmers et al. 2022 (arXiv 2110.02861), as torchao has it.
 """
 
 import importlib.util
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,6 +41,9 @@ def adam_8bit(parameters: Sequence[Tensor], betas: tuple[float, float]) -> torch
             f"{width}. Leave adam_bits at 32."
         )
     from torchao.optim import Adam8bit
+
+    # PyTorch's cache of compiled steps has no key for the quantised state and says so once.
+    warnings.filterwarnings("ignore", message="OptimState8bit does not implement")
 
     class OfWeights(Adam8bit):  # type: ignore[misc]
         def _new_buffer(self, p: Tensor, signed: bool) -> Tensor:
