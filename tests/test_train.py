@@ -307,16 +307,16 @@ def test_a_run_that_breaks_anywhere_goes_on_to_the_same_checkpoint(
 
 def test_8_bit_moments_train_as_well_and_go_on_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     x, shape = activations(d_model=128), CrosscoderConfig(dict_size=64, k=3)
-    settings = config(crosscoder=shape, n_tokens=3200)
+    settings = config(crosscoder=shape, n_tokens=1920)
     run(tmp_path / "32", settings, x)
     with torch.compiler.set_stance("force_eager"):  # compiling takes longer than the runs
         run(tmp_path / "8", replace(settings, adam_bits=8), x)
-        run_with_a_break(tmp_path / "broken", monkeypatch, 55, replace(settings, adam_bits=8), x=x)
+        run_with_a_break(tmp_path / "broken", monkeypatch, 35, replace(settings, adam_bits=8), x=x)
     assert weights(tmp_path / "8") == weights(tmp_path / "broken") != weights(tmp_path / "32")
     fve = [evaluate(load_crosscoder(tmp_path / n), x.split(100)).fve for n in ("32", "8")]
-    assert min(fve[0]) > 0.95 and fve[1] == pytest.approx(fve[0], abs=0.01)
+    assert min(fve[0]) > 0.9 and fve[1] == pytest.approx(fve[0], abs=0.01)
     # Weights of 4 bytes, two moments of 4 and of 1.
-    size = [(tmp_path / n / "step-00000100" / "state.safetensors").stat().st_size for n in ("32", "8")]
+    size = [(tmp_path / n / "step-00000060" / "state.safetensors").stat().st_size for n in ("32", "8")]
     assert size[1] / size[0] == pytest.approx(6 / 12, abs=0.1)
 
 
