@@ -128,9 +128,9 @@ def run(size: Size, data: str, folder: Path, pretraining: float) -> Raced:
     arms, n_steps = dict[str, Arm](), dict[str, int]()
     for epochs in size.end_to_end_epochs:
         sae = trainable(make_sae(Design("topk", dictionary.info.settings["k"]), dictionary.info.d_model), HOOK_POINT)
-        order, name = batch_order(n_batches, epochs, seed=0), f"end_to_end_{epochs}"
+        order, name = batch_order(n_batches, epochs, seed=0), f"{END_TO_END}{epochs}"
         arms[name], n_steps[name] = Arm(end_to_end(sae, model, plan, order), model, sae), len(order)
-    adapted = {f"lora_{name.rstrip('.') or 'after'}": settings for name, settings in ARMS.items()}
+    adapted = {f"{LORA}{name.rstrip('.') or 'after'}": settings for name, settings in ARMS.items()}
     for name, settings in (adapted | {"sae_by_kl": COMPARED["corrector_sae."]}).items():
         config = fit_config(folder, data, size.tokens, **settings)
         lora = config.corrector == "lora"

@@ -78,6 +78,11 @@ def evidence(table: pandas.DataFrame, score: str) -> Float[np.ndarray, " dict_si
     return np.where(eligible(table) & ~np.isnan(values), values, -np.inf)
 
 
+def _n_allowed(n: int, rate: float) -> int:
+    """Whole latents of n that a rate allows; 0.01 of 300 is 3, whatever its float says."""
+    return math.floor(rate * n + 1e-9)
+
+
 def threshold_at(null: Float[np.ndarray, " dict_size"], n: int, rate: float, best: float = math.inf) -> float:
     """The loosest threshold that at most `rate` n entries of a null's evidence exceed: its (floor(rate n) + 1)-th
     largest entry; -inf where so few are eligible that none need be excluded. n is the number of alive latents, `best`
@@ -90,7 +95,7 @@ def threshold_at(null: Float[np.ndarray, " dict_size"], n: int, rate: float, bes
     exchangeable ones are equally likely to be the most extreme.
     """
     ordered = np.sort(null)[::-1]
-    n_allowed = math.floor(rate * n + 1e-9)
+    n_allowed = _n_allowed(n, rate)
     if n_allowed:
         return float(ordered[n_allowed]) if n_allowed < len(null) else -math.inf
     ordered = ordered[np.isfinite(ordered)]
@@ -104,7 +109,7 @@ def threshold_at(null: Float[np.ndarray, " dict_size"], n: int, rate: float, bes
 
 def chance(n: int, rate: float) -> float:
     """Share of the latents of a further null crosscoder that the threshold for a rate is expected to let through."""
-    n_allowed = math.floor(rate * n + 1e-9)
+    n_allowed = _n_allowed(n, rate)
     return (n_allowed + 1) / (n + 1) if n_allowed else max(rate, RARE / n) if n else 0.0
 
 
