@@ -93,6 +93,12 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     raise InputError(f"no list of decoder layers in {type(model).__name__}. Use a decoder-only language model.")
 
 
+def decoder_stack(model: nn.Module) -> nn.Module:
+    """The module that runs the decoder layers, one after the other, and the last norm."""
+    layers = decoder_layers(model)
+    return next(module for module in model.modules() if any(child is layers for child in module.children()))
+
+
 def find_module(model: Any, hook_point: str) -> tuple[nn.Module, bool]:
     """The module of a hook point, and whether its input (True) or its output is meant.
 

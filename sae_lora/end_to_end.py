@@ -66,6 +66,7 @@ def train_end_to_end(
     dead_after_tokens. What lies below the hook point runs once for both models.
 
     Raises:
+        InputError: as `objective.require_head`.
         CorruptData: the KL is not finite.
     """
     weights = list(dictionary.parameters())
@@ -73,6 +74,7 @@ def train_end_to_end(
     prefix, since_fired = None, torch.zeros(dictionary.info.dict_size, dtype=torch.int64, device=weights[0].device)
     for number, batch in enumerate(batches):
         if not number:
+            objective.require_head(model, batch)
             prefix = objective.find_prefix(model, dictionary.hook_point, batch)
         seen: list[Tensor] = []
         total = objective.batch_kl(

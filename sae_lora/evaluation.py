@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from crosscoders import metrics
@@ -22,7 +22,7 @@ from sae_lora.adapter import lora_off
 from sae_lora.classes import TokenClasses
 from sae_lora.dictionary import Constant, FrozenDictionary
 from sae_lora.inputs import Batch
-from sae_lora.objective import logits
+from sae_lora.objective import ToLogits, final_states, head_alone, logits, require_head
 from sae_lora.splicing import splice
 
 CELLS = ("plain", "spliced", "adapted", "adapted_spliced", "zero_ablated", "mean_ablated")
@@ -86,12 +86,14 @@ def measure(
 
     zeros, means = _ablations(model, dictionaries, batches, keep_ids)
     for batch in batches():
+        if not n_tokens.any():
+            require_head(model, batch)
         used = batch.scored.clone()
         used[:, 0] = False  # nothing predicts the first token
         masks = [used, *(classes.of(batch, used).values() if classes else [])]
         n_tokens[:, batch.numbers] = [mask.sum(dim=1).cpu().numpy() for mask in masks]
-        p = None
-        for number, cell in enumerate(CELLS):
+        finals = []
+        for cell in CELLS:
             with torch.no_grad(), contextlib.ExitStack() as stack:
                 if not cell.startswith("adapted"):
                     stack.enter_context(lora_off(model))
@@ -102,9 +104,13 @@ def measure(
                     when = {"spliced": "before", "adapted_spliced": "after"}.get(cell)
                     observe = collect(when) if when else None
                     stack.enter_context(splice(model, put, keep_ids=keep_ids, observe=observe))
-                q = logits(model, batch)
-            p = q if p is None else p
-            sums[:, number][:, :, batch.numbers] = _of_rows(p, q, batch, masks)
+                finals.append(final_states(model, batch))
+        with torch.no_grad(), head_alone(model) as to_logits:
+            for r, number in enumerate(batch.numbers):
+                wanted = used[r, 1:]
+                each = of_predictions(to_logits, [x[r, :-1][wanted] for x in finals], batch.ids[r, 1:][wanted])
+                marked = torch.stack([mask[r, 1:][wanted] for mask in masks]).double()
+                sums[..., number] = (each @ marked.T).permute(2, 0, 1).cpu().numpy()
     parts = {f"{point}.{when}": part for (point, when), part in collected.items()}
     return Measured(
         sums[0],
@@ -115,25 +121,21 @@ def measure(
     )
 
 
-def _of_rows(
-    p: Float[Tensor, "rows seq vocab"],
-    q: Float[Tensor, "rows seq vocab"],
-    batch: Batch,
-    masks: Sequence[Bool[Tensor, "rows seq"]],
-) -> Float[np.ndarray, "masks quantities rows"]:
-    """Sums over each sequence and the parts of it that are marked, of which the first holds the others; one sequence's
-    probabilities at a time."""
-    used = masks[0]
-    found = np.zeros((len(masks), len(QUANTITIES), len(used)))
-    for r in range(len(used)):
-        wanted = used[r, 1:]
-        log_p, log_q = (metrics.log_probs(values[r, :-1][wanted]) for values in (p, q))
-        ce = metrics.ce(log_q, batch.ids[r, 1:][wanted])
+def of_predictions(
+    to_logits: ToLogits, finals: Sequence[Float[Tensor, "predictions d_model"]], ids: Int[Tensor, " predictions"]
+) -> Float[Tensor, "cells quantities predictions"]:
+    """CE, KL to the first cell and agreement with its best token, from what the head reads in each cell.
+
+    ids: the tokens that are predicted.
+    """
+    log_p = metrics.log_probs(to_logits(finals[0]))
+    found = []
+    for number, final in enumerate(finals):
+        log_q = metrics.log_probs(to_logits(final)) if number else log_p
         same = log_p.argmax(dim=1) == log_q.argmax(dim=1)
-        each = torch.stack([part.double() for part in (ce, metrics.kl(log_p, log_q), same)])
-        marked = torch.stack([mask[r, 1:][wanted] for mask in masks]).double()
-        found[:, :, r] = (marked @ each.T).cpu().numpy()
-    return found
+        each = (metrics.ce(log_q, ids), metrics.kl(log_p, log_q), same)
+        found.append(torch.stack([values.double() for values in each]))
+    return torch.stack(found)
 
 
 def _ablations(

@@ -70,6 +70,7 @@ def fit(config: FitConfig, out: str | Path) -> Path:
         going_on = f"; going on at step {step:,}" if step else ""
         say(f"{_what(config, plan, fitted, layers)}, {n_steps:,} steps, to {out}; needs {needed}{going_on}")
         checkpoint.cut_log(out / "train.jsonl", step)
+        objective.require_head(fitted.model, next(plan.batches(config.batch_rows, device)))
         prefix = common_prefix(fitted, layers, plan, config, device)
         states = open_states(config, plan, fitted.model, dictionaries[0], device)
 

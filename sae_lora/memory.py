@@ -29,7 +29,7 @@ def fit_need(config: FitConfig, plan: Plan, layers: Sequence[int], device: torch
     }[config.corrector]
     # From the lowest weight that is trained on, a pass keeps what the backward pass reads.
     n_kept = plan.n_layers - (layers[0] if layers else first_layer_after(plan.infos[0].hook_point))
-    need = _need(config, plan, device, n_trained=n_trained, n_kept=n_kept, chunk_tokens=config.chunk_tokens)
+    need = _need(config, plan, device, n_trained=n_trained, n_kept=n_kept, n_logits=config.chunk_tokens)
     if config.store != "memory":
         return need
     config_of: Any = plan.skeleton.config
@@ -41,13 +41,12 @@ def fit_need(config: FitConfig, plan: Plan, layers: Sequence[int], device: torch
 
 
 def eval_need(config: TextConfig, plan: Plan, device: torch.device) -> Need:
-    """Weights, dictionaries, and the largest batch with the logits of two cells."""
-    return _need(config, plan, device, n_trained=0, n_kept=0, chunk_tokens=config.context_length)
+    """Weights, dictionaries, and the largest batch; logits exist of one sequence."""
+    return _need(config, plan, device, n_trained=0, n_kept=0, n_logits=config.context_length)
 
 
-def _need(
-    config: TextConfig, plan: Plan, device: torch.device, *, n_trained: int, n_kept: int, chunk_tokens: int
-) -> Need:
+def _need(config: TextConfig, plan: Plan, device: torch.device, *, n_trained: int, n_kept: int, n_logits: int) -> Need:
+    """n_kept: layers that keep what the backward pass reads. n_logits: positions that have logits at a time."""
     dtype = pair.model_dtype(config.model_dtype, device)
     config_of: Any = plan.skeleton.config
     text = config_of.get_text_config()
@@ -64,11 +63,12 @@ def _need(
     layer = itemsize * n_tokens * (22 * d_model + 6 * wide)
     if getattr(text, "attn_logit_softcapping", None) is not None:
         layer += scores * (3 * itemsize + 4)
-    # Logits of teacher and student, the student's without padding, and their gradient; two more under a soft cap.
+    # One model's logits, one copy more while they are made, two more under a soft cap, and their gradient; in float32
+    # log p, log q, p and the products of the KL.
     is_capped = getattr(text, "final_logit_softcapping", None) is not None
-    logits = itemsize * n_tokens * int(text.vocab_size) * ((4 if n_trained else 3) + 2 * is_capped)
-    chunk = 4 * 4 * min(chunk_tokens, n_tokens) * int(text.vocab_size)
-    step = max(n_kept, 1) * layer + logits + chunk + latents
+    n_copies = 2 + 2 * is_capped + bool(n_trained)
+    logits = min(n_logits, n_tokens) * int(text.vocab_size) * (itemsize * n_copies + 4 * 4)
+    step = max(n_kept, 1) * layer + logits + latents
     if device.type == "cuda":
         return Need(PROCESS_BYTES + weights + 12 * n_trained, weights + dictionaries + 16 * n_trained + step, device)
     return Need(PROCESS_BYTES + weights + dictionaries + 16 * n_trained + max(step, 12 * n_trained))

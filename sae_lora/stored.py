@@ -1,9 +1,8 @@
 """What a fit needs of the frozen model, kept for every batch: what stands at the lowest hook point with its dictionary
 spliced in, and the teacher's final hidden states, after the last norm.
 
-Logits are not kept: the model's own head makes them from the final hidden states, in one matrix product. In memory, or
-in a folder whose name is a hash of everything that decides the numbers, so that fits with other ranks, seeds and layers
-read it too:
+Logits are not kept: the model's own head makes them from the final hidden states. In memory, or in a folder whose name
+is a hash of everything that decides the numbers, so that fits with other ranks, seeds and layers read it too:
 
     FOLDER/KEY/00000000.safetensors ...    one file for each batch, `x_hat` and `final`
     FOLDER/KEY/manifest.json               size and checksum of every file; written last
@@ -21,7 +20,7 @@ from sae_lora.adapter import lora_off
 from sae_lora.config import FitConfig
 from sae_lora.dictionary import FrozenDictionary
 from sae_lora.inputs import Plan
-from sae_lora.objective import States, head, logits, states
+from sae_lora.objective import States, final_states, states
 
 FORMAT_VERSION = 1
 
@@ -92,7 +91,7 @@ def open_states(
     """What the settings ask to store, filled; None where they ask for nothing.
 
     Raises:
-        InputError: the model does not make its logits from what was stored, bit for bit.
+        InputError: what was stored is not what the model gives, bit for bit.
         EnvironmentFault, CorruptData: as `StoredStates.fill` and `read`.
     """
     if config.store == "none":
@@ -107,8 +106,9 @@ def open_states(
     found.fill(model, plan, config.batch_rows, device)
     first = next(plan.batches(config.batch_rows, device))
     with torch.no_grad(), lora_off(model):
-        if not torch.equal(head(model, first, found.read(0, device).final), logits(model, first)):
+        if not torch.equal(final_states(model, first), found.read(0, device).final):
             raise InputError(
-                f"{plan.model!r} does not make the same logits from its stored final hidden states. Use --store none."
+                f"{found.folder or 'the store'} holds states that differ in bits from those of {plan.model!r} here, as "
+                "another machine or torch makes them. Use another --store-folder."
             )
     return found

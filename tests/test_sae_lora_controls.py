@@ -12,7 +12,7 @@ import torch
 from fits import opened
 from torch import Tensor
 
-from crosscoders import CrosscoderConfig, InputError
+from crosscoders import CrosscoderConfig, InputError, metrics
 from crosscoders.model import Crosscoder
 from crosscoders.training import StopRequested
 from sae_lora import FitConfig, fit, fitting, load_adapter, load_corrector, load_dictionary, objective, splice
@@ -273,10 +273,10 @@ def test_fit_and_load_give_what_was_trained(
     with torch.no_grad():
         after = objective.batch_kl(fitted.model, fitted.dictionaries, batch, plan.keep_ids)
         with objective.lora_off(fitted.model), splice(fitted.model, dictionaries, keep_ids=plan.keep_ids):
-            spliced = objective.logits(fitted.model, batch)[batch.attention_mask.bool()]
+            q = objective.logits(fitted.model, batch)[batch.attention_mask.bool()]
         with objective.lora_off(fitted.model):
-            plain = objective.logits(fitted.model, batch)[batch.attention_mask.bool()]
-    assert 0 < float(after) < float(objective.kl_total(plain, spliced))
+            p = objective.logits(fitted.model, batch)[batch.attention_mask.bool()]
+    assert 0 < float(after) < float(metrics.kl(metrics.log_probs(p), metrics.log_probs(q)).sum())
     assert fit(settings, tmp_path / "run") == folder  # complete already
 
 

@@ -20,7 +20,7 @@ from sae_lora.cli import main
 from sae_lora.config import PRESETS, pair_up
 from sae_lora.dictionary import Constant, DictionaryInfo, FrozenDictionary
 from sae_lora.end_to_end import train_end_to_end, trainable
-from sae_lora.inputs import load_dictionaries, load_model, make_plan
+from sae_lora.inputs import Batch, load_dictionaries, load_model, make_plan
 from sae_lora.loading import load_dictionary
 
 D, F = 16, 24
@@ -97,15 +97,86 @@ def test_an_identity_dictionary_gives_no_kl_and_no_gradient(pair: Any, scope: Pa
         assert (abs(float(total)) < 1e-6 and largest < 1e-6) == is_zero
 
 
-def test_kl_in_chunks_equals_kl_at_once_and_torch(pair: Any) -> None:
-    p, q = torch.randn(2, 11, 30, generator=torch.Generator().manual_seed(0)).unbind()
-    q.requires_grad_(True)
-    wanted = torch.nn.functional.kl_div(q.log_softmax(1), p.softmax(1), reduction="sum")
-    (gradient,) = torch.autograd.grad(wanted, q)
+def test_kl_in_chunks_equals_kl_at_once_and_torch() -> None:
+    draw = torch.Generator().manual_seed(0)
+    teacher, student = torch.randn(2, 11, D, generator=draw).unbind()
+    W = torch.randn(D, 30, generator=draw)
+    student.requires_grad_(True)
+
+    def head(x: Tensor) -> Tensor:
+        return torch.tanh(x @ W / 3) * 3
+
+    wanted = torch.nn.functional.kl_div(head(student).log_softmax(1), head(teacher).softmax(1), reduction="sum")
+    (gradient,) = torch.autograd.grad(wanted * 2, student)
     for chunk in (1, 4, 100):
-        found = objective.kl_total(p, q, chunk)
+        found = objective.kl_total(teacher, student, head, chunk)
         torch.testing.assert_close(found, wanted)
-        torch.testing.assert_close(torch.autograd.grad(found, q)[0], gradient)
+        torch.testing.assert_close(torch.autograd.grad(found * 2, student)[0], gradient)
+
+
+def test_the_kl_of_a_batch_equals_that_of_whole_logits_without_padding(pair: Any, scope: Path) -> None:
+    """Soft caps, padding and splice included; and never the logits of more than a chunk."""
+    plan, model, dictionaries, batches = opened(config(pair, scope))
+    batch = next(batch for batch in batches if not batch.attention_mask.all())
+    adapted = add_lora(model, [2], rank=2, alpha=1.0)
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "lora_B" in name:
+                weight.normal_()
+    used = batch.attention_mask.bool()
+    with torch.no_grad(), lora_off(adapted):
+        p = objective.logits(adapted, batch)[used]
+    with splice(adapted, dictionaries, keep_ids=plan.keep_ids):
+        q = objective.logits(adapted, batch)[used]
+    wanted = torch.nn.functional.kl_div(q.log_softmax(1), p.softmax(1), reduction="sum")
+    weights = [w for w in adapted.parameters() if w.requires_grad]
+    slopes = torch.autograd.grad(wanted, weights)
+    widths: list[int] = []
+    head = adapted.get_base_model().lm_head
+    handle = head.register_forward_hook(lambda _m, _a, out: widths.append(out.shape[0] * out.shape[1]))
+    found = objective.batch_kl(adapted, dictionaries, batch, plan.keep_ids, chunk_tokens=5)
+    handle.remove()
+    torch.testing.assert_close(found, wanted)
+    for slope, other in zip(torch.autograd.grad(found, weights), slopes, strict=True):
+        torch.testing.assert_close(slope, other, rtol=1e-4, atol=1e-6)
+    assert max(widths) == 5 and float(wanted.detach()) > 0
+
+
+@pytest.mark.parametrize("kind", ["Gemma2", "Llama", "GPT2", "OPT", "Cohere", "Granite", "Mixtral"])
+def test_the_head_alone_makes_the_logits_of_every_architecture(kind: str) -> None:
+    """Scales, caps and biases of the logits; a mixture of experts, whose head reads more than hidden states."""
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 320, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "pad_token_id": 0}
+    more = {"OPT": {"word_embed_proj_dim": 8}}.get(kind, {} if kind == "GPT2" else {"num_key_value_heads": 2})
+    made = getattr(transformers, f"{kind}Config")(**sizes, **more, bos_token_id=1, eos_token_id=2)
+    model = transformers.AutoModelForCausalLM.from_config(made).eval()
+    ids = torch.arange(3, 13).view(2, 5)
+    batch = Batch(ids, torch.ones_like(ids), torch.ones_like(ids).bool(), np.arange(2))
+    objective.require_head(model, batch)
+    with torch.no_grad():
+        final, wanted = objective.final_states(model, batch), objective.logits(model, batch)
+        with objective.head_alone(model) as to_logits:
+            torch.testing.assert_close(to_logits(final[batch.scored]), wanted[batch.scored])
+
+
+def test_a_model_whose_logits_need_more_than_final_states_is_refused(
+    pair: Any, scope: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = config(pair, scope)
+    _, model, _, batches = opened(settings)
+    objective.require_head(model, batches[0])
+    real = type(model).forward
+
+    def shifted(self: Any, input_ids: Tensor, **given: Any) -> Any:
+        out = real(self, input_ids=input_ids, **given)
+        out.logits = out.logits + input_ids.shape[1]
+        return out
+
+    monkeypatch.setattr(type(model), "forward", shifted)
+    with pytest.raises(InputError, match="Gemma2ForCausalLM does not make its logits from its final hidden states"):
+        fit(settings, tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -264,8 +335,8 @@ def test_stored_states_change_no_bit_of_a_fit_and_serve_other_fits(
         assert all(torch.equal(found[key], value) for key, value in wanted.items()), name
     monkeypatch.setattr("sae_lora.stored.states", None)  # the model is not run for them again
     fit(config(pair, scope, **disk, rank=2), tmp_path / "other")
-    with monkeypatch.context() as patched, pytest.raises(InputError, match="does not make the same logits"):
-        patched.setattr("sae_lora.stored.head", lambda model, batch, final: objective.logits(model, batch) + 1)
+    with monkeypatch.context() as patched, pytest.raises(InputError, match="states that differ in bits"):
+        patched.setattr("sae_lora.stored.final_states", lambda *given: objective.final_states(*given) + 1)
         fit(config(pair, scope, **disk, rank=3), tmp_path / "unlike")
     damaged = next((tmp_path / "states").glob("*/00000001.safetensors"))
     data = bytearray(damaged.read_bytes())

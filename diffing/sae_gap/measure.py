@@ -15,16 +15,17 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 
-from crosscoders import metrics
 from crosscoders.tokens import ROLES
 from sae_lora.adapter import lora_off
 from sae_lora.dictionary import FrozenDictionary
-from sae_lora.inputs import Batch, Plan
-from sae_lora.objective import logits
+from sae_lora.evaluation import of_predictions
+from sae_lora.inputs import Plan
+from sae_lora.objective import final_states, head_alone
 from sae_lora.splicing import splice
 
 CELLS = ("plain", "spliced", "adapted", "adapted_spliced")
 QUANTITIES = ("ce", "kl")
+"""Of `sae_lora.evaluation.of_predictions`, the first."""
 CLASSES = {
     "all": ROLES,
     "template": ("template",),
@@ -51,17 +52,19 @@ def measure(
     for batch in plan.batches(batch_rows, device):
         inside = [_classes(plan, int(number)) for number in batch.numbers]
         n_tokens[:, batch.numbers] = np.stack([found.sum(axis=1) for found in inside], axis=1)
-        p = None
-        for c, cell in enumerate(CELLS):
+        finals = []
+        for cell in CELLS:
             with torch.no_grad(), contextlib.ExitStack() as stack:
                 if not cell.startswith("adapted"):
                     stack.enter_context(lora_off(adapted))
                 if cell.endswith("spliced"):
                     stack.enter_context(splice(adapted, dictionaries, keep_ids=plan.keep_ids))
-                q = logits(adapted, batch)
-            p = q if p is None else p
+                finals.append(final_states(adapted, batch))
+        with torch.no_grad(), head_alone(adapted) as to_logits:
             for r, number in enumerate(batch.numbers):
-                sums[:, c, :, number] = inside[r] @ _of_row(p[r], q[r], batch, r, inside[r].shape[1])
+                n = inside[r].shape[1]
+                each = of_predictions(to_logits, [x[r, :n] for x in finals], batch.ids[r, 1 : n + 1]).cpu().numpy()
+                sums[..., number] = np.einsum("kn,cqn->kcq", inside[r], each[:, : len(QUANTITIES)])
     return Gaps(sums, n_tokens)
 
 
@@ -70,11 +73,3 @@ def _classes(plan: Plan, number: int) -> Bool[np.ndarray, "classes predictions"]
     tokens = slice(plan.rows.offsets[number] + 1, plan.rows.offsets[number + 1])  # nothing predicts the first one
     roles, scored = plan.rows.roles[tokens], plan.rows.scored[tokens]
     return np.stack([np.isin(roles, [ROLES.index(role) for role in names]) & scored for names in CLASSES.values()])
-
-
-def _of_row(
-    p: Float[torch.Tensor, "seq vocab"], q: Float[torch.Tensor, "seq vocab"], batch: Batch, r: int, n: int
-) -> Float[np.ndarray, "predictions quantities"]:
-    log_p, log_q = metrics.log_probs(p[:n]), metrics.log_probs(q[:n])
-    ce = metrics.ce(log_q, batch.ids[r, 1 : n + 1])
-    return torch.stack([ce, metrics.kl(log_p, log_q)], dim=1).double().cpu().numpy()
