@@ -70,7 +70,7 @@ def train_end_to_end(
         CorruptData: the KL is not finite.
     """
     weights = list(dictionary.parameters())
-    optimizer = torch.optim.Adam(weights, lr=lr_at(0))
+    optimizer = torch.optim.Adam(weights, lr=lr_at(0), fused=True)
     prefix, since_fired = None, torch.zeros(dictionary.info.dict_size, dtype=torch.int64, device=weights[0].device)
     for number, batch in enumerate(batches):
         if not number:

@@ -22,7 +22,7 @@ from sae_lora.adapter import lora_off
 from sae_lora.classes import TokenClasses
 from sae_lora.dictionary import Constant, FrozenDictionary
 from sae_lora.inputs import Batch
-from sae_lora.objective import ToLogits, final_states, head_alone, logits, require_head
+from sae_lora.objective import ToLogits, final_states, head_alone, require_head
 from sae_lora.splicing import splice
 
 CELLS = ("plain", "spliced", "adapted", "adapted_spliced", "zero_ablated", "mean_ablated")
@@ -155,7 +155,7 @@ def _ablations(
     zeros = [Constant(point, torch.zeros(len(total))).to(device) for point, total in totals.items()]
     with torch.no_grad(), lora_off(model), splice(model, zeros, mode="off", keep_ids=keep_ids, observe=add):
         for batch in batches():
-            logits(model, batch)
+            final_states(model, batch)
     means = [Constant(point, (total / counts[point]).float()).to(device) for point, total in totals.items()]
     return zeros, means
 

@@ -60,8 +60,7 @@ def fit(config: FitConfig, out: str | Path) -> Path:
 
         # ---- model, optimiser, state
         fitted = correctors.start(config, load_model(plan, config, device), dictionaries, layers)
-        decay = 0.0 if config.corrector == "sae" else config.weight_decay  # the others are at 0 where nothing changes
-        optimizer = torch.optim.AdamW(fitted.weights, lr=config.lr, weight_decay=decay)
+        optimizer = make_optimizer(fitted, config)
         held = nn.ParameterList(fitted.weights)
         restored = checkpoint.load_state(out, held, optimizer)
         step = restored[0] if restored else 0
@@ -137,6 +136,12 @@ class _Log:
             file.write(json.dumps(line | {"tokens_per_second": rate}) + "\n")
         say(f"step {step:06d}  kl {kl:.5f}  grad {grad_norm:.3g}  lr {lr:.1e}  tok/s {rate:,}")
         self.kl, self.n_tokens, self.since = 0.0, 0, time.perf_counter()
+
+
+def make_optimizer(fitted: correctors.Fitted, config: FitConfig) -> torch.optim.Optimizer:
+    """AdamW; without decay for corrector sae, as the others are at 0 where nothing changes."""
+    decay = 0.0 if config.corrector == "sae" else config.weight_decay
+    return torch.optim.AdamW(fitted.weights, lr=config.lr, weight_decay=decay, fused=True)
 
 
 def common_prefix(

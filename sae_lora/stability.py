@@ -25,7 +25,7 @@ from sae_lora.correctors import Fitted
 from sae_lora.dictionary import FrozenDictionary
 from sae_lora.evaluation import RESAMPLES
 from sae_lora.inputs import Batch
-from sae_lora.objective import logits
+from sae_lora.objective import ToLogits, final_states, head_alone
 from sae_lora.splicing import splice
 
 MIN_TOKENS = 10
@@ -108,7 +108,9 @@ def effects(
             for kind, pushed in enumerate((None, directions[j])):
                 for when, run in enumerate(runs):
                     changed = run(part, chosen[j], pushed)
-                    np.add.at(kl[kind, when], j.cpu().numpy(), _kl_of_rows(whole[when][r], changed, used[r]))
+                    with head_alone(fitted.model) as to_logits:
+                        found = _kl_of_rows(to_logits, whole[when][r], changed, used[r])
+                    np.add.at(kl[kind, when], j.cpu().numpy(), found)
         for r, j in pairs:
             n_firing[j] += int(firing[r, j])
             n_sequences[j] += 1
@@ -118,7 +120,8 @@ def effects(
 def _runner(
     fitted: Fitted, put: Sequence[FrozenDictionary] | None, hook_point: str, keep_ids: Sequence[int]
 ) -> Callable[[Batch, Tensor | None, Tensor | None], Tensor]:
-    """Logits before (these dictionaries, LoRA off) or after (None: those of the fit), one latent less in each row."""
+    """Final hidden states before (these dictionaries, LoRA off) or after (None: those of the fit), one latent less in
+    each row."""
     spliced = fitted.dictionaries if put is None else list(put)
     changed = [Ablating(d) if d.hook_point == hook_point else d for d in spliced]
     ablating = next(d for d in changed if isinstance(d, Ablating))
@@ -132,7 +135,7 @@ def _runner(
             lora_off(fitted.model) if put is not None else contextlib.nullcontext(),
             splice(fitted.model, spliced if which is None else changed, keep_ids=keep_ids),
         ):
-            return logits(fitted.model, batch)
+            return final_states(fitted.model, batch)
 
     return run
 
@@ -153,7 +156,7 @@ def _firing(
             found.append(latents[:, chosen] != 0)
 
     with lora_off(fitted.model), splice(fitted.model, dictionaries, keep_ids=keep_ids, observe=keep):
-        logits(fitted.model, batch)
+        final_states(fitted.model, batch)
     kept = torch.isin(batch.ids, torch.tensor(list(keep_ids), device=batch.ids.device)) | (batch.attention_mask == 0)
     row_of = torch.arange(len(kept), device=kept.device)[:, None].expand_as(kept)[~kept]
     counts = torch.zeros(len(kept), len(chosen), dtype=torch.int64, device=kept.device)
@@ -161,11 +164,14 @@ def _firing(
 
 
 def _kl_of_rows(
-    p: Float[Tensor, "rows seq vocab"], q: Float[Tensor, "rows seq vocab"], used: Bool[Tensor, "rows seq"]
+    to_logits: ToLogits,
+    p: Float[Tensor, "rows seq d_model"],
+    q: Float[Tensor, "rows seq d_model"],
+    used: Bool[Tensor, "rows seq"],
 ) -> Float[np.ndarray, " rows"]:
     found = np.zeros(len(used))
     for r in range(len(used)):
-        log_p, log_q = (metrics.log_probs(values[r, :-1][used[r, 1:]]) for values in (p, q))
+        log_p, log_q = (metrics.log_probs(to_logits(final[r, :-1][used[r, 1:]])) for final in (p, q))
         found[r] = float(metrics.kl(log_p, log_q).double().sum())
     return found
 

@@ -5,15 +5,13 @@ their losses have to be equal bit for bit."""
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.sae_lora_gap.gaps import ARMS, fit_config
 from benchmarks.sae_lora_gap.setting import CPU, ROWS, Size, batches
 from benchmarks.timing import interleaved, median_row, ratio_row
 from sae_lora import objective
 from sae_lora.adapter import choose_layers
 from sae_lora.correctors import start
-from sae_lora.fitting import common_prefix, take_step
+from sae_lora.fitting import common_prefix, make_optimizer, take_step
 from sae_lora.inputs import load_dictionaries, load_model, make_plan
 
 ROUTES = ("whole", "prefix", "stored")
@@ -31,7 +29,7 @@ def run(size: Size, data: str, folder: Path) -> list[dict[str, Any]]:
 
     def route_of(name: str) -> Any:
         fitted = start(config, load_model(plan, config, CPU), dictionaries, layers)
-        optimizer = torch.optim.AdamW(fitted.weights, lr=config.lr)
+        optimizer = make_optimizer(fitted, config)
         prefix = common_prefix(fitted, layers, plan, config, CPU) if name != "whole" else None
         stored: list[objective.States | None] = [None] * len(chosen)
         if name == "stored":
