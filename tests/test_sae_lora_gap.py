@@ -47,7 +47,7 @@ def test_every_fit_has_as_many_weights_as_fit_into_a_twentieth() -> None:
         for prefix, settings in sae_lora_gap.arms_of(name, quick=False).items():
             if "corrector" not in settings:
                 layers, rank = choose_layers(settings["layers"], [info], plan.n_layers), settings["rank"]
-                assert one * len(layers) * rank <= limit, (name, prefix)
+                assert (one * len(layers) * rank <= limit) == (prefix != "rank_64."), (name, prefix)
                 assert one * len(layers) * (rank + 1) > limit or "rank_" in prefix, (name, prefix)
 
 

@@ -50,9 +50,10 @@ SHOWN = {
 
 def fit_config(dictionary: Path, data: str, n_tokens: int, **changes: Any) -> FitConfig:
     """Settings of a fit."""
+    settings = {"context_length": CONTEXT, "batch_rows": ROWS, "log_every": 1000, "checkpoint_every": 100_000}
     return FitConfig(
-        model=BASE, dictionary=str(dictionary), data=data, n_tokens=n_tokens, context_length=CONTEXT,
-        batch_rows=ROWS, device="cpu", log_every=1000, checkpoint_every=100_000, **{**SETTINGS, **changes},
+        model=BASE, dictionary=str(dictionary), data=data, n_tokens=n_tokens, device="cpu",
+        **{**settings, **SETTINGS, **changes},
     )  # fmt: skip
 
 
