@@ -13,6 +13,7 @@ import contextlib
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from crosscoders import adam8, store
+from crosscoders.config import to_dict
 from crosscoders.errors import CorruptData, InputError
 from crosscoders.pair import identity
 from crosscoders.progress import say
@@ -29,12 +31,15 @@ FORMAT_VERSION = 1
 
 def start_run(
     folder: Path,
-    config: dict[str, Any],
+    config: Any,
     inputs: dict[str, Any],
     environment: dict[str, Any],
     command: str = "train",
 ) -> None:
     """Write run.json, or check that the run found there is the same one.
+
+    config: a dataclass. A setting that is newer than the run found has its default in it, so a default has to mean what
+    was done before there was the setting.
 
     Raises:
         InputError: the folder holds a run with another config or other inputs.
@@ -42,7 +47,7 @@ def start_run(
     described = {
         "format_version": FORMAT_VERSION,
         "command": command,
-        "config": config,
+        "config": to_dict(config),
         "environment": environment,
         "inputs": inputs,
     }
@@ -51,6 +56,7 @@ def start_run(
         store.write_json(path, described)
         return
     found = store.read_object(path, "config", "inputs")
+    found["config"] = _with_newer(found["config"], config)
     for part in ("config", "inputs"):
         was, now = (json.loads(json.dumps(run[part])) for run in (found, described))
         if part == "inputs":
@@ -66,6 +72,18 @@ def start_run(
                 f"{folder} holds a run with {key} = {old!r}, now {new!r}. "
                 "Use the same settings to go on, or choose another --out."
             )
+
+
+def _with_newer(was: dict[str, Any], config: Any) -> dict[str, Any]:
+    """Recorded settings, with the defaults of those that are not among them."""
+    found = dict(was)
+    for field in fields(config):
+        now = getattr(config, field.name)
+        if field.name not in found and field.default is not MISSING:
+            found[field.name] = field.default
+        elif is_dataclass(now) and isinstance(found.get(field.name), dict):
+            found[field.name] = _with_newer(found[field.name], now)
+    return found
 
 
 def _first_difference(was: Any, now: Any, key: str = "") -> tuple[str, Any, Any] | None:

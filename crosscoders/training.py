@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from crosscoders import checkpoint, selection, store
-from crosscoders.config import TrainConfig, to_dict
+from crosscoders.config import TrainConfig
 from crosscoders.errors import CorruptData, InputError
 from crosscoders.formats import load_crosscoder
 from crosscoders.kernels.library import keep_large_blocks, library
@@ -69,7 +69,7 @@ def train(
         # The mean norms tell apart streams that have no other name.
         inputs = {**(inputs or {}), "stream": {"mean_norm": [str(value) for value in stream.mean_norm]}}
         machine = environment(str(device)) | {"kernels": library().state, "products": str(products).split(".")[1]}
-        checkpoint.start_run(out, to_dict(config), inputs, machine)
+        checkpoint.start_run(out, config, inputs, machine)
         if (out / "config.json").is_file() and (out / "model.safetensors").is_file():
             say(f"{out} is complete already.")
             return load_crosscoder(out)

@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from crosscoders import checkpoint, hooks, memory, store
-from crosscoders.config import to_dict
 from crosscoders.errors import CorruptData
 from crosscoders.pair import choose_device
 from crosscoders.progress import Progress, say
@@ -53,7 +52,7 @@ def fit(config: FitConfig, out: str | Path) -> Path:
             "dictionaries": {dictionary.hook_point: dictionary.identity() for dictionary in dictionaries},
             "tokens": {"hash": plan.token_hash(), "n": plan.rows.n_scored},
         }
-        checkpoint.start_run(out, to_dict(config), inputs, environment(str(device)), "fit")
+        checkpoint.start_run(out, config, inputs, environment(str(device)), "fit")
         if (out / "adapter" / SIDECAR).is_file():
             say(f"{out} is complete already.")
             return out / "adapter"

@@ -395,6 +395,19 @@ def test_another_config_in_a_used_folder_is_refused(tmp_path: Path) -> None:
         run(tmp_path / "a", config(lr=2e-2))
 
 
+def test_a_run_from_before_a_setting_goes_on_where_that_has_its_default(tmp_path: Path) -> None:
+    run(tmp_path / "a")
+    path = tmp_path / "a" / "run.json"
+    recorded = json.loads(path.read_text())
+    del recorded["config"]["adam_bits"], recorded["config"]["crosscoder"]["activation"]
+    path.write_text(json.dumps(recorded))
+    (tmp_path / "a" / "config.json").unlink()
+    run(tmp_path / "a")
+    assert (tmp_path / "a" / "config.json").is_file()
+    with pytest.raises(InputError, match="holds a run with adam_bits = 32, now 8"):
+        run(tmp_path / "a", config(adam_bits=8))
+
+
 def test_a_second_writer_of_a_run_is_refused(tmp_path: Path) -> None:
     with store.exclusive(tmp_path / "a"), pytest.raises(EnvironmentFault, match="is being written by process"):
         run(tmp_path / "a")
