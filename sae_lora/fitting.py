@@ -180,7 +180,7 @@ def take_step(
             fitted.dictionaries,
             batch,
             keep_ids,
-            chunk_tokens=config.chunk_tokens,
+            chunk_tokens=config.chosen_chunk(batch.ids.device.type),
             prefix=prefix,
             stored=stored,
         )

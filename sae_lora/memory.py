@@ -29,7 +29,8 @@ def fit_need(config: FitConfig, plan: Plan, layers: Sequence[int], device: torch
     }[config.corrector]
     # From the lowest weight that is trained on, a pass keeps what the backward pass reads.
     n_kept = plan.n_layers - (layers[0] if layers else first_layer_after(plan.infos[0].hook_point))
-    need = _need(config, plan, device, n_trained=n_trained, n_kept=n_kept, n_logits=config.chunk_tokens)
+    n_logits = config.chosen_chunk(device.type)
+    need = _need(config, plan, device, n_trained=n_trained, n_kept=n_kept, n_logits=n_logits)
     if config.store != "memory":
         return need
     config_of: Any = plan.skeleton.config
