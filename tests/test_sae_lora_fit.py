@@ -205,6 +205,32 @@ def test_a_shared_prefix_and_stored_states_give_equal_bits(pair: Any, scope: Pat
     assert float(found[0][0]) > 0
 
 
+def test_a_bfloat16_model_is_fitted_with_float32_weights_and_kl(pair: Any, scope: Path, tmp_path: Path) -> None:
+    """What a GPU runs by default."""
+    settings = config(pair, scope, model_dtype="bfloat16")
+    plan, model, dictionaries, batches = opened(settings)
+    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+    adapted = add_lora(model, [2], rank=2, alpha=1.0)
+    trained = [weight for weight in adapted.parameters() if weight.requires_grad]
+    prefix = objective.find_prefix(adapted, POINT, batches[0])
+    stored = objective.states(adapted, dictionaries[0], batches[0], plan.keep_ids)
+    assert prefix is not None and {weight.dtype for weight in trained} == {torch.float32}
+    found = []
+    for known in ({}, {"prefix": prefix}, {"prefix": prefix, "stored": stored}):
+        total = objective.batch_kl(adapted, dictionaries, batches[0], plan.keep_ids, **known)
+        found.append([total.detach(), *torch.autograd.grad(total, trained)])
+    for values in zip(*found, strict=True):
+        assert all(torch.equal(values[0], value) for value in values[1:])
+    exact_plan, exact, *_ = opened(config(pair, scope))
+    wanted = float(objective.batch_kl(exact, dictionaries, batches[0], exact_plan.keep_ids))
+    assert found[0][0].dtype == torch.float32 and float(found[0][0]) == pytest.approx(wanted, rel=0.05)
+    same = objective.batch_kl(adapted, [Identity()], batches[0], plan.keep_ids)
+    assert float(same.detach()) == 0
+    fit(settings, tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "train.jsonl").read_text().splitlines()]
+    assert lines[-1]["kl"] < lines[0]["kl"]
+
+
 # ---------------------------------------------------------------------------------------------------- objective
 
 
