@@ -12,7 +12,7 @@ draws no random number after the start, so weights, Adam's moments, dead counter
 import contextlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from crosscoders import adam8, store
 from crosscoders.config import to_dict
 from crosscoders.errors import CorruptData, InputError
-from crosscoders.pair import identity
 from crosscoders.progress import say
 
 FORMAT_VERSION = 1
@@ -35,11 +34,13 @@ def start_run(
     inputs: dict[str, Any],
     environment: dict[str, Any],
     command: str = "train",
+    places: Sequence[str] = (),
 ) -> None:
     """Write run.json, or check that the run found there is the same one.
 
     config: a dataclass. A setting that is newer than the run found has its default in it, so a default has to mean what
-    was done before there was the setting.
+    was done before there was the setting. places: settings that say where inputs are, which may be elsewhere now if
+    their hashes are the same.
 
     Raises:
         InputError: the folder holds a run with another config or other inputs.
@@ -56,22 +57,26 @@ def start_run(
         store.write_json(path, described)
         return
     found = store.read_object(path, "config", "inputs")
-    found["config"] = _with_newer(found["config"], config)
-    for part in ("config", "inputs"):
-        was, now = (json.loads(json.dumps(run[part])) for run in (found, described))
-        if part == "inputs":
-            for side in (was, now):
-                # A cache or a model that was moved is the same cache or model.
-                cache = side.get("cache", {})
-                cache.pop("path", None)
-                cache |= {model: identity(cache[model]) for model in ("base", "tuned") if model in cache}
-        changed = _first_difference(was, now)
-        if changed:
-            key, old, new = changed
-            raise InputError(
-                f"{folder} holds a run with {key} = {old!r}, now {new!r}. "
-                "Use the same settings to go on, or choose another --out."
-            )
+    recorded = {"config": _with_newer(found["config"], config), "inputs": _by_content(found["inputs"])}
+    asked = {"config": described["config"], "inputs": _by_content(inputs)}
+    recorded, asked = (json.loads(json.dumps(run)) for run in (recorded, asked))
+    other_input = _first_difference(recorded["inputs"], asked["inputs"])
+    for run in (recorded, asked):
+        run["config"] = {k: v for k, v in run["config"].items() if other_input or k not in places}
+    changed = _first_difference(recorded["config"], asked["config"]) or other_input
+    if changed:
+        key, old, new = changed
+        raise InputError(
+            f"{folder} holds a run with {key} = {old!r}, now {new!r}. "
+            "Use the same settings to go on, or choose another --out."
+        )
+
+
+def _by_content(entry: Any) -> Any:
+    """Without the places of what has a hash: a cache, a model or a dictionary that was moved is the same one."""
+    if not isinstance(entry, dict):
+        return entry
+    return {k: _by_content(v) for k, v in entry.items() if "hash" not in entry or k not in ("path", "name")}
 
 
 def _with_newer(was: dict[str, Any], config: Any) -> dict[str, Any]:

@@ -28,6 +28,9 @@ from sae_lora.inputs import Batch, Plan, load_dictionaries, load_model, make_pla
 from sae_lora.memory import MEND, fit_need
 from sae_lora.stored import open_states
 
+PLACES = ("model", "dictionary", "data", "store_folder")
+"""Settings that say where something is, of which the run records hashes."""
+
 
 def fit(config: FitConfig, out: str | Path) -> Path:
     """Fit an adapter, or go on with an interrupted run in `out`, and return the adapter's folder.
@@ -52,7 +55,7 @@ def fit(config: FitConfig, out: str | Path) -> Path:
             "dictionaries": {dictionary.hook_point: dictionary.identity() for dictionary in dictionaries},
             "tokens": {"hash": plan.token_hash(), "n": plan.rows.n_scored},
         }
-        checkpoint.start_run(out, config, inputs, environment(str(device)), "fit")
+        checkpoint.start_run(out, config, inputs, environment(str(device)), "fit", PLACES)
         if (out / "adapter" / SIDECAR).is_file():
             say(f"{out} is complete already.")
             return out / "adapter"

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -391,7 +392,13 @@ def test_a_run_does_not_go_on_with_another_dictionary_at_the_same_path(pair: Any
     lower.mkdir(parents=True)
     arrays = dict(np.load(scope / "params.npz"))
     np.savez(lower / "params.npz", **arrays)
-    fit(config(pair, lower), tmp_path / "run")
+    folder = fit(config(pair, lower), tmp_path / "run")
+    model, dictionary = shutil.copytree(pair.tuned, tmp_path / "m"), tmp_path / "m" / "layer_1" / "width_16k" / "x"
+    shutil.copytree(lower, dictionary)
+    assert fit(config(pair, dictionary, model=str(model)), tmp_path / "run") == folder  # moved, and the same
+    (model / "config.json").write_text((model / "config.json").read_text() + "\n")
+    with pytest.raises(InputError, match="holds a run with model = "):
+        fit(config(pair, lower, model=str(model)), tmp_path / "run")
     np.savez(lower / "params.npz", **arrays | {"b_dec": arrays["b_dec"] + 1})
     with pytest.raises(InputError, match=r"holds a run with dictionaries\.blocks\.1\.hook_resid_post\.hash"):
         fit(config(pair, lower), tmp_path / "run")
