@@ -187,11 +187,14 @@ def head_alone(model: Any) -> Iterator[ToLogits]:
         return found[0]
 
     decoder = vars(hooks.decoder_stack(core))  # vars(): as in `hooks.bypass`
+    kept = decoder.get("forward")
     decoder["forward"] = lambda *_args, **_settings: _Ended(given[0])
     try:
         yield to_logits
     finally:
         del decoder["forward"]
+        if kept is not None:
+            decoder["forward"] = kept
 
 
 def require_head(model: Any, batch: Batch) -> None:

@@ -156,10 +156,14 @@ def test_the_head_alone_makes_the_logits_of_every_architecture(kind: str) -> Non
     ids = torch.arange(3, 13).view(2, 5)
     batch = Batch(ids, torch.ones_like(ids), torch.ones_like(ids).bool(), np.arange(2))
     objective.require_head(model, batch)
+    stack = hooks.decoder_stack(model)
+    assert "forward" not in vars(stack)
+    wrapped = vars(stack)["forward"] = stack.forward  # as other libraries do
     with torch.no_grad():
         final, wanted = objective.final_states(model, batch), objective.logits(model, batch)
         with objective.head_alone(model) as to_logits:
             torch.testing.assert_close(to_logits(final[batch.scored]), wanted[batch.scored])
+    assert vars(stack)["forward"] is wrapped
 
 
 def test_a_model_whose_logits_need_more_than_final_states_is_refused(
