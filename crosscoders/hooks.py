@@ -8,7 +8,7 @@ managers, so they nest and survive exceptions.
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -216,15 +216,22 @@ def bypass(model: Any, n_layers: int, *, as_tuple: bool = False) -> Iterator[Non
     def hand_on(hidden_states: Tensor, *_args: Any, **_settings: Any) -> Any:
         return (hidden_states,) if as_tuple else hidden_states
 
+    with forward_by(list(decoder_layers(model))[:n_layers], hand_on):
+        yield
+
+
+@contextlib.contextmanager
+def forward_by(modules: Sequence[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
+    """Let modules compute with another function; what other libraries put in its place comes back at the end."""
     # vars(), because a TransformerBridge hands attributes that are set on a layer to the module that it wraps.
-    layers = [vars(layer) for layer in list(decoder_layers(model))[:n_layers]]
-    kept = [layer.get("forward") for layer in layers]
+    attributes = [vars(module) for module in modules]
+    kept = [found.get("forward") for found in attributes]
     try:
-        for layer in layers:
-            layer["forward"] = hand_on
+        for found in attributes:
+            found["forward"] = forward
         yield
     finally:
-        for layer, forward in zip(layers, kept, strict=True):
-            del layer["forward"]
-            if forward is not None:
-                layer["forward"] = forward
+        for found, before in zip(attributes, kept, strict=True):
+            del found["forward"]
+            if before is not None:
+                found["forward"] = before

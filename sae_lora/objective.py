@@ -186,15 +186,8 @@ def head_alone(model: Any) -> Iterator[ToLogits]:
         found: Tensor = core(input_ids=ids, use_cache=False).logits
         return found[0]
 
-    decoder = vars(hooks.decoder_stack(core))  # vars(): as in `hooks.bypass`
-    kept = decoder.get("forward")
-    decoder["forward"] = lambda *_args, **_settings: _Ended(given[0])
-    try:
+    with hooks.forward_by([hooks.decoder_stack(core)], lambda *_args, **_settings: _Ended(given[0])):
         yield to_logits
-    finally:
-        del decoder["forward"]
-        if kept is not None:
-            decoder["forward"] = kept
 
 
 def require_head(model: Any, batch: Batch) -> None:
