@@ -13,13 +13,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from crosscoders import store
-from crosscoders.errors import EnvironmentFault, InputError, nearest
+from crosscoders.common import files
+from crosscoders.common.errors import EnvironmentFault, InputError, nearest
 
 BENCHMARKS = {
     "chat-pair": "benchmarks.chat_pair",
-    "demo-pair": "benchmarks.demo_pair",
-    "latent-scaling": "benchmarks.latent_scaling",
+    "demo-pair": "benchmarks.embedded_pair",
     "planted": "benchmarks.planted",
     "sae-lora": "benchmarks.sae_lora_gap",
     "throughput": "benchmarks.throughput",
@@ -80,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
             print(json.dumps(found, indent=1) if args.json else markdown(found))
         else:
             for path in sorted(args.out.glob("*.json")):
-                print(markdown(store.read_json(path)))
+                print(markdown(files.read_json(path)))
     except (InputError, EnvironmentFault) as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status
@@ -95,7 +94,7 @@ def run_one(name: str, *, quick: bool, out: Path, options: dict[str, Any]) -> di
     """
     import torch
 
-    from crosscoders.provenance import environment
+    from crosscoders.common.provenance import environment
 
     if name not in BENCHMARKS:
         raise InputError(
@@ -114,7 +113,7 @@ def run_one(name: str, *, quick: bool, out: Path, options: dict[str, Any]) -> di
     }
     parts = ("own",) if options.get("runs") else options.get("only", ())  # beside the results of the embedded pair
     words = [name, *parts, *(("quick",) if quick else ())]
-    store.write_json(out / f"{'-'.join(words)}.json", found)
+    files.write_json(out / f"{'-'.join(words)}.json", found)
     return found
 
 

@@ -5,42 +5,45 @@ Names are loaded when first used, so that importing the package costs nothing.
 
 from typing import TYPE_CHECKING
 
-from crosscoders.lazy import loader
+from crosscoders.common.lazy import loader
 
 if TYPE_CHECKING:
-    from crosscoders.cache import ActivationCache
-    from crosscoders.caching import cache_activations, run_cache
-    from crosscoders.config import CacheConfig, CrosscoderConfig, DataSource, TrainConfig
-    from crosscoders.errors import CorruptData, EnvironmentFault, InputError
-    from crosscoders.formats import load_crosscoder
-    from crosscoders.metrics import evaluate
-    from crosscoders.model import Crosscoder
-    from crosscoders.pair import ModelPair, load_pair
-    from crosscoders.source import open_source
-    from crosscoders.stream import cached_stream, live_stream, tensor_stream
-    from crosscoders.training import train
+    from crosscoders.activations.cache import ActivationCache
+    from crosscoders.activations.caching import cache_activations, run_cache
+    from crosscoders.activations.settings import CacheConfig
+    from crosscoders.activations.source import open_source
+    from crosscoders.activations.stream import cached_stream, live_stream, tensor_stream
+    from crosscoders.common.errors import CorruptData, EnvironmentFault, InputError
+    from crosscoders.dictionary.crosscoder import Crosscoder
+    from crosscoders.dictionary.metrics import evaluate
+    from crosscoders.dictionary.settings import CrosscoderConfig
+    from crosscoders.formats.load import load_crosscoder
+    from crosscoders.models.pair import ModelPair, load_pair
+    from crosscoders.text.settings import DataSource
+    from crosscoders.training.loop import train
+    from crosscoders.training.settings import TrainConfig
 
 _HOMES = {
-    "ActivationCache": "cache",
-    "CacheConfig": "config",
-    "CorruptData": "errors",
-    "Crosscoder": "model",
-    "CrosscoderConfig": "config",
-    "DataSource": "config",
-    "EnvironmentFault": "errors",
-    "InputError": "errors",
-    "ModelPair": "pair",
-    "TrainConfig": "config",
-    "cache_activations": "caching",
-    "cached_stream": "stream",
-    "evaluate": "metrics",
-    "live_stream": "stream",
-    "load_crosscoder": "formats",
-    "load_pair": "pair",
-    "open_source": "source",
-    "run_cache": "caching",
-    "tensor_stream": "stream",
-    "train": "training",
+    "ActivationCache": "crosscoders.activations.cache",
+    "CacheConfig": "crosscoders.activations.settings",
+    "CorruptData": "crosscoders.common.errors",
+    "Crosscoder": "crosscoders.dictionary.crosscoder",
+    "CrosscoderConfig": "crosscoders.dictionary.settings",
+    "DataSource": "crosscoders.text.settings",
+    "EnvironmentFault": "crosscoders.common.errors",
+    "InputError": "crosscoders.common.errors",
+    "ModelPair": "crosscoders.models.pair",
+    "TrainConfig": "crosscoders.training.settings",
+    "cache_activations": "crosscoders.activations.caching",
+    "cached_stream": "crosscoders.activations.stream",
+    "evaluate": "crosscoders.dictionary.metrics",
+    "live_stream": "crosscoders.activations.stream",
+    "load_crosscoder": "crosscoders.formats.load",
+    "load_pair": "crosscoders.models.pair",
+    "open_source": "crosscoders.activations.source",
+    "run_cache": "crosscoders.activations.caching",
+    "tensor_stream": "crosscoders.activations.stream",
+    "train": "crosscoders.training.loop",
 }
 
 __all__ = [

@@ -5,36 +5,36 @@ Names are loaded when first used, so that importing the package costs nothing.
 
 from typing import TYPE_CHECKING
 
-from crosscoders.lazy import loader
+from crosscoders.common.lazy import loader
 
 if TYPE_CHECKING:
-    from diffing.causal import measure
-    from diffing.causal_data import read_chats
-    from diffing.causal_sets import choose_sets
-    from diffing.latent_scaling import LatentScales, scale_latents
-    from diffing.lens import logit_lens
-    from diffing.partners import with_partners
-    from diffing.report import write_report
-    from diffing.steering import steered, steering_vector
-    from diffing.table import latent_table, scale_run
-    from diffing.twins import twin_pairs
-    from diffing.verdict import Thresholds
+    from crosscoders.text.chats import read_chats
+    from diffing.causal.lens import logit_lens
+    from diffing.causal.patching import measure
+    from diffing.causal.sets import choose_sets
+    from diffing.causal.steering import steered, steering_vector
+    from diffing.latents.latent_scaling import LatentScales, scale_latents
+    from diffing.latents.partners import with_partners
+    from diffing.latents.table import latent_table, scale_run
+    from diffing.latents.twins import twin_pairs
+    from diffing.latents.verdict import Thresholds
+    from diffing.report.publishing import write_report
 
 _HOMES = {
-    "LatentScales": "latent_scaling",
-    "Thresholds": "verdict",
-    "choose_sets": "causal_sets",
-    "latent_table": "table",
-    "logit_lens": "lens",
-    "measure": "causal",
-    "read_chats": "causal_data",
-    "scale_latents": "latent_scaling",
-    "scale_run": "table",
-    "steered": "steering",
-    "steering_vector": "steering",
-    "twin_pairs": "twins",
-    "with_partners": "partners",
-    "write_report": "report",
+    "LatentScales": "diffing.latents.latent_scaling",
+    "Thresholds": "diffing.latents.verdict",
+    "choose_sets": "diffing.causal.sets",
+    "latent_table": "diffing.latents.table",
+    "logit_lens": "diffing.causal.lens",
+    "measure": "diffing.causal.patching",
+    "read_chats": "crosscoders.text.chats",
+    "scale_latents": "diffing.latents.latent_scaling",
+    "scale_run": "diffing.latents.table",
+    "steered": "diffing.causal.steering",
+    "steering_vector": "diffing.causal.steering",
+    "twin_pairs": "diffing.latents.twins",
+    "with_partners": "diffing.latents.partners",
+    "write_report": "diffing.report.publishing",
 }
 
 __all__ = [

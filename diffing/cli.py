@@ -1,226 +1,74 @@
 """Settings of the commands of `diffing`."""
 
-from dataclasses import dataclass, field
-from typing import Literal
-
-from crosscoders.command import Command
-from crosscoders.command import main as run_main
-from crosscoders.config import require_range
-from crosscoders.errors import InputError
+from crosscoders.common.command_line import Command
+from crosscoders.common.command_line import main as run_main
+from diffing.causal.settings import CausalSettings, LensSettings, SteerSettings
+from diffing.demo.settings import DemoSettings
+from diffing.latents.settings import ScaleSettings, StabilitySettings
 from diffing.null.settings import NullSettings
+from diffing.report.settings import ReportSettings
 from diffing.sae_gap.settings import SaeGapSettings
-
-
-@dataclass(frozen=True)
-class ScaleSettings:
-    """Latent Scaling, verdicts and examples for every latent of a run."""
-
-    run: str
-    """Run folder of `crosscoders train`."""
-    cache: str | None = None
-    """Folder of `crosscoders cache`; default: the one that the run was trained on."""
-    n_tokens: int | None = None
-    """Tokens to read; default: all."""
-    n_examples: int = 64
-    """Latents, from the most tuned-specific on, for which examples are kept."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
-
-    def __post_init__(self) -> None:
-        require_range(self, 1, None, "n_tokens", "n_examples")
-
-
-@dataclass(frozen=True)
-class CausalSettings:
-    """Patch chosen latents from one model into the other and measure how far its predictions follow."""
-
-    run: str
-    """Run folder, after `diffing scale`."""
-    cache: str | None = None
-    """Folder of `crosscoders cache`, whose models and chats are used; best one of held-out documents. Default: the one
-    that the run was trained on."""
-    data: str | None = None
-    """Other chats: file, folder or `datasets` id with a messages column."""
-    n_documents: int = 512
-    """Chats with a response to measure on."""
-    n_latents: int | list[int] = 32
-    """Sizes of the sets by Latent Scaling, by norm and at random."""
-    random_draws: int = 10
-    """Random sets of each size, from latents that are alive."""
-    match_frequency: bool = False
-    """Draw random latents that are as frequent as those chosen by Latent Scaling."""
-    latents: list[int] | None = None
-    """A set of your own."""
-    first_tokens: int = 9
-    """Tokens of each response that are also counted apart."""
-    batch_rows: int = 8
-    """Chats in one forward pass."""
-    model_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type in which the models run; auto: bfloat16 on a GPU, float32 on a CPU."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
-    seed: int = 0
-    """Seed of random sets and of bootstrap resamples."""
-
-    def __post_init__(self) -> None:
-        require_range(self, 1, None, "n_documents", "random_draws", "first_tokens", "batch_rows")
-        require_range(self, 0, 2**63 - 1, "seed")
-
-    def top(self) -> list[int]:
-        """n_latents as a list."""
-        return [self.n_latents] if isinstance(self.n_latents, int) else self.n_latents
-
-
-@dataclass(frozen=True)
-class SteerSettings:
-    """Add a latent's decoder to a model while it answers."""
-
-    run: str
-    """Run folder, after `diffing scale`."""
-    latent: int
-    """Number of the latent."""
-    prompt: str
-    """User message, or text to go on with where the models have no chat template."""
-    cache: str | None = None
-    """Folder of `crosscoders cache`, whose models are used. Default: the one that the run was trained on."""
-    strengths: list[float] = field(default_factory=lambda: [0.0, 1.0])
-    """Strengths, in units of the latent's largest activation in the table; 0 changes nothing."""
-    decoder: Literal["base", "tuned"] = "tuned"
-    """Whose decoder is added."""
-    model: Literal["base", "tuned"] = "base"
-    """Which model answers."""
-    max_new_tokens: int = 32
-    """Longest answer, in tokens."""
-    model_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type in which the models run; auto: bfloat16 on a GPU, float32 on a CPU."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
-
-    def __post_init__(self) -> None:
-        require_range(self, 1, None, "max_new_tokens")
-        if not self.strengths:
-            raise InputError("strengths is an empty list. Name at least one, such as 1.0.")
-
-
-@dataclass(frozen=True)
-class LensSettings:
-    """The tokens that decoders write for, read with each model's final norm and unembedding."""
-
-    run: str
-    """Run folder, after `diffing scale`."""
-    cache: str | None = None
-    """Folder of `crosscoders cache`, whose models are used. Default: the one that the run was trained on."""
-    latents: list[int] | None = None
-    """Latents to read; default: the first 32 by rank."""
-    top: int = 8
-    """Tokens for each decoder."""
-    model_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type in which the models run; auto: bfloat16 on a GPU, float32 on a CPU."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
-
-    def __post_init__(self) -> None:
-        require_range(self, 1, None, "top")
-
-
-@dataclass(frozen=True)
-class StabilitySettings:
-    """Which latents come back in other training runs of the same pair."""
-
-    runs: list[str]
-    """Two or more run folders, after `diffing scale`."""
-    seed: int = 0
-    """Seed of the permuted control."""
-
-
-@dataclass(frozen=True)
-class ReportSettings:
-    """One self-contained HTML page and one JSON file about a run."""
-
-    run: str
-    """Run folder, after `diffing scale`."""
-
-
-@dataclass(frozen=True)
-class DemoSettings:
-    """The whole path on the embedded pair of models: cache, train, scale, report."""
-
-    out: str = "runs/demo"
-    """Folder for the caches, the run and the report."""
-    n_tokens: int = 250_000
-    """Tokens in the cache, half raw text, half dialogues; training reads them in several epochs."""
-    seed: int = 0
-    """Seed of data order and weights."""
-    null_seeds: int = 0
-    """Crosscoder seeds with which counts are calibrated on the embedded null models (one takes about two minutes,
-    three about eight); 0: no calibration."""
-
-    def __post_init__(self) -> None:
-        require_range(self, 0, 1000, "null_seeds")
-        require_range(self, 10_000, None, "n_tokens")
-        require_range(self, 0, 2**63 - 1, "seed")
-
 
 COMMANDS = [
     Command(
         "sae-gap",
         "What a dictionary cannot express of a fine-tune: LoRA around it in both models.",
         SaeGapSettings,
-        "diffing.commands:sae_gap",
+        "diffing.sae_gap.command:sae_gap",
     ),
     Command(
         "scale",
         "Latent Scaling, verdicts and examples for every latent of a run.",
         ScaleSettings,
-        "diffing.commands:scale",
+        "diffing.latents.command:scale",
         "run",
     ),
     Command(
         "causal",
         "Share of the KL between the models that chosen latents close.",
         CausalSettings,
-        "diffing.commands:causal",
+        "diffing.causal.command:causal",
         "run",
     ),
     Command(
         "steer",
         "Add a latent's decoder to a model while it answers.",
         SteerSettings,
-        "diffing.commands:steer",
+        "diffing.causal.command:steer",
         "run",
     ),
     Command(
         "lens",
         "Tokens that the decoders of latents write for.",
         LensSettings,
-        "diffing.commands:lens",
+        "diffing.causal.command:lens",
         "run",
     ),
     Command(
         "stability",
         "Which latents come back in other training runs of the same pair.",
         StabilitySettings,
-        "diffing.commands:stability",
+        "diffing.latents.command:stability",
         "runs",
     ),
     Command(
         "report",
         "One self-contained HTML page and one JSON file about a run.",
         ReportSettings,
-        "diffing.commands:report",
+        "diffing.report.command:report",
         "run",
     ),
     Command(
         "demo",
         "The whole path on the embedded pair of models, in minutes on a CPU.",
         DemoSettings,
-        "diffing.commands:demo",
+        "diffing.demo.command:demo",
     ),
     Command(
         "null",
         "False-positive rates of specific latents, from null pairs.",
         NullSettings,
-        "diffing.commands:null",
+        "diffing.null.command:null",
         "run",
     ),
 ]

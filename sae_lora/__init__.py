@@ -5,31 +5,31 @@ Names are loaded when first used, so that importing the package costs nothing.
 
 from typing import TYPE_CHECKING
 
-from crosscoders.lazy import loader
+from crosscoders.common.lazy import loader
 
 if TYPE_CHECKING:
-    from sae_lora.adapter import load_adapter
-    from sae_lora.config import FitConfig
-    from sae_lora.controls import with_control
-    from sae_lora.correctors import load_corrector
-    from sae_lora.dictionary import FrozenDictionary
-    from sae_lora.evaluation import measure
-    from sae_lora.fitting import fit
-    from sae_lora.loading import inspect_dictionary, load_dictionary
+    from sae_lora.dictionaries.controls import with_control
+    from sae_lora.dictionaries.frozen import FrozenDictionary
+    from sae_lora.dictionaries.loading import inspect_dictionary, load_dictionary
+    from sae_lora.evaluation.cells import measure
+    from sae_lora.fitting.correctors import load_corrector
+    from sae_lora.fitting.loop import fit
+    from sae_lora.fitting.settings import FitConfig
+    from sae_lora.lora.adapter import load_adapter
     from sae_lora.splicing import special_ids, splice
 
 _HOMES = {
-    "FitConfig": "config",
-    "FrozenDictionary": "dictionary",
-    "fit": "fitting",
-    "inspect_dictionary": "loading",
-    "load_adapter": "adapter",
-    "load_corrector": "correctors",
-    "load_dictionary": "loading",
-    "measure": "evaluation",
-    "special_ids": "splicing",
-    "splice": "splicing",
-    "with_control": "controls",
+    "FitConfig": "sae_lora.fitting.settings",
+    "FrozenDictionary": "sae_lora.dictionaries.frozen",
+    "fit": "sae_lora.fitting.loop",
+    "inspect_dictionary": "sae_lora.dictionaries.loading",
+    "load_adapter": "sae_lora.lora.adapter",
+    "load_corrector": "sae_lora.fitting.correctors",
+    "load_dictionary": "sae_lora.dictionaries.loading",
+    "measure": "sae_lora.evaluation.cells",
+    "special_ids": "sae_lora.splicing",
+    "splice": "sae_lora.splicing",
+    "with_control": "sae_lora.dictionaries.controls",
 }
 
 __all__ = [

@@ -1,83 +1,30 @@
 """`sae-lora fit | eval | compare`: settings and messages only."""
 
-from dataclasses import dataclass, field
-
-from crosscoders.command import Command
-from crosscoders.command import main as run_main
-from crosscoders.config import require_range
-from sae_lora.config import PRESETS, FitConfig, TextConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class FitSettings(FitConfig):
-    """Fit LoRA, or another corrector, so that the model with dictionaries in it predicts what it predicts without."""
-
-    out: str
-    """Run folder; an interrupted run there goes on."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalSettings(TextConfig):
-    """Cross-entropy and KL with adapter and dictionary off and on, and what the adapter closed."""
-
-    run: str
-    """Run folder of `sae-lora fit`, or its adapter folder."""
-    n_tokens: int = field(default=200_000)
-    """Scored tokens to read, best of documents that were not fitted on."""
-    model: str | None = None
-    """Model, where it is no longer at the place that the adapter's sidecar names."""
-    dictionary: str | list[str] | None = None
-    """Dictionaries, for the same reason, in the order of the sidecar."""
-    other_model: str | None = None
-    """Other model of a crosscoder, for the same reason."""
-    stability: int = 0
-    """Latents to ablate before and after, of each dictionary; 0: none."""
-    out: str | None = None
-    """JSON file for the results."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_range(self, 0, None, "stability")
-
-
-@dataclass(frozen=True, kw_only=True)
-class CompareSettings(TextConfig):
-    """Several fits of one model, dictionary and text side by side: what each closed, left and cost."""
-
-    runs: list[str]
-    """Run folders of `sae-lora fit`, with different names; the first is what the others are compared with."""
-    n_tokens: int = field(default=200_000)
-    """Scored tokens to read, best of documents that were not fitted on."""
-    model: str | None = None
-    """Model, where it is no longer at the place that the sidecars name."""
-    dictionary: str | list[str] | None = None
-    """Dictionaries, for the same reason, in the order of the sidecars."""
-    other_model: str | None = None
-    """Other model of a crosscoder, for the same reason."""
-    out: str | None = None
-    """JSON file for the results."""
-
+from crosscoders.common.command_line import Command
+from crosscoders.common.command_line import main as run_main
+from sae_lora.evaluation.settings import CompareSettings, EvalSettings
+from sae_lora.fitting.settings import PRESETS, FitSettings
 
 COMMANDS = [
     Command(
         "fit",
         "Fit LoRA around frozen dictionaries.",
         FitSettings,
-        "sae_lora.commands:fit_command",
+        "sae_lora.fitting.command:fit_command",
         presets=PRESETS,
     ),
     Command(
         "eval",
         "Cross-entropy and KL with adapter and dictionary off and on.",
         EvalSettings,
-        "sae_lora.commands:eval_command",
+        "sae_lora.evaluation.command:eval_command",
         positional="run",
     ),
     Command(
         "compare",
         "Several fits in one table: what each closed, left and cost.",
         CompareSettings,
-        "sae_lora.commands:compare_command",
+        "sae_lora.evaluation.command:compare_command",
         positional="runs",
     ),
 ]

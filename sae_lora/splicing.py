@@ -15,9 +15,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from crosscoders import hooks
-from crosscoders.errors import InputError
-from sae_lora.dictionary import FrozenDictionary
+from crosscoders.common.errors import InputError
+from crosscoders.models import hooks
+from crosscoders.models.hooks import core_model
+from sae_lora.dictionaries.frozen import FrozenDictionary
 
 Mode = Literal["replace", "error", "off"]
 Observe = Callable[[FrozenDictionary, Tensor, Tensor, Tensor], None]
@@ -55,13 +56,6 @@ class Spliced:
                 "checkpointing."
             )
         return self.kept
-
-
-def core_model(model: Any) -> Any:
-    """The Hugging Face model inside a PEFT model or a TransformerBridge: every forward pass, also of `generate`, calls
-    it with the ids and the mask."""
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return getattr(model, "original_model", model)
 
 
 @contextlib.contextmanager

@@ -18,7 +18,8 @@ _hook.__enter__()
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from crosscoders import CacheConfig, EnvironmentFault, cache_activations, store  # noqa: E402
+from crosscoders import CacheConfig, EnvironmentFault, cache_activations  # noqa: E402
+from crosscoders.common import files  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -34,16 +35,16 @@ TEXTS = [f"Return the {part} of a {thing}. The {thing} must not be empty." for p
 @contextlib.contextmanager
 def failing_write(monkeypatch: pytest.MonkeyPatch, writer: str, when: Callable[[int, Path], bool]) -> Iterator[None]:
     """`store.<writer>` fails at writes whose number, from 1, and path fulfil `when`; what is run must fail with it."""
-    real, made = getattr(store, writer), list[Path]()
+    real, made = getattr(files, writer), list[Path]()
 
-    def failing(path: Path, data: Any) -> store.Written:
+    def failing(path: Path, data: Any) -> files.Written:
         made.append(path)
         if when(len(made), path):
             raise EnvironmentFault("no space left (planted)")
         return real(path, data)
 
     with monkeypatch.context() as patched, pytest.raises(EnvironmentFault, match="planted"):
-        patched.setattr(store, writer, failing)
+        patched.setattr(files, writer, failing)
         yield
 
 

@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 
-from sae_lora.config import FitConfig, pair_up
-from sae_lora.controls import with_control
-from sae_lora.inputs import load_dictionaries, load_model, make_plan
+from sae_lora.dictionaries.controls import with_control
+from sae_lora.fitting.inputs import load_dictionaries, load_model, make_plan
+from sae_lora.fitting.settings import FitConfig, pair_up
 
 
 def opened(settings: FitConfig) -> Any:

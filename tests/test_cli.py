@@ -152,9 +152,9 @@ def test_missing_settings_commands_and_files_are_one_line(
 def test_exit_status_3_and_4_for_environment_and_corrupt_data(
     trained: Path, cache_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from crosscoders import store
+    from crosscoders.common import files
 
-    with store.exclusive(tmp_path / "run"):
+    with files.exclusive(tmp_path / "run"):
         assert (
             crosscoders_cli.main(["train", "--cache", str(cache_folder), "--out", str(tmp_path / "run"), *TRAIN]) == 3
         )
@@ -198,12 +198,12 @@ def test_help_and_config_errors_load_nothing_heavy() -> None:
 
 
 def test_a_bug_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    import diffing.commands
+    import diffing.report.command
 
     def broken(settings: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(diffing.commands, "report", broken)
+    monkeypatch.setattr(diffing.report.command, "report", broken)
     with pytest.raises(ZeroDivisionError):
         diffing_cli.main(["report", str(tmp_path)])
 
@@ -279,7 +279,7 @@ def test_a_folder_as_the_file_of_results_is_refused_before_the_work(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("crosscoders.commands.load_crosscoder", lambda *a, **k: pytest.fail("it was loaded"))
+    monkeypatch.setattr("crosscoders.training.command.load_crosscoder", lambda *a, **k: pytest.fail("it was loaded"))
     argv = ["eval", str(trained), "--cache", str(cache_folder), "--out", str(tmp_path)]
     assert crosscoders_cli.main(argv) == 2
     assert f"--out {str(tmp_path)!r} is a folder; the results are one JSON file" in error_line(capsys)

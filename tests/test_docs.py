@@ -18,9 +18,9 @@ import crosscoders.cli
 import diffing.cli
 import sae_lora.cli
 from crosscoders import ActivationCache, Crosscoder, CrosscoderConfig, InputError
-from crosscoders.command import Command, parse
-from crosscoders.config import PRESETS
-from diffing.verdict import VERDICTS
+from crosscoders.common.command_line import Command, parse
+from crosscoders.training.settings import PRESETS
+from diffing.latents.verdict import VERDICTS
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/math.md", "docs/formats.md", "docs/performance.md")
@@ -162,12 +162,11 @@ def wrong_make_target(target: str, makefile: str) -> str | None:
 
 def wrong_public_api(source: str, homes: dict[str, str], public: list[str]) -> str | None:
     """`__all__`, the lazy table and the imports for type checkers must say the same."""
-    package, typed = "", {}
+    typed = {}
     for_checkers = (block for block in ast.parse(source).body if isinstance(block, ast.If))
     for node in (node for block in for_checkers for node in block.body):
         if isinstance(node, ast.ImportFrom) and node.module and "." in node.module:
-            package = node.module.split(".")[0]
-            typed |= {alias.name: node.module.removeprefix(f"{package}.") for alias in node.names}
+            typed |= {alias.name: node.module for alias in node.names}
     if public != sorted(public) or sorted(homes) != public:
         return f"__all__ and the lazy table differ in {sorted(set(public) ^ set(homes)) or 'order'}"
     return None if typed == homes else f"the imports for type checkers differ: {sorted(typed.items() ^ homes.items())}"
@@ -288,7 +287,7 @@ def test_the_public_api_is_one_list(package: str) -> None:
     assert wrong_public_api(source, module._HOMES, module.__all__) is None
     for name in module.__all__:
         assert getattr(module, name) is not None
-        assert wrong_name(f"{package}.{module._HOMES[name]}.{name}") is None
+        assert wrong_name(f"{module._HOMES[name]}.{name}") is None
     with pytest.raises(AttributeError, match="has no attribute 'no_such_name'"):
         _ = module.no_such_name
 
@@ -306,16 +305,16 @@ def test_the_public_api_is_one_list(package: str) -> None:
         (wrong_settings, "crosscoders train --cache c --out o --crosscoder.k many"),
         (wrong_settings, "crosscoders cache --base x"),
         (wrong_flag, "--no-such-flag"),
-        (wrong_name, "crosscoders.metrics.explained"),
+        (wrong_name, "crosscoders.dictionary.metrics.explained"),
         (wrong_name, "crosscoders.no_such_module"),
-        (wrong_name, "crosscoders.model.Crosscoder.encoder"),
+        (wrong_name, "crosscoders.dictionary.crosscoder.Crosscoder.encoder"),
         (wrong_python, "def f(:"),
         (wrong_python, "from crosscoders import no_such_name"),
         (lambda link: wrong_link("README.md", link), "docs/nothing.md"),
         (lambda link: wrong_link("README.md", link), "docs/math.md#no-such-heading"),
         (lambda target: wrong_make_target(target, "all:\n\ttrue\n"), "demo"),
-        (lambda source: wrong_public_api(source, {"A": "a"}, ["A", "B"]), "from diffing.a import A"),
-        (lambda source: wrong_public_api(source, {"A": "a"}, ["A"]), "from diffing.b import A"),
+        (lambda source: wrong_public_api(source, {"A": "diffing.a"}, ["A", "B"]), "from diffing.a import A"),
+        (lambda source: wrong_public_api(source, {"A": "diffing.a"}, ["A"]), "from diffing.b import A"),
     ],
 )
 def test_each_checker_finds_a_planted_fault(check: Callable[[str], str | None], planted: str) -> None:
@@ -324,7 +323,7 @@ def test_each_checker_finds_a_planted_fault(check: Callable[[str], str | None], 
 
 def test_commands_are_found_in_blocks_and_in_text() -> None:
     shell = "```sh\n$ crosscoders cache \\\n  --bass x && diffing scale RUN\nls\n```"
-    text = f"`diffing bake RUN`\n\n{shell}\n\n`diffing.table`\n"
+    text = f"`diffing bake RUN`\n\n{shell}\n\n`diffing.latents.table`\n"
     assert [line.split() for line in command_lines(text)] == [
         ["crosscoders", "cache", "--bass", "x"], ["diffing", "scale", "RUN"],
     ]  # fmt: skip

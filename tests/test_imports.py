@@ -47,7 +47,9 @@ def test_no_module_unpickles_evaluates_or_trusts_remote_code() -> None:
 
 
 def test_both_checks_can_fail() -> None:
-    assert upward_imports("def f():\n    from diffing.table import x\n", "crosscoders") == ["diffing.table"]
+    assert upward_imports("def f():\n    from diffing.latents.table import x\n", "crosscoders") == [
+        "diffing.latents.table"
+    ]
     assert upward_imports("import benchmarks.x", "diffing") == ["benchmarks.x"]
     assert unsafe_calls("torch.load(path)") and unsafe_calls("x = eval(text)") and unsafe_calls("yaml.load(f)")
     assert not unsafe_calls("torch.load(path, weights_only=True)") and not unsafe_calls("model.eval()")

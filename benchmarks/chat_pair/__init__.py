@@ -29,12 +29,12 @@ from benchmarks.chat_pair.summary import (
     ratios,
 )
 from benchmarks.planted import over_seeds
-from crosscoders.cache import ActivationCache
-from crosscoders.commands import require_same_source
-from crosscoders.errors import InputError
-from crosscoders.reporting import row
-from diffing.stability import read_runs, stability
-from diffing.table import read_table
+from crosscoders.activations.cache import ActivationCache
+from crosscoders.common.errors import InputError
+from crosscoders.common.results import row
+from crosscoders.training.feed import require_same_source
+from diffing.latents.stability import read_runs, stability
+from diffing.latents.table import read_table
 
 N_SEEDS = 3
 N_CHATS, QUICK_CHATS = 512, 64

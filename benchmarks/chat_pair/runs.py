@@ -15,20 +15,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from crosscoders import store
-from crosscoders.cache import ActivationCache
-from crosscoders.caching import cache_activations
-from crosscoders.commands import train_run
-from crosscoders.errors import InputError
-from crosscoders.formats import load_crosscoder
-from crosscoders.progress import say
-from diffing.causal import cached_config, inspect_cached, load_whole, measure
-from diffing.causal_data import read_chats
-from diffing.causal_sets import choose_sets
-from diffing.causal_summary import rows
+from crosscoders.activations.cache import ActivationCache
+from crosscoders.activations.caching import cache_activations
+from crosscoders.common import files
+from crosscoders.common.errors import InputError
+from crosscoders.common.progress import say
+from crosscoders.formats.load import load_crosscoder
+from crosscoders.text.chats import read_chats
+from crosscoders.training.command import train_run
+from diffing.causal.patching import cached_config, inspect_cached, load_whole, measure
+from diffing.causal.sets import choose_sets
+from diffing.causal.summary import rows
 from diffing.demo import model_folder
-from diffing.demo.run import HELDOUT_TOKENS, cache_config, train_settings
-from diffing.table import read_table, require_fit, scale_run
+from diffing.demo.command import HELDOUT_TOKENS, cache_config, train_settings
+from diffing.latents.table import read_table, require_fit, scale_run
 
 VARIANTS = ("l1", "batchtopk")
 NULLS = ("placebo", "format_only")
@@ -126,7 +126,7 @@ def held_out(run: Path) -> dict[str, float]:
     """l0, fve.base, fve.tuned and dead on held-out tokens; empty for a run without them."""
     if not (run / "eval.json").is_file():
         return {}
-    found = store.read_object(run / "eval.json", "rows")["rows"]
+    found = files.read_object(run / "eval.json", "rows")["rows"]
     return {entry["name"].removeprefix("eval."): entry["value"] for entry in found}
 
 
@@ -138,14 +138,14 @@ def causal_rows(run: Path, cache: ActivationCache, n_documents: int) -> list[dic
     """
     table = read_table(run)
     asked = {
-        "latents": store.hash_file(run / "latents.json"),
+        "latents": files.hash_file(run / "latents.json"),
         "cache": cache.manifest_hash,
         "n_documents": n_documents,
         "draws": DRAWS,
         "top": TOP,
     }
     kept = run / f"chat-pair-{n_documents}.json"
-    if kept.is_file() and (known := store.read_object(kept, "asked", "rows"))["asked"] == asked:
+    if kept.is_file() and (known := files.read_object(kept, "asked", "rows"))["asked"] == asked:
         return list(known["rows"])
     crosscoder = load_crosscoder(run)
     require_fit(crosscoder, cache)
@@ -155,5 +155,5 @@ def causal_rows(run: Path, cache: ActivationCache, n_documents: int) -> list[dic
     chats = read_chats(cached_config(cache), info.tokenizer, n_documents)
     pair = load_whole(info, cache.manifest["hook_point"], "auto", "auto")
     found = rows(measure(crosscoder, pair, chats, sets, first_tokens=FIRST_TOKENS), first_tokens=FIRST_TOKENS)
-    store.write_json(kept, {"asked": asked, "rows": found})
+    files.write_json(kept, {"asked": asked, "rows": found})
     return found

@@ -5,7 +5,7 @@ r"""What is reported of the crosscoders of one variant.
     null rates      latents beyond a threshold that a null fixed, and its rate on the null's other seeds
     ratios          quantiles of nu_error and nu_reconstruction in a group of latents, and
                     within_shared: share of the group inside the central 95% of the class `shared` by norm
-    causal          KL and share closed by set, of `diffing.causal_summary.rows`
+    causal          KL and share closed by set, of `diffing.causal.summary.rows`
 
 A latent is alive when it is active on at least `Thresholds.min_active` tokens; groups and classes hold alive ones only.
 """
@@ -19,16 +19,16 @@ import pandas
 from jaxtyping import Bool
 
 from benchmarks.chat_pair.runs import FIRST_TOKENS, TOP
-from crosscoders import store
-from crosscoders.formats import load_crosscoder
-from crosscoders.reporting import row
-from diffing.causal_sets import orders
+from crosscoders.common import files
+from crosscoders.common.results import row
+from crosscoders.formats.load import load_crosscoder
+from diffing.causal.sets import orders
+from diffing.latents.table import read_table
+from diffing.latents.verdict import VERDICTS, Thresholds, verdicts
 from diffing.null.calibration import calibrated_row
 from diffing.null.command import result_rows
 from diffing.null.rates import SCORES, effective_number, rate_interval
 from diffing.null.runs import Scaled
-from diffing.table import read_table
-from diffing.verdict import VERDICTS, Thresholds, verdicts
 
 Summary = dict[str, tuple[float | None, str]]
 """Value, None where it is undefined, and unit, by row name without `chat-pair.<variant>.`."""
@@ -118,7 +118,7 @@ def calibrated_rates(run: Path) -> list[dict[str, Any]]:
     if not (run / "null.json").is_file():
         return []
     found = []
-    for entry in store.read_object(run / "null.json", "fixed")["fixed"]:
+    for entry in files.read_object(run / "null.json", "fixed")["fixed"]:
         if entry["words"] in CALIBRATED:
             for null, of in entry["rates"].items():
                 name = rate_name(CALIBRATED[entry["words"]], null)

@@ -11,7 +11,7 @@ import pandas
 
 from benchmarks.planted.runs import N_STEPS, SIZES, VARIANTS, draw, run_one
 from benchmarks.planted.scores import SCORES, Score, counted, judge, specific
-from diffing.verdict import Thresholds
+from diffing.latents.verdict import Thresholds
 
 SEEDS = (100, 101, 102)
 GATES = (0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55)

@@ -34,7 +34,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from crosscoders.errors import InputError
+from crosscoders.common.errors import InputError
 
 CLASSES = ("shared", "tuned-only", "base-only", "rotated", "rescaled", "split", "recomposed")
 ZIPF_OFFSET = 20

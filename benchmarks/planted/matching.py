@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from benchmarks.planted.generator import Sample, Truth
-from crosscoders.model import Crosscoder
-from diffing.partners import OTHER_SIDE
+from crosscoders.dictionary.crosscoder import Crosscoder
+from diffing.latents.partners import OTHER_SIDE
 
 MIN_CORRELATION = 0.5
 MIN_COSINE = 0.5

@@ -9,7 +9,7 @@ import torch
 from benchmarks.planted.generator import PlantedConfig, Sample, Truth, make_truth, sample
 from benchmarks.planted.matching import held_gain, match, other_side_correlation
 from crosscoders import Crosscoder, CrosscoderConfig, TrainConfig, tensor_stream, train
-from crosscoders.metrics import Evaluation, evaluate
+from crosscoders.dictionary.metrics import Evaluation, evaluate
 from diffing import latent_table, scale_latents, with_partners
 
 N_STEPS = 1500

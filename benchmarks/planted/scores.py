@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas
 
-from diffing.verdict import Thresholds, verdicts
+from diffing.latents.verdict import Thresholds, verdicts
 
 MIN_ACTIVE = 30
 WEAK_GAIN = 0.2

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from benchmarks.sae_lora_gap import gaps, race, setting, speed
 from benchmarks.sae_lora_gap.saes import DICTIONARIES, SWEPT, make_sae, quality, train_sae
-from crosscoders import store
-from crosscoders.hooks import layer_of
-from crosscoders.progress import say
-from crosscoders.reporting import row
+from crosscoders.common import files
+from crosscoders.common.progress import say
+from crosscoders.common.results import row
+from crosscoders.models.hooks import layer_of
 from sae_lora import fit, load_dictionary
 
 STUDIED = "topk-16"
@@ -98,8 +98,8 @@ def train_all(
             x, reading = training_tokens(design.hook_point)
             start = time.process_time()
             train_sae(make_sae(design, x.shape[1]), x, size.tokens, work / name)
-            store.write_json(kept, {"training": time.process_time() - start, "activations": reading})
-        seconds[name] = sum(store.read_object(kept).values())
+            files.write_json(kept, {"training": time.process_time() - start, "activations": reading})
+        seconds[name] = sum(files.read_object(kept).values())
         found = quality(load_dictionary(work / name), held_out_tokens(design.hook_point))
         rows += [
             row(f"sae-lora.{name}.fve", found.fve[0], "fraction", found.n_tokens),

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.sae_lora_gap.setting import BASE, CONTEXT, CPU, ROWS, batches, text
-from crosscoders.reporting import row
-from sae_lora import FitConfig, evaluation
-from sae_lora.adapter import read_sidecar
-from sae_lora.controls import as_fitted
-from sae_lora.correctors import load_corrector
-from sae_lora.inputs import load_dictionaries, load_model, make_plan
+from crosscoders.common.results import row
+from sae_lora import FitConfig
+from sae_lora.dictionaries.controls import as_fitted
+from sae_lora.evaluation import cells
+from sae_lora.fitting.correctors import load_corrector
+from sae_lora.fitting.inputs import load_dictionaries, load_model, make_plan
+from sae_lora.lora.sidecar import read_sidecar
 
 SETTINGS: dict[str, Any] = {"lr": 5e-3, "lr_decay_fraction": 1.0}
 RANKS = {1: 21, 2: 10, 3: 7}
@@ -67,9 +68,9 @@ def measure(prefix: str, run: Path, dictionary: Path, data: str, n_tokens: int) 
     dictionaries = as_fitted(dictionaries, sidecar)
     fitted = load_corrector(model, sidecar["folder"], dictionaries)
     n_sequences = len(plan.rows.offsets) - 1
-    measured = evaluation.measure(
+    measured = cells.measure(
         fitted.model, dictionaries, lambda: batches(plan), n_sequences, plan.keep_ids, corrected=fitted.dictionaries
     )
-    found = {entry["name"].removeprefix("eval."): entry for entry in evaluation.rows(measured)}
+    found = {entry["name"].removeprefix("eval."): entry for entry in cells.rows(measured)}
     rows = [{**found[name], "name": f"{prefix}{ours}"} for ours, name in SHOWN.items() if name in found]
     return [*rows, row(f"{prefix}parameters", fitted.n_weights / n_weights, "of the model's parameters", n_weights)]

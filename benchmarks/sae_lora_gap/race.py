@@ -22,15 +22,16 @@ import torch
 from benchmarks.sae_lora_gap.gaps import ARMS, COMPARED, fit_config
 from benchmarks.sae_lora_gap.saes import Design, make_sae, quality
 from benchmarks.sae_lora_gap.setting import CPU, HELD_OUT, HOOK_POINT, ROWS, Size, activations, batches, open_base
-from crosscoders import metrics
-from crosscoders.reporting import row
-from sae_lora import FitConfig, load_dictionary, objective, splice
-from sae_lora.adapter import choose_layers
-from sae_lora.correctors import Fitted, start
-from sae_lora.dictionary import FrozenDictionary, SaeLens
-from sae_lora.end_to_end import Step, train_end_to_end, trainable
-from sae_lora.fitting import batch_order, common_prefix, make_optimizer, take_step
-from sae_lora.inputs import Batch, Plan, load_model
+from crosscoders.common.results import row
+from crosscoders.models import predictions, resume
+from crosscoders.text.tokens import Batch
+from sae_lora import FitConfig, load_dictionary, splice
+from sae_lora.dictionaries.frozen import FrozenDictionary, SaeLens
+from sae_lora.fitting.correctors import Fitted, start
+from sae_lora.fitting.end_to_end import Step, train_end_to_end, trainable
+from sae_lora.fitting.inputs import Plan, load_model
+from sae_lora.fitting.loop import batch_order, common_prefix, make_optimizer, take_step
+from sae_lora.lora.adapter import choose_layers
 
 T = TypeVar("T")
 END_TO_END, LORA = "end_to_end_", "lora_"
@@ -79,12 +80,12 @@ def spliced_ce(model: Any, dictionary: FrozenDictionary | None, held_out: list[B
     total, n = 0.0, 0
     for batch in held_out:
         if dictionary is None:
-            found = objective.logits(model, batch)
+            found = resume.logits(model, batch)
         else:
             with splice(model, dictionary, keep_ids=keep_ids):
-                found = objective.logits(model, batch)
+                found = resume.logits(model, batch)
         used = batch.scored[:, 1:]
-        ce = metrics.ce(metrics.log_probs(found[:, :-1][used]), batch.ids[:, 1:][used])
+        ce = predictions.ce(predictions.log_probs(found[:, :-1][used]), batch.ids[:, 1:][used])
         total, n = total + float(ce.double().sum()), n + len(ce)
     return total / n
 

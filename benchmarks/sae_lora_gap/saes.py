@@ -11,8 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from benchmarks.sae_lora_gap.setting import HOOK_POINT
-from crosscoders.metrics import Evaluation, ReconstructionSums
-from sae_lora.dictionary import FrozenDictionary
+from crosscoders.dictionary.metrics import Evaluation, ReconstructionSums
+from sae_lora.dictionaries.frozen import FrozenDictionary
 
 
 class Design(NamedTuple):

@@ -12,12 +12,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from crosscoders import store
-from diffing.demo import ASSETS, model_folder
-from diffing.demo.build import read_rows
-from sae_lora import objective
-from sae_lora.config import TextConfig
-from sae_lora.inputs import Batch, Plan, load_model, make_plan
+from crosscoders.common import files
+from crosscoders.models import resume
+from crosscoders.text.tokens import Batch
+from diffing.demo import ASSETS, model_folder, read_rows
+from sae_lora.fitting.inputs import Plan, load_model, make_plan
+from sae_lora.fitting.settings import TextConfig
 
 HOOK_POINT = "blocks.1.hook_resid_post"
 CONTEXT, ROWS = 256, 16
@@ -50,7 +50,7 @@ def split(work: Path) -> dict[str, str]:
     rows = read_rows("raw_train")
     parts = {"train": [r for i, r in enumerate(rows) if i % 20], "development": rows[::20]}
     for name, chosen in parts.items():
-        store.write_bytes(work / f"{name}.jsonl", "".join(json.dumps(r) + "\n" for r in chosen).encode())
+        files.write_bytes(work / f"{name}.jsonl", "".join(json.dumps(r) + "\n" for r in chosen).encode())
     return {name: str(work / f"{name}.jsonl") for name in parts}
 
 
@@ -76,7 +76,7 @@ def activations(plan: Plan, model: nn.Module, hook_point: str = HOOK_POINT) -> F
     kept = torch.tensor(plan.keep_ids)
     return torch.cat(
         [
-            objective.activations(model, hook_point, b)[b.attention_mask.bool() & ~torch.isin(b.ids, kept)]
+            resume.activations(model, hook_point, b)[b.attention_mask.bool() & ~torch.isin(b.ids, kept)]
             for b in batches(plan)
         ]
     )

@@ -8,11 +8,11 @@ from typing import Any
 from benchmarks.sae_lora_gap.gaps import ARMS, fit_config
 from benchmarks.sae_lora_gap.setting import CPU, Size
 from benchmarks.timing import interleaved, median_row, ratio_row
-from sae_lora import objective
-from sae_lora.adapter import choose_layers
-from sae_lora.correctors import start
-from sae_lora.fitting import common_prefix, make_optimizer, take_step
-from sae_lora.inputs import load_dictionaries, load_model, make_plan
+from sae_lora.fitting import objective
+from sae_lora.fitting.correctors import start
+from sae_lora.fitting.inputs import load_dictionaries, load_model, make_plan
+from sae_lora.fitting.loop import common_prefix, make_optimizer, take_step
+from sae_lora.lora.adapter import choose_layers
 
 ROUTES = ("whole", "prefix", "stored")
 N_BATCHES = 8

@@ -6,7 +6,7 @@ set OMP_NUM_THREADS=1 where other work shares the cores. Definitions: docs/perfo
 
 from typing import Any
 
-from crosscoders.errors import InputError, nearest
+from crosscoders.common.errors import InputError, nearest
 
 PARTS = ("steps", "cache", "read", "scaling", "growth", "gpu", "peers")
 DEFAULT = PARTS[:-1]
@@ -27,7 +27,7 @@ def run(quick: bool, only: tuple[str, ...] = (), peers: bool = False, checkout: 
     """
     from benchmarks.throughput import caching, gpu, growth, reading, scaling, steps
     from benchmarks.throughput import peers as others
-    from crosscoders.kernels.library import keep_large_blocks
+    from crosscoders.common.memory import keep_large_blocks
 
     keep_large_blocks()  # as training does; the peers and the floor have it too
     for part in only:

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from benchmarks.throughput.adapters import foreign_import
 from benchmarks.timing import Clock, cpu_seconds, interleaved, ratio_row
-from crosscoders.hooks import capture
-from crosscoders.pair import ModelPair, PairInfo
-from crosscoders.source import ActivationSource, concatenate
-from crosscoders.store import write_tensors
-from crosscoders.tokens import PaddedBatch, Rows, pad_rows
+from crosscoders.activations.scored import concatenate
+from crosscoders.activations.source import ActivationSource
+from crosscoders.common.files import write_tensors
+from crosscoders.models.hooks import capture
+from crosscoders.models.pair import ModelPair, PairInfo
+from crosscoders.text.tokens import PaddedBatch, Rows, pad_rows
 
 
 class Size(NamedTuple):

@@ -15,8 +15,8 @@ from benchmarks.throughput.adapters import PEERS, UNIT_NORM, Build, Known, Peer,
 from benchmarks.throughput.steps import SHAPES, Shape, encoder_product, our_step, planted, rate_row, start_model, turns
 from benchmarks.timing import interleaved, median_row, ratio_row
 from crosscoders import Crosscoder
-from crosscoders.errors import EnvironmentFault, InputError, nearest
-from crosscoders.progress import say
+from crosscoders.common.errors import EnvironmentFault, InputError, nearest
+from crosscoders.common.progress import say
 
 CHECK_SHAPE = Shape(24, 160, 40, 6)
 """Where an adapter is held to its claims: all sizes different, no multiple of another but the last."""

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.timing import interleaved, ratio_row
 from crosscoders import ActivationCache, cached_stream
-from crosscoders.store import write_json, write_tensors
+from crosscoders.common.files import write_json, write_tensors
 
 
 def rows(quick: bool) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks.throughput.steps import Shape, planted, start_model
 from benchmarks.timing import interleaved, ratio_row
 from crosscoders import Crosscoder
-from diffing.latent_scaling import MODELS, TARGETS, scale_latents
+from diffing.latents.latent_scaling import MODELS, TARGETS, scale_latents
 
 SHAPE = Shape(128, 1024, 1024, 24)
 """Small: the error target is one (batch, d_model) matrix for each latent."""

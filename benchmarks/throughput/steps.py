@@ -11,9 +11,10 @@ import torch
 
 from benchmarks.throughput import memory
 from benchmarks.timing import interleaved, median_row, ratio_row
-from crosscoders import Crosscoder, CrosscoderConfig, TrainConfig, selection
-from crosscoders.objective import forward
-from crosscoders.optimizer import Optimizer
+from crosscoders import Crosscoder, CrosscoderConfig, TrainConfig
+from crosscoders.dictionary import selection
+from crosscoders.training.objective import forward
+from crosscoders.training.optimizer import Optimizer
 
 Step = Callable[[torch.Tensor], float]
 """Takes a batch (batch, n_models, d_model), makes one training step and gives its loss."""

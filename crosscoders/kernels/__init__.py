@@ -1,1 +1,1 @@
-"""Compiled inner loops of `crosscoders.sparse`: `cpu` (C, built on first use), `gpu` (Triton). Both are optional."""
+"""Compiled inner loops of `dictionary.sparse`: `cpu` (C, built on first use), `gpu` (Triton). Both are optional."""

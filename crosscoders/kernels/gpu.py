@@ -1,4 +1,4 @@
-"""Triton kernels for the two sparse products on a GPU. Where Triton is missing, `crosscoders.sparse` uses torch.
+"""Triton kernels for the two sparse products on a GPU. Where Triton is missing, `dictionary.sparse` uses torch.
 
     bags    one program per bag and block of columns: no (entries, width) tensor, no atomic additions
     dots    one program per entry and part of the columns

@@ -124,15 +124,3 @@ def split(n: int, run: Callable[[int, int], Result]) -> list[Result]:
 def joined(parts: Sequence[Sequence[Tensor]]) -> Sequence[Tensor]:
     """The columns of several parts, end to end."""
     return parts[0] if len(parts) == 1 else [torch.cat(columns) for columns in zip(*parts, strict=True)]
-
-
-def keep_large_blocks() -> None:
-    """Have glibc keep freed blocks of up to 1 GiB for reuse, for the rest of this process.
-
-    By default it gives blocks above 32 MiB back to the kernel at once, and every step pays for zeroed pages again
-    (first touch runs at 2.6 GB/s where reuse runs at 18). Elsewhere than on glibc nothing is changed.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
-        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD

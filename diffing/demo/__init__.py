@@ -3,7 +3,10 @@
 `model_folder` and `document_file` give the places of the packaged files. Importing this loads nothing.
 """
 
+import gzip
+import json
 from pathlib import Path
+from typing import Any
 
 ASSETS = Path(__file__).parent / "assets"
 MODELS = ("base", "tuned", "placebo", "format_only")
@@ -33,3 +36,9 @@ def _known(name: str, choices: tuple[str, ...], kind: str) -> str:
     if name not in choices:
         raise ValueError(f"there is no embedded {kind} {name!r}. Use one of {', '.join(choices)}.")
     return name
+
+
+def read_rows(name: str) -> list[dict[str, Any]]:
+    """Rows of one file of the frozen corpus."""
+    with gzip.open(document_file(name), "rt", encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]

@@ -8,15 +8,20 @@ prints, `result_rows` what `--json` holds. Everything that is finished in OUT is
     OUT/<null>/seed-<n>/    crosscoder and latents.json; OUT/tuned/seed-<n>/ for the pair itself
 """
 
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from crosscoders import store
-from crosscoders.cache import ActivationCache
-from crosscoders.errors import InputError
-from crosscoders.pair import hash_model
-from crosscoders.reporting import row
+from crosscoders.activations.cache import ActivationCache
+from crosscoders.common import files
+from crosscoders.common.checks import to_dict
+from crosscoders.common.errors import InputError
+from crosscoders.common.progress import say
+from crosscoders.common.results import closing, result, row
+from crosscoders.models.names import hash_model
+from crosscoders.training.feed import require_same_source
+from diffing.latents.runs import _trained_on
 from diffing.null.calibration import Tables, calibrate
 from diffing.null.models import round_model, train_placebo
 from diffing.null.rates import SCORES
@@ -50,19 +55,19 @@ def calibrate_run(settings: NullSettings, opened: ActivationCache) -> dict[str, 
                 tables[kind][seed] = null_run(replace(config, seed=seed), cache, here, n_tokens)
     found = {
         "format_version": FORMAT_VERSION,
-        "latents": store.hash_file(run / "latents.json"),
+        "latents": files.hash_file(run / "latents.json"),
         "n_tokens": n_tokens,
         "seed": config.seed,
         "nulls": {kind: {"name": model, "hash": hash_model(model)} for kind, model in models.items()},
         **calibrate(tables, settings.rates),
     }
-    store.write_json(run / "null.json", found)
+    files.write_json(run / "null.json", found)
     return found
 
 
 def require_scaled_on(run: Path, opened: ActivationCache) -> int:
     """The tokens that the run was scaled on; raises InputError unless they are the first ones of `opened`."""
-    found = store.read_object(run / "latents.json", "n_tokens", "cache")
+    found = files.read_object(run / "latents.json", "n_tokens", "cache")
     if found["cache"]["hash"] != opened.manifest_hash:
         raise InputError(
             f"{run} was scaled on cache {found['cache']['path']!r}, not on {str(opened.path)!r}. Name that one with "
@@ -145,3 +150,15 @@ def result_rows(found: dict[str, Any]) -> list[dict[str, Any]]:
 def rate_name(rate: float) -> str:
     """A rate as a part of a dotted name: `zero`, `percent_1`, `percent_0_5`."""
     return f"percent_{100 * rate:g}".replace(".", "_") if rate else "zero"
+
+
+def null(settings: NullSettings) -> dict[str, Any]:
+    """`diffing null`"""
+    started = time.perf_counter()
+    run = Path(settings.run)
+    cache = ActivationCache(settings.cache if settings.cache is not None else _trained_on(run))
+    require_same_source(run, cache)
+    found = calibrate_run(settings, cache)
+    closing(started, f"calibration in {run / 'null.json'}")
+    say(f"next: diffing report {run}")
+    return result("null", to_dict(settings), result_rows(found)) | {"text": summary(found)}

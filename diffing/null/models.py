@@ -13,13 +13,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from crosscoders import store
-from crosscoders.config import DataSource
-from crosscoders.documents import read_source
-from crosscoders.errors import CorruptData, InputError
-from crosscoders.pair import choose_device, hash_model, quiet_transformers
-from crosscoders.progress import Progress, say
-from crosscoders.tokens import tokenize_text
+from crosscoders.common import files
+from crosscoders.common.devices import choose_device
+from crosscoders.common.errors import CorruptData, InputError
+from crosscoders.common.progress import Progress, say
+from crosscoders.models.names import hash_model, quiet_transformers
+from crosscoders.text.documents import read_source
+from crosscoders.text.settings import DataSource
+from crosscoders.text.tokens import tokenize_text
 from diffing.null.settings import NullSettings
 
 
@@ -151,7 +152,7 @@ def publish(model: Any, tokenizer: Any, out: Path, made: dict[str, Any]) -> Path
     with quiet_transformers():
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
-    store.write_json(out / "made.json", made)
+    files.write_json(out / "made.json", made)
     return out
 
 
@@ -163,7 +164,7 @@ def is_made(out: Path, made: dict[str, Any]) -> bool:
     """
     if not (out / "made.json").is_file():
         return False
-    found = store.read_object(out / "made.json")
+    found = files.read_object(out / "made.json")
     for key, value in made.items():
         if found.get(key) != value:
             raise InputError(

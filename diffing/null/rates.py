@@ -18,8 +18,9 @@ import pandas
 import torch
 from jaxtyping import Bool, Float
 
-from crosscoders.model import Crosscoder
-from diffing.verdict import Thresholds, specificity
+from crosscoders.common.statistics import beta_quantile
+from crosscoders.dictionary.crosscoder import Crosscoder
+from diffing.latents.verdict import Thresholds, specificity
 
 ALIGNED = 0.3
 """Cosine of tuned decoders from which two latents count as one in `effective_number`. Random directions of width 128
@@ -151,28 +152,3 @@ def rate_interval(k: float, n: int, n_effective: float) -> tuple[float, float]:
     low = beta_quantile(0.025, hits, n_effective - hits + 1) if hits > 0 else 0.0
     high = beta_quantile(0.975, hits + 1, n_effective - hits) if n_effective > hits else 1.0
     return low, high
-
-
-def beta_quantile(q: float, a: float, b: float) -> float:
-    """The value below which a Beta(a, b) variable lies with probability q, by bisection."""
-    low, high = 0.0, 1.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if beta_cdf(middle, a, b) < q else (low, middle)
-    return (low + high) / 2
-
-
-def beta_cdf(x: float, a: float, b: float) -> float:
-    """Regularised incomplete beta function, by its continued fraction (Abramowitz and Stegun 26.5.8)."""
-    if x <= 0 or x >= 1:
-        return float(x >= 1)
-    if x > (a + 1) / (a + b + 2):  # where the fraction of the mirror image converges faster
-        return 1 - beta_cdf(1 - x, b, a)
-    fraction = 1.0
-    for m in range(200, 0, -1):  # from the innermost term outwards
-        even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
-        odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
-        fraction = 1 + even / (1 + odd / fraction)
-    first = -(a + b) * x / (a + 1)
-    log_front = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)
-    return math.exp(log_front) / a / (1 + first / fraction)

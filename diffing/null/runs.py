@@ -10,16 +10,21 @@ from typing import Any, NamedTuple
 
 import pandas
 
-from crosscoders import ActivationCache, cache_activations, store
-from crosscoders.cli import TrainSettings
-from crosscoders.commands import train_run
-from crosscoders.config import CacheConfig, CrosscoderConfig, DataSource, TrainConfig
-from crosscoders.errors import InputError
-from crosscoders.formats import load_crosscoder
-from crosscoders.pair import choose_device, hash_model, identity, inspect_pair
-from crosscoders.source import make_plan
+from crosscoders import ActivationCache, cache_activations
+from crosscoders.activations.plan import make_plan
+from crosscoders.activations.settings import CacheConfig
+from crosscoders.common import files
+from crosscoders.common.devices import choose_device
+from crosscoders.common.errors import InputError
+from crosscoders.dictionary.settings import CrosscoderConfig
+from crosscoders.formats.load import load_crosscoder
+from crosscoders.models.names import hash_model, identity
+from crosscoders.models.pair import inspect_pair
+from crosscoders.text.settings import DataSource
+from crosscoders.training.command import train_run
+from crosscoders.training.settings import TrainConfig, TrainSettings
+from diffing.latents.table import cache_table, cache_tokenizer, write_table
 from diffing.null.rates import effective_number
-from diffing.table import cache_table, cache_tokenizer, write_table
 
 
 class Scaled(NamedTuple):
@@ -40,7 +45,7 @@ def read_config(run: Path, device: str) -> TrainConfig:
         raise InputError(f"{str(run)!r} is not a run folder (no run.json). Name one of `crosscoders train`.")
     if not (run / "latents.json").is_file():
         raise InputError(f"{str(run)!r} has no latents.json. Run: diffing scale {run}")
-    found = store.read_object(run / "run.json", "config")["config"]
+    found = files.read_object(run / "run.json", "config")["config"]
     known = {field.name for field in fields(TrainConfig)}
     shape = CrosscoderConfig(**found["crosscoder"])
     return TrainConfig(
@@ -109,7 +114,7 @@ def null_run(config: TrainConfig, cache: ActivationCache, out: Path, n_tokens: i
     train_run(TrainSettings(**settings, cache=str(cache.path), out=str(out)))
     described = out / "latents.json"
     if described.is_file():
-        found = store.read_object(described, "n_tokens", "cache")
+        found = files.read_object(described, "n_tokens", "cache")
         if found["n_tokens"] == n_tokens and found["cache"]["hash"] == cache.manifest_hash:
             return read_scaled(out)
     crosscoder = load_crosscoder(out, device=str(choose_device(config.device)))
@@ -120,6 +125,6 @@ def null_run(config: TrainConfig, cache: ActivationCache, out: Path, n_tokens: i
 
 def read_scaled(run: Path) -> Scaled:
     """The latent table of a scaled run, and how many independent latents it counts as."""
-    columns: dict[str, Any] = store.read_object(run / "latents.json", "columns")["columns"]
+    columns: dict[str, Any] = files.read_object(run / "latents.json", "columns")["columns"]
     table = pandas.DataFrame(columns).set_index("latent")
     return Scaled(table, effective_number(load_crosscoder(run), table))

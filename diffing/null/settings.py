@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from crosscoders.config import require_positive, require_range
-from crosscoders.errors import InputError
+from crosscoders.common.checks import require_positive, require_range
+from crosscoders.common.errors import InputError
 
 
 @dataclass(frozen=True)

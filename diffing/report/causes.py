@@ -8,8 +8,8 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from crosscoders.errors import InputError
-from crosscoders.store import hash_file
+from crosscoders.common.errors import InputError
+from crosscoders.common.files import hash_file
 from diffing.report.data import Run, is_number, read_object, read_rows
 from diffing.report.figures import BASE, TUNED, Figure, line_at, spec
 from diffing.report.text import NONE, number

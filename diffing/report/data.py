@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float
 
-from crosscoders.errors import InputError, nearest
-from crosscoders.store import read_json
+from crosscoders.common.errors import InputError, nearest
+from crosscoders.common.files import read_json
 
 VERDICTS = ("tuned-specific", "base-specific", "rotated", "shrunk", "decoupled", "shared", "undetermined", "dead")
 NORM_CLASSES = ("base-only", "shared", "tuned-only", "other")

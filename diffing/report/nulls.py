@@ -4,30 +4,16 @@ Reading order: `read_nulls`, `threshold_lines` and `fixed_lines` (the tables), `
 top of the page), `beyond` (what a single latent passes), `null_figure`.
 """
 
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from crosscoders.errors import InputError
-from crosscoders.store import hash_file
-from diffing.report.data import Run, read_object
+from diffing.report.data import Run
 from diffing.report.figures import GREY, TUNED, Figure, line_at, rounded, spec
 from diffing.report.text import NONE, counted, fixed, number
 
 COLOURS = {"tuned": TUNED, "placebo": "#2f86c9", "format_only": "#009e73", "rounded": GREY}
 SHOWN_CONTEXTS = 6
-NULL = "diffing null {run} --placebo MODEL --out {run}-null"
-KINDS = ("tuned", "placebo", "format_only", "rounded")
-NULL_FIELDS = {
-    "crosscoders": ("kind", "seed"),
-    "thresholds": (
-        "null", "score", "rate", "threshold", "words", "counts", "false_positive_rate", "low", "high", "n", "held_out",
-        "expected_false", "expected_false_high", "contexts", "latents",
-    ),
-    "fixed": ("words", "counts", "rates"),
-    "curves": ("score", "thresholds", "shares"),
-}  # fmt: skip
 
 
 class Line(NamedTuple):
@@ -44,32 +30,6 @@ class Line(NamedTuple):
     expected: str
     """Latents of this run that the rate makes false, and the upper end."""
     contexts: str
-
-
-def read_nulls(run: Path) -> dict[str, Any]:
-    """null.json of a run folder; empty where there is none, or where latents.json was made again since.
-
-    Raises:
-        InputError: an entry is missing or unknown.
-        CorruptData: it is not JSON.
-    """
-    path, again = run / "null.json", f"Run: {NULL.format(run=run)}"
-    if not path.is_file():
-        return {}
-    found = read_object(path)
-    if found.get("format_version") != 1:
-        raise InputError(f"{path} has format_version {found.get('format_version')!r}; this version reads 1. {again}")
-    for name, fields in NULL_FIELDS.items():
-        rows = found.get(name)
-        if not (isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows)):
-            raise InputError(f"{path} has no {name!r}. {again}")
-        for row in rows:
-            if missing := [field for field in fields if field not in row]:
-                raise InputError(f"{path}: an entry of {name!r} has no {missing[0]!r}. {again}")
-            kinds = [row["kind"]] if name == "crosscoders" else row.get("counts", row.get("shares"))
-            if unknown := [kind for kind in kinds if kind not in KINDS]:
-                raise InputError(f"{path} names {unknown[0]!r}; expected one of {', '.join(KINDS)}. {again}")
-    return found if found.get("latents") == hash_file(path.with_name("latents.json")) else {}
 
 
 def main_score(run: Run) -> str:
@@ -112,11 +72,6 @@ def fixed_lines(run: Run) -> list[Line]:
     ]
 
 
-def kinds_of(found: dict[str, Any]) -> list[str]:
-    """`tuned`, then the nulls, in the order of null.json."""
-    return list(dict.fromkeys(entry["kind"] for entry in found.get("crosscoders", [])))
-
-
 def seeds_text(entries: list[dict[str, Any]]) -> str:
     """The count of this run's seed, and those of the others in brackets."""
     first, *others = [number(entry["count"]) for entry in entries]
@@ -127,16 +82,6 @@ def rate_text(row: dict[str, Any]) -> str:
     if row["false_positive_rate"] is None:
         return NONE
     return f"{row['false_positive_rate']:.2%} ({row['low']:.2%} to {row['high']:.1%}), n = {number(row['n'])}"
-
-
-def counts_beside(found: dict[str, Any]) -> dict[str, str]:
-    """For a verdict that calls a latent specific, its count on each null crosscoder of the run's seed."""
-    beside = {}
-    for row in found.get("fixed", []):
-        if row["words"].startswith("verdict "):
-            counts = [f"{kind} {number(row['counts'][kind][0]['count'])}" for kind in kinds_of(found)[1:]]
-            beside[row["words"].removeprefix("verdict ")] = ", ".join(counts)
-    return beside
 
 
 def null_sentence(run: Run) -> str:

@@ -15,6 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from diffing.latents.nulls import NULL, counts_beside, kinds_of
 from diffing.report import causes, figures, nulls, summary
 from diffing.report.curves import training_figures
 from diffing.report.data import MADE_BY, VERDICTS, Example, Run, command_for
@@ -110,12 +111,13 @@ def render_html(run: Run, rows: list[Row]) -> bytes:
         norms=norms,
         nu=nu,
         nulls=nulls,
-        beside=nulls.counts_beside(run.nulls),
+        kinds_of=kinds_of,
+        beside=counts_beside(run.nulls),
         null_figure=null_figure,
         causes=causes,
         causal_figure=causal_figure,
         causal_command=causes.CAUSAL.format(run=run.path),
-        null_command=nulls.NULL.format(run=run.path),
+        null_command=NULL.format(run=run.path),
         table_columns=table_columns(run),
         rows=rows,
         linked=linked,

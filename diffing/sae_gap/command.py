@@ -6,6 +6,7 @@ sequences, for all models together; `summary` is the table.
     OUT/<model>/      run folder of `sae-lora fit`; <model>: base, tuned, placebo
 """
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,18 +14,21 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from crosscoders.errors import InputError
-from crosscoders.pair import choose_device, hash_model
-from crosscoders.progress import say
-from crosscoders.reporting import row
+from crosscoders.common import files
+from crosscoders.common.checks import to_dict
+from crosscoders.common.devices import choose_device
+from crosscoders.common.errors import InputError
+from crosscoders.common.progress import say
+from crosscoders.common.results import closing, result, row
+from crosscoders.models.names import hash_model
 from diffing.sae_gap.measure import CELLS, CLASSES, QUANTITIES, Gaps, measure
 from diffing.sae_gap.settings import SaeGapSettings
-from sae_lora.adapter import choose_layers, load_adapter
-from sae_lora.config import FitConfig
-from sae_lora.controls import with_control
-from sae_lora.fitting import fit
-from sae_lora.inputs import Plan, load_dictionaries, load_model, make_plan
-from sae_lora.loading import inspect_dictionary, reads_two_models
+from sae_lora.dictionaries.controls import with_control
+from sae_lora.dictionaries.loading import inspect_dictionary, reads_two_models
+from sae_lora.fitting.inputs import Plan, load_dictionaries, load_model, make_plan
+from sae_lora.fitting.loop import fit
+from sae_lora.fitting.settings import FitConfig
+from sae_lora.lora.adapter import choose_layers, load_adapter
 
 RESAMPLES = 2000
 
@@ -178,3 +182,13 @@ def _line(role: str, shown: dict[str, Any]) -> str:
         f"  {role.replace('_', ' '):<22}{shown['kl.spliced']['value']:>12.4f}   {interval(shown['kl.left']):<30}"
         f"{closed:>8}{shown['ce_gap.spliced']['value']:>10.4f}   {interval(shown['ce_gap.left'])}"
     )
+
+
+def sae_gap(settings: SaeGapSettings) -> dict[str, Any]:
+    """`diffing sae-gap`"""
+    started = time.perf_counter()
+    found = rows(gap_run(settings), settings.seed)
+    described = result("sae-gap", to_dict(settings), found)
+    files.write_json(Path(settings.out) / "sae-gap.json", described)
+    closing(started, f"{len(found)} rows in {Path(settings.out) / 'sae-gap.json'}")
+    return {**described, "text": summary(found)}

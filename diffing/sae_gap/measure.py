@@ -1,6 +1,6 @@
 r"""Gaps of one model around a dictionary, by sequence and by class of the token that is predicted.
 
-Cells: {adapter off, on} x {dictionary off, on}, as in sae_lora.evaluation; per prediction
+Cells: {adapter off, on} x {dictionary off, on}, as in sae_lora.evaluation.cells; per prediction
 
     ce = -log q(token)           kl = KL(p || q), p the model without both
 
@@ -15,17 +15,17 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 
-from crosscoders.tokens import ROLES
-from sae_lora.adapter import lora_off
-from sae_lora.dictionary import FrozenDictionary
-from sae_lora.evaluation import of_predictions
-from sae_lora.inputs import Plan
-from sae_lora.objective import final_states, head_alone
+from crosscoders.models.resume import final_states, head_alone
+from crosscoders.text.tokens import ROLES
+from sae_lora.dictionaries.frozen import FrozenDictionary
+from sae_lora.evaluation.cells import of_predictions
+from sae_lora.fitting.inputs import Plan
+from sae_lora.lora.adapter import lora_off
 from sae_lora.splicing import splice
 
 CELLS = ("plain", "spliced", "adapted", "adapted_spliced")
 QUANTITIES = ("ce", "kl")
-"""Of `sae_lora.evaluation.of_predictions`, the first."""
+"""Of `sae_lora.evaluation.cells.of_predictions`, the first."""
 CLASSES = {
     "all": ROLES,
     "template": ("template",),

@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from crosscoders.config import DataSource, require_positive
-from sae_lora.config import ControlKind, FitConfig, TextConfig
+from crosscoders.common.checks import require_positive
+from crosscoders.text.settings import DataSource
+from sae_lora.dictionaries.settings import ControlKind
+from sae_lora.fitting.settings import FitConfig, TextConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,1 @@
+"""Paired activations: settings, the plan of a run, the cache on disk and the live stream."""

@@ -1,0 +1,119 @@
+"""Step 2 of the data flow, second half: paired activations that `activations.caching` has stored, read back."""
+
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from crosscoders.activations.plan import FORMAT_VERSION
+from crosscoders.activations.scored import Tokens, concatenate
+from crosscoders.common import files
+from crosscoders.common.errors import CorruptData, InputError
+from crosscoders.common.folders import open_folder
+from crosscoders.models.names import identity
+
+
+class ActivationCache:
+    """A finished cache. Shards are checked against size and checksum when first read.
+
+    Raises:
+        InputError: no cache there, or one that is not finished.
+        CorruptData: the manifest or a shard is not what was written.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.folder = open_folder(path)
+        there = self.folder.sizes()
+        if "manifest.json" not in there:
+            raise InputError(f"{str(path)!r} {_lacking(there, self.folder.subfolders())}")
+        self.manifest = self.folder.read_object("manifest.json", "format_version", "shards")
+        found = self.manifest.get("format_version")
+        if found != FORMAT_VERSION:
+            raise InputError(
+                f"{self.folder}/manifest.json has format_version {found}, this version reads {FORMAT_VERSION}. "
+                "Cache again."
+            )
+        for shard in self.manifest["shards"]:
+            self._require_size(shard, there.get(shard["name"]))
+        self._held: tuple[int, Tokens] | None = None
+        self.starts = np.cumsum([0] + [shard["n_tokens"] for shard in self.manifest["shards"]])
+
+    def _require_size(self, shard: dict[str, Any], n_bytes: int | None) -> None:
+        path = f"{self.folder}/{shard['name']}"
+        if n_bytes is None:
+            raise CorruptData(f"{path} is missing. Restore it, or remove {self.folder} and cache again.")
+        if n_bytes != shard["n_bytes"]:
+            raise CorruptData(
+                f"{path} has {n_bytes} bytes but the manifest says {shard['n_bytes']}. "
+                f"Restore it, or remove {self.folder} and cache again."
+            )
+
+    @property
+    def path(self) -> str | Path:
+        """Where the cache lies: a local path, or a URL."""
+        return self.folder.path
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    @property
+    def d_model(self) -> int:
+        return int(self.manifest["d_model"])
+
+    @property
+    def n_models(self) -> int:
+        return int(self.manifest["n_models"])
+
+    @property
+    def mean_norm(self) -> list[float]:
+        """Mean of ||x|| over all tokens, per model."""
+        return list(self.manifest["statistics"]["mean_norm"])
+
+    @functools.cached_property
+    def manifest_hash(self) -> str:
+        """Identity of the contents, wherever the cache and its models lie: the manifest without settings and names."""
+        models = {key: identity(self.manifest.get(key)) for key in ("base", "tuned")}
+        return files.hash_json({key: value for key, value in (self.manifest | models).items() if key != "config"})
+
+    def shard(self, number: int) -> Tokens:
+        """One whole shard, checked; the last one read is kept in memory."""
+        if self._held is None or self._held[0] != number:
+            entry = self.manifest["shards"][number]
+            expected = files.Written(entry["n_bytes"], entry["checksum"])
+            self._held = None  # free the old shard before the next one is read
+            self._held = number, Tokens(**self.folder.read_tensors(entry["name"], expected))
+        return self._held[1]
+
+    def read(self, start: int, stop: int) -> Tokens:
+        """Tokens start to stop, from whole shards."""
+        if not 0 <= start < stop <= len(self):
+            raise InputError(f"tokens {start} to {stop} asked of a cache of {len(self)}.")
+        first, last = np.searchsorted(self.starts, [start, stop - 1], side="right") - 1
+        parts = []
+        for number in range(int(first), int(last) + 1):
+            origin = int(self.starts[number])
+            parts.append(self.shard(number).slice(max(start - origin, 0), stop - origin))
+        return concatenate(parts)
+
+    def batches(self, batch_size: int, start: int = 0, stop: int | None = None) -> Iterator[Tokens]:
+        """Tokens in cache order, for evaluation; the last batch may be smaller."""
+        stop = len(self) if stop is None else stop
+        for origin, end in zip(self.starts[:-1].tolist(), self.starts[1:].tolist(), strict=True):
+            if end > start and origin < stop:
+                tokens = self.read(max(start, origin), min(stop, end))
+                for i in range(0, len(tokens.token_ids), batch_size):
+                    yield tokens.slice(i, i + batch_size)
+
+
+def _lacking(there: dict[str, int], inner: list[str]) -> str:
+    """Why a folder without a manifest is no cache, and what to do."""
+    if "part.json" in there:
+        return "is one part of a cache. Put all parts together with `crosscoders merge`."
+    if "progress.json" in there:
+        return "is not finished: it has no manifest.json. Run the same `crosscoders cache` command again; it goes on."
+    points = [name for name in inner if name.startswith("blocks.")]
+    if points:
+        return f"holds a folder for each of its hook points. Name one: {points[0]}."
+    return "is not an activation cache: it has no manifest.json. Run `crosscoders cache` with that --out."

@@ -1,0 +1,70 @@
+"""`crosscoders cache` and `crosscoders merge`, as functions of their settings that return a JSON object."""
+
+import shlex
+import time
+from typing import Any
+
+from crosscoders.activations.cache import ActivationCache
+from crosscoders.activations.caching import run_cache
+from crosscoders.activations.merge import merge_parts
+from crosscoders.activations.settings import CacheConfig, CacheSettings, MergeSettings
+from crosscoders.activations.writer import Rates
+from crosscoders.common.checks import _only, to_dict
+from crosscoders.common.errors import InputError
+from crosscoders.common.progress import say
+from crosscoders.common.results import closing, result, row
+
+
+def cache(settings: CacheSettings) -> dict[str, Any]:
+    """`crosscoders cache`"""
+    started = time.perf_counter()
+    part = settings.chosen_part()
+    made = run_cache(_only(CacheConfig, settings), part=part, devices=settings.chosen_devices())
+    rates = made.rates
+    if rates.n_tokens:
+        say(f"cached {rates.n_tokens:,} tokens  {rates.text()}")
+    if part:
+        closing(started, f"part {part} in {settings.out}")
+        say(f"next: crosscoders merge, with the folders of all {part.of} parts and --out CACHE")
+        return result("cache", to_dict(settings), _rate_rows(rates))
+    rows = _describe_caches(started, list(made.folders.values())) + _rate_rows(rates)
+    return result("cache", to_dict(settings), rows)
+
+
+def _rate_rows(rates: Rates) -> list[dict[str, Any]]:
+    """Of this run; none when everything was there already."""
+    if not rates.n_tokens:
+        return []
+    n = rates.n_tokens
+    return [
+        row("cache.tokens_per_second", n / rates.seconds, "tokens/s", n),
+        row("cache.bytes_per_second", rates.n_bytes / rates.seconds, "bytes/s", n),
+        row("cache.wait_fraction", rates.wait_seconds / rates.seconds, "fraction", n),
+    ]
+
+
+def merge(settings: MergeSettings) -> dict[str, Any]:
+    """`crosscoders merge`"""
+    started = time.perf_counter()
+    if not settings.parts:
+        raise InputError("parts is empty. Name the folders of all parts.")
+    rows = _describe_caches(started, merge_parts(settings.parts, settings.out))
+    say("the folders of the parts can be removed.")
+    return result("merge", to_dict(settings), rows)
+
+
+def _describe_caches(started: float, folders: list[str]) -> list[dict[str, Any]]:
+    """Say what was made, and the rows of `--json`; those of several hook points carry their names."""
+    rows = []
+    for folder in folders:
+        made = ActivationCache(folder)
+        norms = made.mean_norm
+        closing(started, f"{len(made):,} tokens, mean norm base {norms[0]:.2f} tuned {norms[1]:.2f}, in {made.path}")
+        where = f".{made.manifest['hook_point']}" if len(folders) > 1 else ""
+        rows.append(row(f"cache{where}.tokens", len(made), "tokens", len(made)))
+        rows += [
+            row(f"cache{where}.mean_norm.{name}", value, "activation", len(made))
+            for name, value in zip(("base", "tuned"), norms, strict=True)
+        ]
+    say(f"next: crosscoders train --cache {shlex.quote(folders[0])} --out RUN --preset paper-batchtopk")
+    return rows

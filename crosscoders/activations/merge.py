@@ -1,0 +1,136 @@
+"""Parts of one cache -> the cache, with the bytes of a run that made it in one go.
+
+`merge_parts` is `crosscoders merge`; `merge_point` puts the parts of one hook point together. Shard files are linked
+where the disk allows it and copied elsewhere, the sums of the parts' shards become the statistics, manifest last.
+"""
+
+from typing import Any
+
+from crosscoders.activations.settings import Part, parse_part
+from crosscoders.activations.shards import FINAL, build_manifest, first_difference, shard_name
+from crosscoders.common.errors import CorruptData, InputError
+from crosscoders.common.files import Written
+from crosscoders.common.folders import Folder, open_folder
+
+OF_ONE_PART = ("part", "config", "shards")
+"""Keys of part.json that may differ between the parts of one cache."""
+
+
+def merge_parts(parts: list[str], out: str) -> list[str]:
+    """Merge the folders of all parts into `out`; returns the folder of each hook point, `out` itself for one.
+
+    Raises:
+        InputError: a folder is no part or not finished; parts of different plans; one missing or given twice; `out`
+            holds a cache.
+        CorruptData: a shard is missing or has another size.
+        EnvironmentFault: a second writer, no space for copies.
+    """
+    points = [_points(open_folder(part)) for part in parts]
+    names = sorted({name for found in points for name in found})
+    made = []
+    for name in names:
+        lacking = next((part for part, found in zip(parts, points, strict=True) if name not in found), None)
+        if lacking is not None:
+            raise InputError(
+                f"{lacking} has no part for {name or 'one hook point'}, others have. Merge parts of one run."
+            )
+    for name in names:
+        target = f"{out.rstrip('/')}/{name}" if name else out
+        folder = open_folder(target)
+        with folder.exclusive():
+            taken = [file for file in (*FINAL, "progress.json") if file in folder.sizes()]
+            if taken:
+                raise InputError(f"{target} holds a cache already ({taken[0]}). Choose another --out.")
+            merge_point([found[name] for found in points], folder, target)
+        made.append(target)
+    return made
+
+
+def _points(folder: Folder) -> dict[str, Folder]:
+    """Folders of the hook points of a part; a part of one hook point is named by the empty string."""
+    if any(name in folder.sizes() for name in (*FINAL, "progress.json")):
+        return {"": folder}
+    found = {name: open_folder(f"{folder}/{name}") for name in folder.subfolders()}
+    found = {
+        name: inner
+        for name, inner in found.items()
+        if any(file in inner.sizes() for file in ("part.json", "progress.json"))
+    }
+    return found or {"": folder}
+
+
+def merge_point(parts: list[Folder], folder: Folder, out: str) -> None:
+    """Merge the parts of one hook point into `folder`; `out` is what its manifest calls it."""
+    found = [(part, _read_part(part)) for part in parts]
+    _require_one_plan(found)
+    found = _in_order(found)
+    shards: list[dict[str, Any]] = [shard for _, entry in found for shard in entry["shards"]]
+    _require_whole(shards, found[0][1])
+    for part, entry in found:
+        there = part.sizes()
+        for shard in entry["shards"]:
+            if there.get(shard["name"]) != shard["n_bytes"]:
+                raise CorruptData(
+                    f"{part}/{shard['name']} has {there.get(shard['name'], 0)} bytes but part.json says "
+                    f"{shard['n_bytes']}. Remove {part} and make this part again."
+                )
+    for part, entry in found:
+        for shard in entry["shards"]:
+            folder.adopt(part, shard["name"], Written(shard["n_bytes"], shard["checksum"]))
+    first = found[0][1]
+    header = {key: value for key, value in first.items() if key not in OF_ONE_PART}
+    folder.write_json("manifest.json", build_manifest(header, first["config"] | {"out": out}, shards))
+
+
+def _read_part(folder: Folder) -> dict[str, Any]:
+    there = folder.sizes()
+    if "part.json" in there:
+        return folder.read_object("part.json", "part", "config", "n_tokens", "shard_tokens", "shards")
+    if "progress.json" in there:
+        raise InputError(f"{folder} is not finished. Run its `crosscoders cache` command again; it goes on.")
+    if "manifest.json" in there:
+        raise InputError(f"{folder} is a whole cache, not a part of one. Leave it out.")
+    raise InputError(f"{folder} is no part of a cache: it has no part.json. Make it with `crosscoders cache --part`.")
+
+
+def _require_one_plan(found: list[tuple[Folder, dict[str, Any]]]) -> None:
+    first, plan = found[0]
+    wanted = {key: value for key, value in plan.items() if key not in OF_ONE_PART}
+    for folder, entry in found[1:]:
+        key = first_difference(entry, wanted)
+        if key:
+            raise InputError(
+                f"{folder} has another {key} than {first} ({entry.get(key)!r} and {wanted[key]!r}). "
+                "Merge parts of one run."
+            )
+
+
+def _in_order(found: list[tuple[Folder, dict[str, Any]]]) -> list[tuple[Folder, dict[str, Any]]]:
+    """The parts by number, each once."""
+    by_number: dict[Part, tuple[Folder, dict[str, Any]]] = {}
+    for folder, entry in found:
+        part = parse_part(entry["part"])
+        if part in by_number:
+            raise InputError(f"part {part} is given twice: {by_number[part][0]} and {folder}. Give each part once.")
+        by_number[part] = folder, entry
+    counts = sorted({part.of for part in by_number})
+    if len(counts) > 1:
+        raise InputError(f"there are parts of {counts[0]} and parts of {counts[1]}. Merge parts of one run.")
+    missing = [number for number in range(1, counts[0] + 1) if Part(number, counts[0]) not in by_number]
+    if missing:
+        raise InputError(
+            f"part {Part(missing[0], counts[0])} is missing. Give all {counts[0]} parts, or make it with "
+            f"`crosscoders cache --part {Part(missing[0], counts[0])}`."
+        )
+    return [by_number[part] for part in sorted(by_number)]
+
+
+def _require_whole(shards: list[dict[str, Any]], plan: dict[str, Any]) -> None:
+    n_shards = -(-plan["n_tokens"] // plan["shard_tokens"])
+    n_tokens = sum(shard["n_tokens"] for shard in shards)
+    names = [shard["name"] for shard in shards]
+    if names != [shard_name(number) for number in range(n_shards)] or n_tokens != plan["n_tokens"]:
+        raise CorruptData(
+            f"the parts hold {len(shards)} shards of {n_tokens} tokens, not {n_shards} of {plan['n_tokens']}. "
+            "Make the parts again."
+        )

@@ -1,0 +1,34 @@
+"""Scored tokens with their activations."""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+class Tokens(NamedTuple):
+    """Scored tokens with their activations, in cache order."""
+
+    activations: Float[Tensor, "tokens n_models d_model"]
+    """In the dtype of the cache."""
+    token_ids: Int[Tensor, " tokens"]
+    positions: Int[Tensor, " tokens"]
+    """Position in the row, counted from 0 with the beginning-of-sequence token."""
+    document_ids: Int[Tensor, " tokens"]
+    roles: UInt8[Tensor, " tokens"]
+    """Index into `tokens.ROLES`."""
+    groups: Int[Tensor, " tokens"]
+    """Index into the manifest's `groups`."""
+
+    def slice(self, start: int, stop: int) -> "Tokens":
+        return Tokens(*(t[start:stop] for t in self))
+
+
+def concatenate(parts: list[Tokens]) -> Tokens:
+    """The parts end to end; one part alone is not copied."""
+    if len(parts) == 1:
+        return parts[0]
+    return Tokens(*(torch.cat(columns) for columns in zip(*parts, strict=True)))

@@ -1,0 +1,139 @@
+"""Shards and manifest of one cache, or of one part of it: what is there, what is missing, what is published last.
+
+    progress.json   while it is written: the plan and the finished shards, with their sums
+    part.json       of a finished part: the same with `part`, for `merge_parts`
+    manifest.json   of a finished cache: sums made into statistics
+
+`ShardWriter` holds one folder; `build_manifest` makes the manifest of a cache and is the same for one run and for
+merged parts.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from crosscoders.activations.plan import Plan
+from crosscoders.activations.scored import DTYPES, Tokens
+from crosscoders.activations.settings import CacheConfig, Part
+from crosscoders.common.checks import to_dict
+from crosscoders.common.errors import InputError
+from crosscoders.common.folders import Folder
+from crosscoders.models.names import identity
+
+COLUMN_BYTES = 17
+"""Of one token, beside its activations."""
+FINAL = ("manifest.json", "part.json")
+SUMS = ("sum", "norm_sum", "square_sum")
+
+
+def bytes_per_token(config: CacheConfig, d_model: int) -> int:
+    """On disk, at one hook point."""
+    return 2 * DTYPES[config.dtype].itemsize * d_model + COLUMN_BYTES
+
+
+class ShardWriter:
+    """The shards of one hook point in one folder; those of an earlier run of the same plan are kept.
+
+    Raises:
+        InputError: the folder holds another cache, or another part.
+    """
+
+    def __init__(self, config: CacheConfig, folder: Folder, plan: Plan, part: Part | None) -> None:
+        self.config, self.folder, self.plan, self.part = config, folder, plan, part
+        self.hook_point = str(config.hook_point)
+        n_shards = -(-config.n_tokens // config.shard_tokens)
+        self.numbers = part.shards(n_shards) if part else range(n_shards)
+        self.shards: list[dict[str, Any]] = []
+        self.is_complete = False
+
+    def resume(self) -> None:
+        """Find what an earlier run has left."""
+        there = self.folder.sizes()
+        wanted = self._identity()
+        for name in (*FINAL, "progress.json"):
+            if name in there:
+                found = self.folder.read_object(name, "format_version", "shards")
+                key = first_difference(found, wanted)
+                if key:
+                    raise InputError(
+                        f"{self.folder} holds a cache with another {key} ({found.get(key)!r}, now {wanted[key]!r}). "
+                        "Choose another --out, or remove that folder."
+                    )
+                self.shards = list(found["shards"])
+                self.is_complete = name in FINAL
+                return
+
+    def _identity(self) -> dict[str, Any]:
+        return {**self.plan.fingerprint(self.hook_point), "part": str(self.part) if self.part else None}
+
+    @property
+    def next_shard(self) -> int:
+        return self.numbers.start + len(self.shards)
+
+    def write(self, number: int, tokens: Tokens) -> None:
+        """Publish the next shard, and progress after it."""
+        name = shard_name(number)
+        written = self.folder.write_tensors(name, tokens._asdict())
+        self.shards.append(
+            {"name": name, "n_tokens": len(tokens.token_ids), **written._asdict(), **_sums(tokens.activations)}
+        )
+        self.folder.write_json("progress.json", {**self._progress(), "shards": self.shards})
+
+    def _progress(self) -> dict[str, Any]:
+        part = {"part": str(self.part)} if self.part else {}
+        return {**self.plan.fingerprint(self.hook_point), **part}
+
+    def finish(self) -> None:
+        """Publish the manifest, or part.json."""
+        rows = self.plan.rows
+        header = {
+            **self.plan.fingerprint(self.hook_point),
+            "context_length": self.config.context_length,
+            "drop_bos": self.config.drop_bos,
+            "groups": rows.group_names,
+            "counts": rows.counts,
+        }
+        settings = to_dict(self.config) | {"data": [to_dict(source) for source in self.config.sources()]}
+        if self.part:
+            whole = {**header, "part": str(self.part), "config": settings, "shards": self.shards}
+            self.folder.write_json("part.json", whole)
+        else:
+            self.folder.write_json("manifest.json", build_manifest(header, settings, self.shards))
+        self.folder.remove("progress.json")
+
+
+def shard_name(number: int) -> str:
+    return f"shard-{number:05d}.safetensors"
+
+
+def first_difference(found: dict[str, Any], wanted: dict[str, Any]) -> str | None:
+    """The first key of `wanted` whose recorded value is another one."""
+    return next((key for key, value in wanted.items() if identity(found.get(key)) != identity(value)), None)
+
+
+def build_manifest(header: dict[str, Any], settings: dict[str, Any], shards: list[dict[str, Any]]) -> dict[str, Any]:
+    """The manifest of a finished cache from its shards with their sums."""
+    n = sum(shard["n_tokens"] for shard in shards)
+    sums = {key: np.sum([shard[key] for shard in shards], axis=0) for key in SUMS}
+    statistics = {
+        "n_tokens": n,
+        "mean": (sums["sum"] / n).tolist(),
+        "mean_norm": (sums["norm_sum"] / n).tolist(),
+        "mean_squared_norm": (sums["square_sum"] / n).tolist(),
+        "max_norm": np.max([shard["norm_max"] for shard in shards], axis=0).tolist(),
+    }
+    kept = [{key: shard[key] for key in ("name", "n_tokens", "n_bytes", "checksum")} for shard in shards]
+    return {**header, "statistics": statistics, "config": settings, "shards": kept}
+
+
+def _sums(activations: torch.Tensor) -> dict[str, Any]:
+    """Sums in float64, added over shards at the end: running means in bfloat16 stop moving after 256 tokens."""
+    x = activations.double()
+    norms = x.norm(dim=-1)
+    return {
+        "sum": x.sum(dim=0).tolist(),
+        "norm_sum": norms.sum(dim=0).tolist(),
+        "square_sum": (norms**2).sum(dim=0).tolist(),
+        "norm_max": norms.amax(dim=0).tolist(),
+    }

@@ -1,0 +1,162 @@
+"""Batches for training: (batch, n_models, d_model) float32, from a cache, live from the models, or from a tensor.
+
+One rule gives the order for all three: the tokens are cut into buffers of `buffer_tokens` in cache order; inside a
+buffer they are permuted by a generator seeded with (seed, epoch, buffer). A batch never crosses a buffer, so up to
+batch_size - 1 tokens of each buffer, others in each epoch, are not read (all of a last buffer shorter than one batch).
+So the batch of step s is a pure function of (seed, s), a run can start at any step, and a live stream trains the same
+weights as a cache.
+"""
+
+import random
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from crosscoders.activations.cache import ActivationCache
+from crosscoders.activations.scored import concatenate
+from crosscoders.activations.source import ActivationSource
+from crosscoders.common.errors import InputError
+
+
+@runtime_checkable
+class BatchStream(Protocol):
+    """What the trainer needs of its data."""
+
+    d_model: int
+    n_models: int
+    batch_size: int
+    mean_norm: list[float]
+    """Mean of ||x|| per model, for the input scale."""
+
+    def batches(self, start_step: int) -> Iterator[Float[Tensor, "batch n_models d_model"]]:
+        """The batches from `start_step` on, without end."""
+        ...
+
+
+class Place(NamedTuple):
+    """Where a step finds its batch."""
+
+    epoch: int
+    buffer: int
+    batch: int
+
+
+class BufferedStream:
+    """The order described above, over any `read(start, stop)`."""
+
+    def __init__(
+        self,
+        read: Callable[[int, int], Float[Tensor, "tokens n_models d_model"]],
+        *,
+        n_tokens: int,
+        batch_size: int,
+        buffer_tokens: int,
+        seed: int,
+        mean_norm: list[float],
+        d_model: int,
+    ) -> None:
+        buffer_tokens = max(buffer_tokens, batch_size)
+        if n_tokens < batch_size:
+            raise InputError(
+                f"the data has {n_tokens} tokens, less than one batch of {batch_size}. Lower batch_size or add data."
+            )
+        self._read, self.seed, self.batch_size = read, seed, batch_size
+        self.mean_norm, self.d_model, self.n_models = mean_norm, d_model, len(mean_norm)
+        edges = [*range(0, n_tokens, buffer_tokens), n_tokens]
+        self.spans = [(a, b) for a, b in pairwise(edges) if b - a >= batch_size]
+        self.batches_in = [(b - a) // batch_size for a, b in self.spans]
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return sum(self.batches_in)
+
+    def place(self, step: int) -> Place:
+        """Epoch, buffer and batch of a step."""
+        epoch, left = divmod(step, self.steps_per_epoch)
+        for buffer, n in enumerate(self.batches_in):
+            if left < n:
+                return Place(epoch, buffer, left)
+            left -= n
+        raise AssertionError("a step lies within its epoch")
+
+    def batches(self, start_step: int) -> Iterator[Float[Tensor, "batch n_models d_model"]]:
+        epoch, buffer, batch = self.place(start_step)
+        held: tuple[int, Tensor] | None = None
+        while True:
+            start, stop = self.spans[buffer]
+            if held is None or held[0] != buffer:
+                held = None  # free the old buffer before the next one is read
+                held = (buffer, self._read(start, stop))
+            generator = torch.Generator().manual_seed(random.Random(f"{self.seed}:{epoch}:{buffer}").getrandbits(62))
+            order = torch.randperm(stop - start, generator=generator)
+            for i in range(batch, self.batches_in[buffer]):
+                yield held[1][order[i * self.batch_size : (i + 1) * self.batch_size]].float()
+            buffer, batch = buffer + 1, 0
+            if buffer == len(self.spans):
+                epoch, buffer = epoch + 1, 0
+
+
+def cached_stream(
+    cache: ActivationCache, *, batch_size: int, buffer_tokens: int = 524_288, seed: int = 0, n_tokens: int | None = None
+) -> BufferedStream:
+    """Batches from the first `n_tokens` of a cache (default: all)."""
+    return BufferedStream(
+        lambda start, stop: cache.read(start, stop).activations,
+        n_tokens=len(cache) if n_tokens is None else n_tokens,
+        batch_size=batch_size,
+        buffer_tokens=buffer_tokens,
+        seed=seed,
+        mean_norm=cache.mean_norm,
+        d_model=cache.d_model,
+    )
+
+
+def live_stream(
+    source: ActivationSource,
+    *,
+    n_tokens: int,
+    batch_size: int,
+    buffer_tokens: int = 524_288,
+    seed: int = 0,
+    mean_norm: list[float] | None = None,
+) -> BufferedStream:
+    """The batches of `cached_stream` over the same plan, computed when they are needed; nothing is written.
+
+    mean_norm: the cache's statistic, which decides the input scale only; default: that of the first 16,384 tokens.
+    """
+
+    def read(start: int, stop: int) -> Float[Tensor, "tokens n_models d_model"]:
+        return concatenate(list(source.read(start, stop))).activations
+
+    return BufferedStream(
+        read,
+        n_tokens=n_tokens,
+        batch_size=batch_size,
+        buffer_tokens=buffer_tokens,
+        seed=seed,
+        mean_norm=mean_norm or _mean_norm(read(0, min(16_384, n_tokens))),
+        d_model=source.pair.info.d_model,
+    )
+
+
+def _mean_norm(x: Float[Tensor, "tokens n_models d_model"]) -> list[float]:
+    return list(x.double().norm(dim=-1).mean(dim=0).tolist())
+
+
+def tensor_stream(
+    x: Float[Tensor, "tokens n_models d_model"], *, batch_size: int, buffer_tokens: int = 524_288, seed: int = 0
+) -> BufferedStream:
+    """Batches from activations in memory, such as planted ones."""
+    return BufferedStream(
+        lambda start, stop: x[start:stop],
+        n_tokens=len(x),
+        batch_size=batch_size,
+        buffer_tokens=buffer_tokens,
+        seed=seed,
+        mean_norm=_mean_norm(x),
+        d_model=x.shape[-1],
+    )

@@ -1,0 +1,37 @@
+"""Settings of every `crosscoders` command, as frozen dataclasses. Imports nothing heavy.
+
+A contradiction raises InputError when the dataclass is made, so it is found before a model loads.
+Published recipes are in `PRESETS`; their sources are in docs/math.md.
+"""
+
+from dataclasses import asdict, fields
+from typing import Any, TypeVar
+
+from crosscoders.common.errors import InputError
+
+
+def require_positive(config: object, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) > 0:
+            raise InputError(f"{name} is {getattr(config, name)}; give a number above 0.")
+
+
+def require_range(config: object, low: float, high: float | None, *names: str) -> None:
+    """Raise InputError for values below `low` or above `high`; None is no value."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not (low <= value and (high is None or value <= high)):
+            raise InputError(f"{name} is {value}; give a number from {low}{'' if high is None else f' to {high}'}.")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The resolved settings as plain data, in the order of their fields."""
+    return asdict(config)
+
+
+T = TypeVar("T")
+
+
+def _only(kind: type[T], settings: Any) -> T:
+    """The part of a command's settings that is a config of the library."""
+    return kind(**{field.name: getattr(settings, field.name) for field in fields(kind)})  # type: ignore[arg-type]

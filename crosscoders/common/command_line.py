@@ -1,0 +1,227 @@
+"""The command line of every package: settings from --config FILE (YAML), then flags; one line for every user error.
+
+A command is a settings dataclass and the name of the function that runs it. Settings are parsed before that function's
+module is imported, so `--help` and a config error answer without torch.
+"""
+
+import dataclasses
+import importlib
+import itertools
+import json
+import logging
+import re
+import sys
+import traceback
+import typing
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from crosscoders.common.errors import CorruptData, EnvironmentFault, InputError, nearest
+
+TALKATIVE = ("torchao", "torch.utils._pytree")
+"""Loggers that warn when torchao is imported, as transformers does wherever it is installed."""
+
+
+class Command(NamedTuple):
+    """One subcommand."""
+
+    name: str
+    help: str
+    settings: type
+    """Frozen dataclass of its settings."""
+    run: str
+    """`module:function`; the function takes the settings and returns a JSON object, which `--json` prints. An entry
+    `text` is for people and printed otherwise."""
+    positional: str | None = None
+    """Setting that may be given without its flag; a list takes all words before the first flag."""
+    presets: dict[str, dict[str, Any]] | None = None
+    """Named defaults for --preset."""
+
+
+class Parsed(NamedTuple):
+    """What one command line asks for."""
+
+    settings: Any
+    json: bool
+    debug: bool
+
+
+def main(program: str, description: str, commands: list[Command], argv: list[str] | None = None) -> int:
+    """Run one command; exit status: 0 done, 2 wrong input, 3 environment, 4 data corrupt, 128 + signal."""
+    argv = sys.argv[1:] if argv is None else argv
+    debug = "--debug" in argv
+    try:
+        if not argv or argv[0] in ("-h", "--help", "help"):
+            lines = [f"  {program} {command.name:<8} {command.help}" for command in commands]
+            print(f"usage: {program} COMMAND [--config FILE] [--SETTING VALUE ...]\n\n{description}\n")
+            print(
+                "\n".join(lines), f"\n{program} COMMAND --help lists the settings of a command.", sep="\n", flush=True
+            )
+            return 0
+        for name in () if debug else TALKATIVE:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        command = _find(program, commands, argv[0])
+        parsed = parse(program, command, argv[1:])
+        module, function = command.run.split(":")
+        result = getattr(importlib.import_module(module), function)(parsed.settings)
+        text = result.pop("text", None)
+        if parsed.json:
+            print(json.dumps(result, indent=1, allow_nan=False))
+        elif text:
+            print(text)
+        return 0
+    except (InputError, EnvironmentFault, CorruptData) as error:
+        status = error.exit_status
+        message = str(error)
+    except KeyboardInterrupt as stop:
+        status = getattr(stop, "exit_status", 130)
+        message = str(stop) or "interrupted. Run the same command to go on."
+    except BrokenPipeError:
+        return 0
+    except Exception as error:
+        if not hasattr(error, "exit_status"):
+            raise
+        status, message = int(error.exit_status), str(error)
+    if debug:
+        traceback.print_exc()
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return status
+
+
+def _find(program: str, commands: list[Command], name: str) -> Command:
+    for command in commands:
+        if command.name == name:
+            return command
+    names = [command.name for command in commands]
+    raise InputError(f"unknown command {name!r}{nearest(name, names)} {program} has {', '.join(names)}.")
+
+
+def parse(program: str, command: Command, argv: list[str]) -> Parsed:
+    """Settings of a command from its arguments.
+
+    Raises:
+        InputError: an unknown key (the nearest one is named), a wrong type, a contradiction.
+    """
+    import jsonargparse
+
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = jsonargparse.ArgumentParser(
+        prog=f"{program} {command.name}", description=command.help, exit_on_error=False
+    )
+    parser.add_argument("--config", action="config", help="YAML file with settings; flags after it win.")
+    parser.add_argument("--json", action="store_true", help="Print the results to stdout as one JSON object.")
+    parser.add_argument("--debug", action="store_true", help="Show a traceback with an error.")
+    if command.presets:
+        parser.add_argument("--preset", choices=sorted(command.presets), help="Start from a named recipe.")
+    parser.add_class_arguments(command.settings)
+    argv = _with_underscores(argv)
+    if command.positional and argv and not argv[0].startswith("-"):
+        if typing.get_origin(typing.get_type_hints(command.settings)[command.positional]) is list:
+            words = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
+            argv = [json.dumps(words), *argv[len(words) :]]
+        argv = [f"--{command.positional}", *argv]
+    _check_yaml(argv, parser)
+    try:
+        preset = _preset(argv)
+        if preset is not None and command.presets:
+            if preset not in command.presets:
+                names = sorted(command.presets)
+                raise InputError(f"unknown preset {preset!r}{nearest(preset, names)} There are {', '.join(names)}.")
+            parser.set_defaults(command.presets[preset])
+        found = parser.parse_args(argv)
+        made = parser.instantiate(found)
+        settings = command.settings(**{field.name: made[field.name] for field in dataclasses.fields(command.settings)})
+    except InputError:
+        raise
+    except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
+        raise InputError(_one_line(error, parser)) from error
+    return Parsed(settings, bool(found.json), bool(found.debug))
+
+
+def _with_underscores(argv: list[str]) -> list[str]:
+    """Flags may be written with dashes: --n-tokens is --n_tokens."""
+    return [
+        re.sub(r"^--[^=]+", lambda m: "--" + m[0][2:].replace("-", "_"), arg) if arg.startswith("--") else arg
+        for arg in argv
+    ]
+
+
+def _value_of(argv: list[str], flag: str) -> str | None:
+    for i, arg in enumerate(argv):
+        if arg == flag and i + 1 < len(argv):
+            return argv[i + 1]
+        if arg.startswith(f"{flag}="):
+            return arg.split("=", 1)[1]
+    return None
+
+
+def _config_file(argv: list[str]) -> dict[str, Any] | None:
+    import yaml
+
+    path = _value_of(argv, "--config")
+    if path is None:
+        return None
+    if not Path(path).is_file():
+        raise InputError(f"config file {path!r} does not exist. Check the path of --config.")
+    try:
+        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"config file {path!r} is not YAML: {str(error).splitlines()[0]}.") from None
+    if not isinstance(found, dict):
+        raise InputError(f"config file {path!r} holds no settings; write lines of the form key: value.")
+    return found
+
+
+def _preset(argv: list[str]) -> str | None:
+    return _value_of(argv, "--preset") or (_config_file(argv) or {}).get("preset")
+
+
+def _keys(parser: Any) -> list[str]:
+    return [
+        action.dest
+        for action in parser._actions
+        if action.dest not in ("help", "config") and not action.dest.startswith("print_")
+    ]
+
+
+def _check_yaml(argv: list[str], parser: Any) -> None:
+    """Name unknown keys of a config file with the nearest one."""
+    keys = _keys(parser)
+
+    def walk(part: dict[str, Any], prefix: str) -> None:
+        for key, value in part.items():
+            full = f"{prefix}{key}"
+            if not any(known == full or known.startswith(f"{full}.") for known in keys):
+                raise InputError(_unknown(full, keys))
+            if isinstance(value, dict) and any(known.startswith(f"{full}.") for known in keys):
+                walk(value, f"{full}.")
+
+    walk(_config_file(argv) or {}, "")
+
+
+def _unknown(key: str, keys: list[str]) -> str:
+    section, _, name = key.rpartition(".")
+    beside = [known for known in keys if known.rpartition(".")[0] == section] or keys
+    names = [known.rpartition(".")[2] for known in beside]
+    where = f" in [{section}]" if section else ""
+    return f"unknown key {name!r}{where}{nearest(name, names)} Known keys: {', '.join(sorted(names))}."
+
+
+def _one_line(error: Exception, parser: Any) -> str:
+    text = " ".join(str(error).split())
+    unknown = re.search(r"unrecognized arguments: --([^\s=]+)", text) or re.search(
+        r"Option '([^']+)' is not accepted", text
+    )
+    if unknown:
+        return _unknown(unknown[1].rstrip("+"), _keys(parser))
+    if "unrecognized arguments: " in text:
+        stray = text.split("unrecognized arguments: ")[1]
+        return f"{stray!r} is not a setting; a folder without a flag stands right behind the command."
+    missing = re.search(r"the following arguments are required: (.*)", text)
+    if missing:
+        return f"{missing[1]} must be given. {parser.prog} --help lists the settings."
+    wrong = re.search(r'Parser key "([^"]+)": (.*)', text)
+    if wrong:
+        said = re.sub(r"<class '([^']+)'>", r"\1", wrong[2])
+        return f"setting {wrong[1]!r} is wrong: {said} {parser.prog} --help lists what it takes."
+    return text

@@ -1,0 +1,1 @@
+"""The crosscoder itself: parameters, selection, products, losses, metrics."""

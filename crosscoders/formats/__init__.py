@@ -1,0 +1,1 @@
+"""Crosscoders on disk, ours and the published layouts."""

@@ -1,0 +1,76 @@
+"""Read the crosscoders that we and others publish; never unpickles code.
+
+`load_crosscoder` finds out which layout a folder has and hands it to one reader:
+    ours                   config.json with our format name + model.safetensors (run folders too)
+    dictionary_learning    config.json + model.safetensors, or a state dict in model_final.pt / ae.pt
+    ckkissane              cfg.json + cc_weights.pt, inputs expected already scaled
+Layouts are described in docs/formats.md.
+"""
+
+from pathlib import Path
+
+from crosscoders.common import files
+from crosscoders.common.errors import InputError
+from crosscoders.dictionary.crosscoder import Crosscoder
+from crosscoders.formats.ckkissane import _read_ckkissane
+from crosscoders.formats.dictionary_learning import _read_dictionary_learning
+from crosscoders.formats.ours import _read_ours
+
+
+def load_crosscoder(
+    path_or_repo: str | Path, *, input_scale: list[float] | None = None, device: str = "cpu"
+) -> Crosscoder:
+    """A crosscoder from a local folder or weights file, or from a hub repository.
+
+    input_scale: the factor of each model's activations, for the ckkissane layout only, whose files do not hold it:
+    sqrt(d_model) / mean ||x||, base first. Without it the weights are taken to expect activations as they are.
+
+    Raises:
+        InputError: nothing there, an unknown layout, a file that needs unpickling, a git-lfs pointer.
+        CorruptData: weights that do not match their checksum or each other.
+    """
+    folder = _local_folder(path_or_repo)
+    weights = None
+    if folder.is_file():
+        weights, folder = folder, folder.parent
+    config_path = next((folder / name for name in ("config.json", "cfg.json") if (folder / name).is_file()), None)
+    if config_path is None:
+        found = ", ".join(sorted(f.name for f in folder.iterdir())[:5]) or "nothing"
+        raise InputError(
+            f"{path_or_repo} holds no crosscoder: no config.json or cfg.json beside the weights (found {found})."
+        )
+    config = files.read_object(config_path)
+    if config_path.name == "cfg.json":
+        model = _read_ckkissane(config, weights or folder / "cc_weights.pt", input_scale)
+    elif input_scale is not None:
+        raise InputError(
+            "input_scale is for the ckkissane layout; these weights carry their own normaliser. Leave it out."
+        )
+    elif config.get("format") == "model-diffing/crosscoder":
+        model = _read_ours(config, config_path)
+    else:
+        model = _read_dictionary_learning(config, weights or _first_weights(folder))
+    return model.to(device)
+
+
+def _local_folder(path_or_repo: str | Path) -> Path:
+    path = Path(path_or_repo)
+    if path.exists():
+        return path
+    name = str(path_or_repo)
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise InputError(f"there is no {name!r}. Check the path, or give a hub repository as owner/name.")
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.pt"]))
+    except (OSError, ValueError) as error:
+        cause = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{name!r} is neither a folder nor a repository that can be read ({cause}).") from None
+
+
+def _first_weights(folder: Path) -> Path:
+    for name in ("model.safetensors", "model_final.pt", "ae.pt"):
+        if (folder / name).is_file():
+            return folder / name
+    raise InputError(f"{folder} has a config.json but no weights: expected model.safetensors, model_final.pt or ae.pt.")

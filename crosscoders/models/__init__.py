@@ -1,0 +1,1 @@
+"""Pairs of language models, hooks into them, their predictions."""

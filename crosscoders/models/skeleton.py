@@ -1,0 +1,33 @@
+"""The modules of a model without weights, on PyTorch's meta device, from its configuration alone."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from crosscoders.common.errors import InputError
+from crosscoders.models import names
+
+
+def parameter_count(name: str, n_layers: int | None) -> int:
+    """Parameters of a decoder, cut off above n_layers; None: the whole language model."""
+    return sum(parameter.numel() for parameter in skeleton(name, n_layers).parameters())
+
+
+def skeleton(name: str, n_layers: int | None = None) -> nn.Module:
+    """The modules of a decoder without weights, cut off above n_layers; None: the whole language model.
+
+    Raises:
+        InputError: the configuration makes no such model.
+    """
+    import transformers
+
+    limit = {} if n_layers is None else {"num_hidden_layers": n_layers}
+    auto: Any = transformers.AutoModelForCausalLM if n_layers is None else transformers.AutoModel
+    try:
+        with torch.device("meta"), names.quiet_transformers():
+            model: nn.Module = auto.from_config(transformers.AutoConfig.from_pretrained(name, **limit))
+    except (OSError, ValueError, RuntimeError) as error:
+        lines = str(error).splitlines() or [type(error).__name__]
+        raise InputError(f"the configuration of {name!r} makes no model: {lines[0]} Check its config.json.") from error
+    return model

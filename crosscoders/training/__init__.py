@@ -1,0 +1,1 @@
+"""Training a crosscoder: settings, loop, objective, optimizer, checkpoints."""

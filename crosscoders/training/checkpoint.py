@@ -1,0 +1,171 @@
+"""Run folder: what a training run leaves behind, and how it goes on after an interruption.
+
+    RUN/run.json              resolved config, environment, hashes of the inputs; written first
+    RUN/train.jsonl           one line of metrics per interval
+    RUN/step-00001000/        state to resume from: weights, Adam, counters; manifest last; the last two are kept
+    RUN/model.safetensors, config.json, eval.json    the finished crosscoder; their presence means done
+
+A state holds everything that decides what follows: the stream's order is a pure function of (seed, step) and training
+draws no random number after the start, so weights, Adam's moments, dead counters and the step are all there is.
+"""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from crosscoders.common import files
+from crosscoders.common.checks import to_dict
+from crosscoders.common.errors import CorruptData, InputError
+from crosscoders.common.progress import say
+from crosscoders.training import adam8
+
+FORMAT_VERSION = 1
+
+
+def start_run(
+    folder: Path,
+    config: Any,
+    inputs: dict[str, Any],
+    environment: dict[str, Any],
+    command: str = "train",
+    places: Sequence[str] = (),
+) -> None:
+    """Write run.json, or check that the run found there is the same one.
+
+    config: a dataclass. A setting that is newer than the run found has its default in it, so a default has to mean what
+    was done before there was the setting. places: settings that say where inputs are, which may be elsewhere now if
+    their hashes are the same.
+
+    Raises:
+        InputError: the folder holds a run with another config or other inputs.
+    """
+    described = {
+        "format_version": FORMAT_VERSION,
+        "command": command,
+        "config": to_dict(config),
+        "environment": environment,
+        "inputs": inputs,
+    }
+    path = folder / "run.json"
+    if not path.is_file():
+        files.write_json(path, described)
+        return
+    found = files.read_object(path, "config", "inputs")
+    recorded = {"config": _with_newer(found["config"], config), "inputs": _by_content(found["inputs"])}
+    asked = {"config": described["config"], "inputs": _by_content(inputs)}
+    recorded, asked = (json.loads(json.dumps(run)) for run in (recorded, asked))
+    other_input = _first_difference(recorded["inputs"], asked["inputs"])
+    for run in (recorded, asked):
+        run["config"] = {k: v for k, v in run["config"].items() if other_input or k not in places}
+    changed = _first_difference(recorded["config"], asked["config"]) or other_input
+    if changed:
+        key, old, new = changed
+        raise InputError(
+            f"{folder} holds a run with {key} = {old!r}, now {new!r}. "
+            "Use the same settings to go on, or choose another --out."
+        )
+
+
+def _by_content(entry: Any) -> Any:
+    """Without the places of what has a hash: a cache, a model or a dictionary that was moved is the same one."""
+    if not isinstance(entry, dict):
+        return entry
+    return {k: _by_content(v) for k, v in entry.items() if "hash" not in entry or k not in ("path", "name")}
+
+
+def _with_newer(was: dict[str, Any], config: Any) -> dict[str, Any]:
+    """Recorded settings, with the defaults of those that are not among them."""
+    found = dict(was)
+    for field in fields(config):
+        now = getattr(config, field.name)
+        if field.name not in found and field.default is not MISSING:
+            found[field.name] = field.default
+        elif is_dataclass(now) and isinstance(found.get(field.name), dict):
+            found[field.name] = _with_newer(found[field.name], now)
+    return found
+
+
+def _first_difference(was: Any, now: Any, key: str = "") -> tuple[str, Any, Any] | None:
+    if isinstance(was, dict) and isinstance(now, dict):
+        for name in [*was, *(n for n in now if n not in was)]:
+            found = _first_difference(was.get(name), now.get(name), f"{key}.{name}".lstrip("."))
+            if found:
+                return found
+        return None
+    return None if was == now else (key, was, now)
+
+
+def save_state(
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    others: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Publish the state of a step, with `others`; the manifest is written last, so a half-written one is never read."""
+    tensors: dict[str, Tensor] = {f"model.{name}": value for name, value in model.state_dict().items()}
+    for index, entry in optimizer.state_dict()["state"].items():
+        for name, value in entry.items():
+            tensors |= adam8.parts(f"adam.{index}.{name}", value)
+    tensors |= others or {}
+    target = folder / f"step-{step:08d}"
+    written = files.write_tensors(target / "state.safetensors", tensors)
+    files.write_json(
+        target / "manifest.json", {"format_version": FORMAT_VERSION, "step": step, "state": written._asdict()}
+    )
+    for old in _state_folders(folder)[:-2]:
+        shutil.rmtree(old)
+
+
+def _state_folders(folder: Path) -> list[Path]:
+    return sorted(path.parent for path in folder.glob("step-*/manifest.json"))
+
+
+def load_state(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[int, dict[str, Tensor]] | None:
+    """Restore the newest whole state and return its step and other tensors; None where there is none.
+
+    A state that fails its checksum is passed over, with a line that says so.
+    """
+    for path in reversed(_state_folders(folder)):
+        try:
+            manifest = files.read_object(path / "manifest.json", "format_version", "step", "state")
+            if manifest["format_version"] != FORMAT_VERSION:
+                raise InputError(f"{path} has format_version {manifest['format_version']}, not {FORMAT_VERSION}.")
+            tensors = files.read_tensors(path / "state.safetensors", files.Written(**manifest["state"]))
+        except (CorruptData, InputError) as error:
+            say(f"warning: {error} Going on from the state before it.")
+            continue
+        model.load_state_dict(
+            {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
+        )
+        entries: dict[int, dict[str, Tensor]] = {}
+        for name, value in tensors.items():
+            if name.startswith("adam."):
+                _, index, key = name.split(".", 2)
+                entries.setdefault(int(index), {})[key] = value.clone()  # not a view of the file
+        state = {index: adam8.joined(entry) for index, entry in entries.items()}
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        others = {name: value for name, value in tensors.items() if not name.startswith(("model.", "adam."))}
+        return int(manifest["step"]), others
+    return None
+
+
+def cut_log(path: Path, step: int) -> None:
+    """Drop lines of train.jsonl beyond `step`, and a torn last line."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+    files.write_bytes(path, "".join(kept).encode())

@@ -1,0 +1,1 @@
+"""Which latents cause the new behaviour: patching, steering, lens."""

@@ -1,0 +1,208 @@
+r"""Which latents cause the difference: exchange them at the hook point and see how far the predictions follow.
+
+For each direction, source s into target t, the target's upper layers run on a patched activation (causal_sets), and
+
+    KL(set)       = mean over response tokens of KL(p_t || p_patched), nats/token
+    CE(set)       = mean over response tokens of -log p_patched(token), nats/token
+    share closed  = 1 - KL(set) / KL(none)
+
+over all response tokens and over the first K of each response. The prediction of a token is made one position before
+it. Tokens that are not scored (the beginning of sequence) keep the target's own activation. `measure_run` is what
+`diffing causal` does: `measure` runs the models, causal_summary divides and resamples.
+Source: Minder et al. 2025 (arXiv 2504.02922), section on causality. Differs: docs/math.md, "Causal patching".
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from crosscoders.activations.cache import ActivationCache
+from crosscoders.activations.settings import CacheConfig
+from crosscoders.common.devices import choose_device
+from crosscoders.common.errors import InputError
+from crosscoders.common.progress import Progress, say
+from crosscoders.dictionary.crosscoder import Crosscoder
+from crosscoders.formats.load import load_crosscoder
+from crosscoders.models import predictions
+from crosscoders.models.pair import ModelPair, PairInfo, inspect_pair, load_pair
+from crosscoders.models.resume import ResumableModel, State
+from crosscoders.text.chats import Chat, ChatBatch, batches, read_chats
+from crosscoders.text.settings import DataSource
+from diffing.causal.sets import Exchange, Parts, PatchSet, choose_sets
+from diffing.causal.settings import CausalSettings
+from diffing.latents.table import read_table, require_fit
+
+DIRECTIONS = {"base_to_tuned": 1, "tuned_to_base": 0}
+"""Direction -> the target, whose upper layers run."""
+_LOGITS = 1 << 25
+"""Entries of one tensor of logits: 128 MiB in float32."""
+
+
+class Measured(NamedTuple):
+    """Sums over the response tokens of each document, one direction."""
+
+    names: list[str]
+    """One per patch; draws of one random set share a name. `source_model` is the other model, unpatched."""
+    kl: Float[np.ndarray, "windows patches documents"]
+    """Window 0: all response tokens; window 1: the first K of each response."""
+    ce: Float[np.ndarray, "windows patches documents"]
+    own_ce: Float[np.ndarray, "windows documents"]
+    """CE of the target itself."""
+    n_tokens: Int[np.ndarray, "windows documents"]
+
+
+def measure_run(run: Path, cache: ActivationCache, settings: CausalSettings) -> dict[str, Measured]:
+    """Measure a finished run on the chats behind `cache`, or on other chats that the settings name.
+
+    Raises:
+        InputError: anything that the settings, the run or the data get wrong, before a model loads.
+    """
+    table = read_table(run)
+    crosscoder = load_crosscoder(run, device=str(choose_device(settings.device)))
+    require_fit(crosscoder, cache)
+    sets = {
+        direction: choose_sets(
+            table,
+            target,
+            n_latents=settings.top(),
+            draws=settings.random_draws,
+            seed=settings.seed,
+            match_frequency=settings.match_frequency,
+            latents=settings.latents,
+        )
+        for direction, target in DIRECTIONS.items()
+    }
+    config = cached_config(cache, settings.data)
+    info = inspect_cached(cache)
+    chats = read_chats(config, info.tokenizer, settings.n_documents)
+    pair = load_whole(info, cache.manifest["hook_point"], settings.device, settings.model_dtype)
+    return measure(crosscoder, pair, chats, sets, batch_rows=settings.batch_rows, first_tokens=settings.first_tokens)
+
+
+def inspect_cached(cache: ActivationCache) -> PairInfo:
+    """The pair that a cache was made with, checked without its weights."""
+    config = cached_config(cache)
+    return inspect_pair(config.base, config.tuned, [cache.manifest["hook_point"]], tokenizer=config.tokenizer)
+
+
+def load_whole(info: PairInfo, hook_point: str, device: str, dtype: str) -> ModelPair:
+    """Both models with their unembedding."""
+    return load_pair(info.base, info.tuned, hook_point, device=device, dtype=dtype, info=info, whole=True)
+
+
+def cached_config(cache: ActivationCache, data: str | None = None) -> CacheConfig:
+    """The settings that a cache was made with, with other documents where they are named."""
+    settings = dict(cache.manifest["config"])
+    settings["data"] = [DataSource(**source) for source in settings["data"]] if data is None else data
+    return CacheConfig(**settings)
+
+
+def measure(
+    crosscoder: Crosscoder,
+    pair: ModelPair,
+    chats: list[Chat],
+    sets: Mapping[str, list[PatchSet]],
+    *,
+    batch_rows: int = 8,
+    first_tokens: int = 9,
+) -> dict[str, Measured]:
+    """Run every set of every direction over `chats`; `pair` holds whole models (`load_pair(..., whole=True)`).
+
+    Raises:
+        InputError: a direction that does not exist, activations of another width than the crosscoder's, no chats.
+    """
+    unknown = [name for name in sets if name not in DIRECTIONS]
+    if unknown or not sets or not chats:
+        raise InputError(f"measure needs chats and sets for {' or '.join(DIRECTIONS)}; it got {unknown or 'none'}.")
+    models = [ResumableModel(model, pair.hook_points[0]) for model in pair.models]
+    if not all(model.can_skip for model in models):
+        say("the layers below the hook point cannot be left out in this architecture; every patch runs them")
+    exchange = Exchange(crosscoder.to(pair.device))
+    sums = {name: _Sums([p.name for p in listed], len(chats), first_tokens) for name, listed in sets.items()}
+    pad = pair.info.tokenizer.pad_token_id
+    progress = Progress("causal", total=len(chats), unit="chat")
+    for batch in batches(chats, batch_rows, 0 if pad is None else int(pad)):
+        states = [model.run(batch.ids.to(pair.device), batch.attention_mask.to(pair.device)) for model in models]
+        scored = batch.scored.to(pair.device)
+        x = torch.stack([state.activation[scored] for state in states], dim=1)
+        parts = exchange.take_apart(x, batch.is_template[batch.scored])
+        for name, patches in sets.items():
+            _one_direction(sums[name], models, states, batch, exchange, parts, patches, DIRECTIONS[name])
+        progress.update(len(batch.documents))
+    progress.close()
+    return {name: found.result() for name, found in sums.items()}
+
+
+def _one_direction(
+    sums: "_Sums",
+    models: list[ResumableModel],
+    states: list[State],
+    batch: ChatBatch,
+    exchange: Exchange,
+    parts: Parts,
+    patches: list[PatchSet],
+    target: int,
+) -> None:
+    """Add one batch: the residuals of all patches at the predicting positions, then logits in chunks."""
+    model, state, other = models[target], states[target], states[1 - target]
+    scored = batch.scored.to(model.device)
+    predicted = batch.place[:, 1:] > 0
+    at = predicted.to(model.device)
+    finals = []
+    for patch in patches:
+        activation = state.activation.clone()
+        activation[scored] = exchange.patched(parts, patch, target).to(activation.dtype)
+        finals.append(model.resume(state, activation)[:, :-1][at])
+    own, source = state.final[:, :-1][at], other.final[:, :-1][at]
+    token_ids, place = batch.ids[:, 1:][predicted], batch.place[:, 1:][predicted]
+    documents = batch.documents[:, None].expand(predicted.shape)[predicted]
+    vocabulary = model.logits(own[:1]).shape[1]
+    for span in torch.arange(len(own)).split(max(1, _LOGITS // vocabulary)):
+        tokens = token_ids[span].to(model.device)
+        log_p = predictions.log_probs(model.logits(own[span]))
+        sums.add_own(documents[span], place[span], predictions.ce(log_p, tokens))
+        changed = [(model, final) for final in finals] + [(models[1 - target], source)]
+        for i, (reader, final) in enumerate(changed):
+            log_q = predictions.log_probs(reader.logits(final[span]))
+            sums.add(i, documents[span], place[span], predictions.kl(log_p, log_q), predictions.ce(log_q, tokens))
+
+
+class _Sums:
+    """Sums in float64 by window, patch and document."""
+
+    def __init__(self, names: list[str], n_documents: int, first_tokens: int) -> None:
+        self.names, self.first_tokens = [*names, "source_model"], first_tokens
+        self.kl = torch.zeros(2, len(self.names), n_documents, dtype=torch.float64)
+        self.ce = torch.zeros_like(self.kl)
+        self.own_ce = torch.zeros(2, n_documents, dtype=torch.float64)
+        self.n_tokens = torch.zeros(2, n_documents, dtype=torch.int64)
+
+    def _windows(self, place: Int[Tensor, " tokens"]) -> list[Tensor]:
+        return [place > 0, place <= self.first_tokens]
+
+    def add_own(
+        self, documents: Int[Tensor, " tokens"], place: Int[Tensor, " tokens"], ce: Float[Tensor, " tokens"]
+    ) -> None:
+        for window, inside in enumerate(self._windows(place)):
+            self.own_ce[window].index_add_(0, documents, ce.double().cpu() * inside)
+            self.n_tokens[window].index_add_(0, documents, inside.long())
+
+    def add(
+        self,
+        patch: int,
+        documents: Int[Tensor, " tokens"],
+        place: Int[Tensor, " tokens"],
+        kl: Float[Tensor, " tokens"],
+        ce: Float[Tensor, " tokens"],
+    ) -> None:
+        for window, inside in enumerate(self._windows(place)):
+            self.kl[window, patch].index_add_(0, documents, kl.double().cpu() * inside)
+            self.ce[window, patch].index_add_(0, documents, ce.double().cpu() * inside)
+
+    def result(self) -> Measured:
+        return Measured(self.names, self.kl.numpy(), self.ce.numpy(), self.own_ce.numpy(), self.n_tokens.numpy())

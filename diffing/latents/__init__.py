@@ -1,0 +1,1 @@
+"""Latents of a run: Latent Scaling, norms, verdicts, partners, twins, stability."""

@@ -1,0 +1,51 @@
+"""What the commands of `diffing` do, each as one function of its settings that returns a JSON object."""
+
+import shlex
+import time
+from typing import Any
+
+from crosscoders.common import files
+from crosscoders.common.checks import to_dict
+from crosscoders.common.progress import say
+from crosscoders.common.results import closing, result, row
+from diffing.latents.nulls import NULL, counts_beside, read_nulls
+from diffing.latents.runs import _opened
+from diffing.latents.settings import ScaleSettings, StabilitySettings
+from diffing.latents.stability import read_runs
+from diffing.latents.stability import stability as survival_rows
+from diffing.latents.table import scale_run
+from diffing.latents.verdict import VERDICTS
+
+
+def scale(settings: ScaleSettings) -> dict[str, Any]:
+    """`diffing scale`"""
+    started = time.perf_counter()
+    run, cache = _opened(settings.run, settings.cache)
+    say(f"scale {run} on {min(settings.n_tokens or len(cache), len(cache)):,} tokens of {cache.path}")
+    table = scale_run(run, cache, n_tokens=settings.n_tokens, n_examples=settings.n_examples, device=settings.device)
+    counts = {verdict: int((table["verdict"] == verdict).sum()) for verdict in VERDICTS}
+    nulls = read_nulls(run)
+    beside = {verdict: f" (on nulls: {text})" for verdict, text in counts_beside(nulls).items()}
+    words = [f"{verdict} {n}{beside.get(verdict, '')}" for verdict, n in counts.items() if n]
+    say(f"{'  '.join(words)}  of {len(table):,} latents")
+    if not nulls:
+        say(f"these counts have no false-positive rate yet: {NULL.format(run=run)}")
+    twins = files.read_object(run / "twins.json", "twins", "control")
+    if twins["twins"]:
+        say(f"{len(twins['twins'])} pairs of twins, a tuned-only and a base-only latent of one direction: twins.json")
+    closing(started, f"latent table in {run / 'latents.json'}")
+    say(f"next: diffing report {shlex.quote(str(run))}")
+    found = [row(f"scale.verdict.{verdict}.count", n, "latents", len(table)) for verdict, n in counts.items()]
+    found.append(row("scale.twins.count", len(twins["twins"]), "pairs", len(table)))
+    for name in ("twins", "control"):
+        apart = [pair["divergence"] for pair in twins[name]]
+        if apart:
+            found.append(row(f"scale.{name}.divergence", sum(apart) / len(apart), "fraction", len(apart)))
+    return result("scale", to_dict(settings), found)
+
+
+def stability(settings: StabilitySettings) -> dict[str, Any]:
+    """`diffing stability`"""
+    found = survival_rows(read_runs(settings.runs), seed=settings.seed)
+    lines = [f"{entry['name']:<44}{entry['value']:>8.1%}  n {entry['n']:,}" for entry in found]
+    return result("stability", to_dict(settings), found) | {"text": "\n".join(lines)}

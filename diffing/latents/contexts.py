@@ -1,0 +1,128 @@
+r"""Where latents fire: shares of activation by kind of context, and the strongest examples.
+
+A token's context is `template` where it belongs to the chat template, otherwise the group of its document. The share of
+latent j in context c is sum_{n in c} f_nj / sum_n f_nj: activation mass, not counts.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from crosscoders.activations.cache import ActivationCache
+from crosscoders.activations.scored import Tokens
+from crosscoders.dictionary import selection
+from crosscoders.dictionary.crosscoder import Crosscoder
+from crosscoders.text.documents import RESERVED_GROUP
+from crosscoders.text.tokens import ROLES
+
+TEMPLATE = RESERVED_GROUP
+WINDOW = (16, 8)
+"""Tokens of an example before its peak, and from the peak on."""
+
+
+class ContextSums:
+    """Activation mass of each latent in each context, float64."""
+
+    def __init__(self, dict_size: int, groups: list[str]) -> None:
+        self.names = [*groups, TEMPLATE]
+        self.mass = torch.zeros(dict_size, len(self.names), dtype=torch.float64)
+
+    def add(self, latents: selection.Active, tokens: Tokens) -> None:
+        """Add the active latents of one batch of tokens."""
+        contexts = torch.where(tokens.roles == ROLES.index(TEMPLATE), len(self.names) - 1, tokens.groups.long())
+        index = latents.latents.cpu() * len(self.names) + contexts[latents.tokens.cpu()]
+        self.mass += torch.bincount(index, weights=latents.values.double().cpu(), minlength=self.mass.numel()).view_as(
+            self.mass
+        )
+
+    def shares(self) -> Float[Tensor, "dict_size n_contexts"]:
+        """Share of each context in each latent's activation; 0 for a latent that never fires."""
+        return self.mass / self.mass.sum(dim=1, keepdim=True).clamp_min(1e-300)
+
+
+def examples(
+    crosscoder: Crosscoder,
+    cache: ActivationCache,
+    latents: list[int],
+    tokenizer: Any,
+    *,
+    n_examples: int = 8,
+    n_tokens: int | None = None,
+) -> dict[str, list[dict[str, Any]]]:
+    """The documents in which each latent is strongest, one example per document, with the tokens around the peak;
+    from the first `n_tokens` of the cache (default: all).
+
+    Each example: document, group, position (of the peak in its document), value, tokens, values (one per token), peak
+    (index into tokens). Tokens that are not cached, such as the beginning of sequence, are not shown.
+    """
+    chosen = ChosenLatents(crosscoder, latents)
+    best = _Best(len(latents), 8 * n_examples)
+    start = 0
+    for tokens in cache.batches(4096, 0, n_tokens):
+        best.add(chosen.encode(tokens.activations), tokens.document_ids, start)
+        start += len(tokens.token_ids)
+    places = [(token, i) for i in range(len(latents)) for token in best.peaks(i, n_examples)]
+    found: dict[str, list[dict[str, Any]]] = {str(latent): [] for latent in latents}
+    for token, i in sorted(places):  # in cache order, so that each shard is read once
+        found[str(latents[i])].append(_example(chosen, cache, i, token, tokenizer))
+    return {latent: sorted(rows, key=lambda row: -row["value"]) for latent, rows in found.items()}
+
+
+class ChosenLatents:
+    """Encoder of a few latents only; far cheaper than all of them."""
+
+    def __init__(self, crosscoder: Crosscoder, latents: list[int]) -> None:
+        columns = torch.tensor(latents, dtype=torch.int64, device=crosscoder.b_enc.device)
+        self.crosscoder = crosscoder
+        self.weight = crosscoder.W_enc.detach().flatten(0, 1)[:, columns]
+        self.bias = crosscoder.b_enc.detach()[columns]
+        self.gate_at = crosscoder.gate_at().detach()[columns]
+
+    def encode(self, x: Float[Tensor, "batch n_models d_model"]) -> Float[Tensor, "batch chosen"]:
+        """Latents with the inference gate, as `Crosscoder.encode` gives them."""
+        normalised = self.crosscoder.normalise(x.to(self.bias.device).float())
+        pre = torch.addmm(self.bias, normalised.flatten(1), self.weight)
+        return (pre * (pre > self.gate_at)).cpu()
+
+
+class _Best:
+    """The strongest tokens of each chosen latent, kept while batches go by."""
+
+    def __init__(self, n_latents: int, n_kept: int) -> None:
+        self.values = torch.zeros(n_latents, n_kept)
+        self.places = torch.full((2, n_latents, n_kept), -1)  # token and document
+
+    def add(self, latents: Float[Tensor, "batch chosen"], documents: Int[Tensor, " batch"], start: int) -> None:
+        tokens = torch.arange(start, start + len(latents))
+        places = torch.stack([tokens, documents.long()])[:, None].expand(-1, latents.shape[1], -1)
+        values, places = torch.cat([self.values, latents.T], dim=1), torch.cat([self.places, places], dim=2)
+        self.values, kept = values.topk(self.values.shape[1], dim=1)
+        self.places = places.gather(2, kept.expand(2, -1, -1))
+
+    def peaks(self, i: int, n: int) -> list[int]:
+        """Tokens of the n strongest documents of the i-th latent."""
+        by_document: dict[int, int] = {}
+        for value, token, document in zip(self.values[i], *self.places[:, i], strict=True):
+            if value > 0:
+                by_document.setdefault(int(document), int(token))
+        return list(by_document.values())[:n]
+
+
+def _example(chosen: ChosenLatents, cache: ActivationCache, i: int, token: int, tokenizer: Any) -> dict[str, Any]:
+    first = max(0, token - WINDOW[0])
+    tokens = cache.read(first, min(len(cache), token + WINDOW[1]))
+    inside = (tokens.document_ids == tokens.document_ids[token - first]).nonzero().squeeze(1)
+    tokens = tokens.slice(int(inside[0]), int(inside[-1]) + 1)
+    peak = token - first - int(inside[0])
+    values = chosen.encode(tokens.activations)[:, i]
+    return {
+        "document": int(tokens.document_ids[peak]),
+        "group": cache.manifest["groups"][int(tokens.groups[peak])],
+        "position": int(tokens.positions[peak]),
+        "value": round(float(values[peak]), 4),
+        "peak": peak,
+        "tokens": [tokenizer.decode([int(t)]) for t in tokens.token_ids],
+        "values": [round(float(v), 4) for v in values],
+    }

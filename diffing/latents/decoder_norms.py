@@ -1,0 +1,40 @@
+r"""What decoder norms and directions alone say about a latent: class and cosine.
+
+relative_decoder_norm   `Crosscoder.relative_decoder_norm`
+norm_class              base-only [0, 0.1], shared [0.4, 0.6], tuned-only [0.9, 1], other
+decoder_cosine          cos(d_base, d_tuned)
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from crosscoders.dictionary.crosscoder import Crosscoder
+
+BASE_ONLY, SHARED, TUNED_ONLY = 0.1, (0.4, 0.6), 0.9
+"""Bounds of the published classes: Minder et al. 2025, arXiv 2504.02922."""
+
+
+def norm_class(relative_decoder_norm: Sequence[float]) -> list[str]:
+    """Published class of each latent."""
+
+    def name(value: float) -> str:
+        if value <= BASE_ONLY:
+            return "base-only"
+        if value >= TUNED_ONLY:
+            return "tuned-only"
+        return "shared" if SHARED[0] <= value <= SHARED[1] else "other"
+
+    return [name(value) for value in relative_decoder_norm]
+
+
+def decoder_cosine(crosscoder: Crosscoder) -> Float[Tensor, " dict_size"]:
+    """Cosine of the base and the tuned decoder of each latent; 0 where one of them is 0.
+
+    Near 1: one concept in one place. Near 0 with both norms alive: the latent joins two unrelated directions
+    ("rotated"), which also makes the ratios of Latent Scaling small without anything being new.
+    """
+    base, tuned = crosscoder.decoder().unbind(dim=1)
+    return torch.nn.functional.cosine_similarity(base, tuned, dim=1, eps=1e-12)

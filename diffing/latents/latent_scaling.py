@@ -1,0 +1,224 @@
+r"""Latent Scaling: how much of a latent is in each model, for every latent and target in one streaming pass.
+
+For latent j with decoder d_j^s (s = tuned, or base for the mirror image), model m and target T,
+
+    beta_j^m(T) = argmin_beta sum_n ||T_n^m - beta f_nj d_j^s||^2
+                = sum_n f_nj <T_n^m, d_j^s> / (||d_j^s||^2 sum_n f_nj^2)
+
+    activation       T = x_m
+    reconstruction   T = x_hat_m, bias and the latent's own part included
+    error            T = x_m - (x_hat_m - f_j d_j^m): the residual and the latent's own part
+
+The error target differs for every latent and is never built:
+num(error) = num(activation) - num(reconstruction) + <d_j^m, d_j^s> sum_n f_nj^2. All numerators are
+<d_j^s, sum_n f_nj y_n> for y in {x_m, x_hat_m}, so one sparse product f^T y per target and batch is all that the
+data are needed for.
+
+    nu(T) = beta^base(T) / beta^tuned(T) with the tuned decoder: near 0 for what only the tuned model has
+    nu(T) mirror = beta^tuned(T) / beta^base(T) with the base decoder: near 0 for what only the base model has
+
+Everything is in training space, like decoder norms; in the units of x, nu is larger by input_scale[tuned] /
+input_scale[base]. Source: Minder et al. 2025 (arXiv 2504.02922). Differs: all latents, both directions,
+standard errors, no NaN.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from crosscoders.common.errors import InputError
+from crosscoders.dictionary import selection, sparse
+from crosscoders.dictionary.crosscoder import Crosscoder
+
+if TYPE_CHECKING:
+    import pandas
+
+MODELS = ("base", "tuned")
+TARGETS = ("error", "reconstruction", "activation", "activation_no_bias")
+_MIRROR = "_mirror"
+
+
+class LatentScales(Mapping[str, Tensor]):
+    """Columns of Latent Scaling, one value per latent, by name.
+
+    `beta_{base,tuned}_{error,reconstruction,activation,activation_no_bias}` with the tuned decoder, `nu_{target}`, both
+    with `_stderr`; the same with suffix `_mirror` (before `_stderr`) for the base decoder. `n_active`: tokens on which
+    the latent was active; `frequency`: their share; `max_activation`. A latent that never fires has beta 0, nu 1 (no
+    evidence of anything), standard errors inf and n_active 0.
+    """
+
+    def __init__(self, columns: dict[str, Tensor], n_tokens: int, n_blocks: int) -> None:
+        self._columns, self.n_tokens, self.n_blocks = columns, n_tokens, n_blocks
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._columns[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._columns)
+
+    def __len__(self) -> int:
+        return len(self._columns)
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """One row per latent."""
+        import pandas
+
+        frame = pandas.DataFrame({name: values.numpy() for name, values in self._columns.items()})
+        frame.index.name = "latent"
+        return frame
+
+
+class ScalingSums:
+    """Sums of Latent Scaling over batches, in float64, kept apart by block for the jackknife.
+
+    Batch i belongs to block i modulo n_blocks.
+    """
+
+    def __init__(self, crosscoder: Crosscoder, n_blocks: int = 32) -> None:
+        if crosscoder.config.n_models != 2:
+            raise InputError(f"Latent Scaling compares two models; this crosscoder has {crosscoder.config.n_models}.")
+        if n_blocks < 2:
+            raise InputError(f"n_blocks is {n_blocks}; the jackknife needs at least 2.")
+        self.crosscoder, self.n_blocks = crosscoder, n_blocks
+        self.decoder = crosscoder.decoder().detach()
+        self.weight = crosscoder.W_dec.detach().flatten(1)
+        dict_size = crosscoder.config.dict_size
+        # numerators by block, latent, decoder s, kind (activation, reconstruction) and model m
+        self.numerators = torch.zeros(n_blocks, dict_size, 2, 2, 2, dtype=torch.float64)
+        self.f = torch.zeros(n_blocks, dict_size, dtype=torch.float64)
+        self.f_square = torch.zeros(n_blocks, dict_size, dtype=torch.float64)
+        self.n_active = torch.zeros(dict_size, dtype=torch.int64)
+        self.f_max = torch.zeros(dict_size)
+        self.n_tokens = self.n_batches = 0
+
+    @torch.no_grad()
+    def add(self, x: Float[Tensor, "batch n_models d_model"]) -> selection.Active:
+        """Add one batch in the units of x; returns its active latents, so that others need not encode again."""
+        crosscoder = self.crosscoder
+        x = x.to(self.weight.device).float()
+        latents = selection.active(crosscoder.pre_acts(crosscoder.normalise(x)), crosscoder.gate_at())
+        decoded = (sparse.decode(latents, self.weight) + crosscoder.b_dec.flatten()).view_as(x)
+        if crosscoder.is_folded:
+            decoded = crosscoder.to_training_space(decoded)
+        block = self.n_batches % self.n_blocks
+        targets = torch.cat([crosscoder.to_training_space(x), decoded], dim=1)  # (batch, 4, d_model)
+        weighted = sparse.transposed(latents, targets.flatten(1)).unflatten(1, (4, -1))  # (dict_size, 4, d_model)
+        # One small product per latent: 13 times cheaper than the same sum as one einsum.
+        products = torch.bmm(self.decoder, weighted.transpose(1, 2)).unflatten(2, (2, 2))  # decoder, kind, model
+        self.numerators[block] += products.double().cpu()
+        counted = sparse.per_latent(latents)
+        self.f[block] += counted.total.cpu()
+        self.f_square[block] += counted.square_total.cpu()
+        self.n_active += counted.n.cpu()
+        self.f_max = torch.maximum(self.f_max, counted.largest.cpu())
+        self.n_tokens += len(x)
+        self.n_batches += 1
+        return latents
+
+    def result(self) -> LatentScales:
+        """Ratios and their standard errors (delete-one-block jackknife).
+
+        Raises:
+            InputError: no token was added.
+        """
+        if not self.n_tokens:
+            raise InputError("no tokens to scale latents on. Give at least one batch.")
+        n_blocks = min(self.n_blocks, self.n_batches)
+        geometry = _Geometry(self.decoder.double().cpu(), self.crosscoder.decoder_bias().detach().double().cpu())
+        numerators, f, f_square = self.numerators[:n_blocks], self.f[:n_blocks], self.f_square[:n_blocks]
+        columns: dict[str, Tensor] = {}
+        for side, suffix in ((1, ""), (0, _MIRROR)):
+            for target in TARGETS:
+                whole = _betas(numerators.sum(0), f.sum(0), f_square.sum(0), geometry, side, target)
+                without = torch.stack(
+                    [
+                        _betas(
+                            numerators.sum(0) - numerators[b],
+                            f.sum(0) - f[b],
+                            f_square.sum(0) - f_square[b],
+                            geometry,
+                            side,
+                            target,
+                        )
+                        for b in range(n_blocks)
+                    ]
+                )
+                for model, name in enumerate(MODELS):
+                    _put(
+                        columns, f"beta_{name}_{target}{suffix}", whole[:, model], without[:, :, model], dead_value=0.0
+                    )
+                nu, nu_without = _ratio(whole, side), _ratio(without, side)
+                _put(columns, f"nu_{target}{suffix}", nu, nu_without, dead_value=1.0)
+        columns["n_active"] = self.n_active
+        columns["frequency"] = self.n_active.double() / self.n_tokens
+        columns["max_activation"] = self.f_max
+        return LatentScales(columns, self.n_tokens, n_blocks)
+
+
+class _Geometry:
+    """Products of decoders, from the weights alone."""
+
+    def __init__(self, decoder: Float[Tensor, "dict_size 2 d_model"], bias: Float[Tensor, "2 d_model"]) -> None:
+        self.gram = torch.einsum("jsd,jmd->jsm", decoder, decoder)
+        self.bias = torch.einsum("jsd,md->jsm", decoder, bias)
+
+
+def _betas(
+    numerators: Float[Tensor, "dict_size 2 2 2"],
+    f: Float[Tensor, " dict_size"],
+    f_square: Float[Tensor, " dict_size"],
+    geometry: _Geometry,
+    side: int,
+    target: str,
+) -> Float[Tensor, "dict_size 2"]:
+    """beta of both models on one target; NaN where it is 0 / 0."""
+    activation, reconstruction = numerators[:, side].unbind(dim=1)
+    if target == "activation":
+        numerator = activation
+    elif target == "reconstruction":
+        numerator = reconstruction
+    elif target == "error":
+        numerator = activation - reconstruction + f_square[:, None] * geometry.gram[:, side]
+    else:
+        numerator = activation - f[:, None] * geometry.bias[:, side]
+    return numerator / (geometry.gram[:, side, side] * f_square)[:, None]
+
+
+def _ratio(betas: Float[Tensor, "*blocks dict_size 2"], side: int) -> Float[Tensor, "*blocks dict_size"]:
+    """beta of the other model over beta of the decoder's own."""
+    return betas[..., 1 - side] / betas[..., side]
+
+
+def _put(
+    columns: dict[str, Tensor],
+    name: str,
+    value: Float[Tensor, " dict_size"],
+    without: Float[Tensor, "blocks dict_size"],
+    *,
+    dead_value: float,
+) -> None:
+    """Add a column and its jackknife standard error sqrt((B - 1) / B sum_b (v_b - mean v)^2), inf where undefined."""
+    n_blocks = len(without)
+    stderr = ((n_blocks - 1) / n_blocks * (without - without.mean(dim=0)).pow(2).sum(dim=0)).sqrt()
+    undefined = ~torch.isfinite(value)
+    columns[name] = torch.where(undefined, dead_value, value)
+    columns[f"{name}_stderr"] = torch.where(undefined | ~torch.isfinite(stderr) | (n_blocks < 2), torch.inf, stderr)
+
+
+def scale_latents(
+    crosscoder: Crosscoder, batches: Iterable[Float[Tensor, "_ n_models d_model"]], *, n_blocks: int = 32
+) -> LatentScales:
+    """Latent Scaling of all latents, all targets and both models in one pass over `batches`.
+
+    Equations, spaces and source in the module's docstring. Uses the inference gate, so batch size does not matter.
+
+    Raises:
+        InputError: not a two-model crosscoder, or no tokens.
+    """
+    sums = ScalingSums(crosscoder, n_blocks)
+    for x in batches:
+        sums.add(x)
+    return sums.result()

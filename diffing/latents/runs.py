@@ -1,0 +1,29 @@
+"""Run folders and the caches that belong to them."""
+
+from pathlib import Path
+
+from crosscoders.activations.cache import ActivationCache
+from crosscoders.common import files
+from crosscoders.common.errors import InputError
+from crosscoders.training.feed import require_same_source
+
+
+def _opened(run: str, cache: str | None) -> tuple[Path, ActivationCache]:
+    """A run folder and a cache of the same pair; default: the one that the run was trained on."""
+    folder = Path(run)
+    if not folder.is_dir():
+        raise InputError(f"{run!r} is not a folder; the results are written into it. Name a run folder.")
+    opened = ActivationCache(cache if cache is not None else _trained_on(folder))
+    require_same_source(folder, opened)
+    return folder, opened
+
+
+def _trained_on(run: Path) -> str:
+    if not (run / "run.json").is_file():
+        raise InputError(
+            f"{str(run)!r} is not a run folder (no run.json), so its cache is unknown. Name it: --cache CACHE"
+        )
+    inputs = files.read_object(run / "run.json", "inputs")["inputs"]
+    if "path" not in inputs.get("cache", {}):
+        raise InputError(f"{str(run)!r} was not trained on a cache. Name one: --cache CACHE")
+    return str(inputs["cache"]["path"])

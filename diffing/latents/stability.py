@@ -1,0 +1,116 @@
+r"""Which latents come back when the same crosscoder is trained again: runs matched latent by latent.
+
+    match      of latent j in another run: the alive latent k of largest cosine of [d_base; d_tuned], each latent's two
+               decoders end to end in training space
+    survival   share of latents whose match has a cosine of at least 0.7
+    same       share of latents whose match has that cosine and the same verdict
+
+Over all ordered pairs of runs, by verdict and for the first 32 by rank. The control matches against the other run with
+its coordinates permuted: what chance alone gives. Source: ours; the cosine of 0.7 as in Paulo and Belrose 2025 (arXiv
+2501.16615). Reading order: `matches`, `stability`.
+"""
+
+from itertools import permutations
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from crosscoders.common import files
+from crosscoders.common.errors import InputError
+from crosscoders.common.results import row
+from crosscoders.dictionary.crosscoder import Crosscoder
+from crosscoders.formats.load import load_crosscoder
+from crosscoders.models.names import identity
+from diffing.latents.table import read_table
+from diffing.latents.verdict import VERDICTS, alive_latents
+
+COSINE, TOP = 0.7, 32
+
+
+class TrainedRun(NamedTuple):
+    """A finished run with its latent table."""
+
+    crosscoder: Crosscoder
+    table: pandas.DataFrame
+
+
+class Matches(NamedTuple):
+    """For each alive latent of one run its nearest alive latent of another."""
+
+    latents: Int[np.ndarray, " alive"]
+    partners: Int[np.ndarray, " alive"]
+    cosine: Float[np.ndarray, " alive"]
+
+
+def read_runs(folders: list[str]) -> list[TrainedRun]:
+    """Runs on one pair and hook point.
+
+    Raises:
+        InputError: fewer than two, one named twice, or runs on different pairs or of different width.
+    """
+    if len({Path(folder).resolve() for folder in folders}) < max(2, len(folders)):
+        raise InputError(f"stability needs two or more different runs; it got {', '.join(folders) or 'none'}.")
+    found = [TrainedRun(load_crosscoder(folder), read_table(Path(folder))) for folder in folders]
+    first = _source(folders[0]) | {"d_model": found[0].crosscoder.b_dec.shape[1]}
+    for folder, run in zip(folders, found, strict=True):
+        now = _source(folder) | {"d_model": run.crosscoder.b_dec.shape[1]}
+        for key, value in first.items():
+            if now[key] != value:
+                raise InputError(f"run {folder!r} has another {key} than {folders[0]!r}. Compare runs of one pair.")
+    return found
+
+
+def _source(folder: str) -> dict[str, Any]:
+    cache = files.read_object(Path(folder) / "config.json").get("provenance", {}).get("cache", {})
+    return {key: identity(cache.get(key)) for key in ("hook_point", "base", "tuned")}
+
+
+def matches(run: TrainedRun, other: TrainedRun, *, permute: int | None = None) -> Matches:
+    """Nearest latents; `permute`: seed of a permutation of the other run's coordinates, for the control."""
+    latents, candidates = alive_latents(run.table), alive_latents(other.table)
+    mine, theirs = _directions(run, latents), _directions(other, candidates)
+    if permute is not None:
+        order = torch.randperm(theirs.shape[1] // 2, generator=torch.Generator().manual_seed(permute))
+        theirs = torch.cat([half[:, order] for half in theirs.chunk(2, dim=1)], dim=1)
+    best = [(chunk @ theirs.T).max(dim=1) for chunk in mine.split(4096)]
+    cosine, places = (torch.cat([found[i] for found in best]).numpy() for i in (0, 1))
+    return Matches(latents, candidates[places], cosine)
+
+
+def _directions(run: TrainedRun, latents: Int[np.ndarray, " n"]) -> Float[Tensor, "n twice_d_model"]:
+    decoder = run.crosscoder.decoder().detach().flatten(1)[torch.from_numpy(latents)]
+    return torch.nn.functional.normalize(decoder, dim=1)
+
+
+def stability(runs: list[TrainedRun], *, seed: int = 0) -> list[dict[str, Any]]:
+    """Rows stability.<verdict>.{survival,same}, .top_32.*, .all.*, and .control.survival; n counts latents over all
+    ordered pairs of runs, and `_least` is the smallest share among these pairs."""
+    hits: dict[str, list[tuple[int, int, int]]] = {}
+    for i, j in permutations(range(len(runs)), 2):
+        found = matches(runs[i], runs[j])
+        survives = found.cosine >= COSINE
+        verdict, partner = (run.table["verdict"].to_numpy() for run in (runs[i], runs[j]))
+        same = survives & (verdict[found.latents] == partner[found.partners])
+        groups = {word: verdict[found.latents] == word for word in VERDICTS}
+        groups[f"top_{TOP}"] = runs[i].table["rank"].to_numpy()[found.latents] <= TOP
+        groups["all"] = np.full(len(found.latents), True)
+        for name, inside in groups.items():
+            if inside.any():
+                counted = (int(survives[inside].sum()), int(same[inside].sum()), int(inside.sum()))
+                hits.setdefault(name, []).append(counted)
+        control = matches(runs[i], runs[j], permute=seed).cosine >= COSINE
+        hits.setdefault("control", []).append((int(control.sum()), 0, len(control)))
+    rows = []
+    for name, counts in hits.items():
+        n = sum(count[2] for count in counts)
+        for k, what in enumerate(("survival",) if name == "control" else ("survival", "same")):
+            shares = [count[k] / count[2] for count in counts]
+            value = sum(count[k] for count in counts) / n
+            rows.append(row(f"stability.{name}.{what}", value, "fraction", n))
+            rows.append(row(f"stability.{name}.{what}_least", min(shares), "fraction", len(shares)))
+    return rows

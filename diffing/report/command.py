@@ -1,0 +1,17 @@
+"""`diffing report`, as a function of its settings that returns a JSON object."""
+
+from pathlib import Path
+from typing import Any
+
+from crosscoders.common import files
+from crosscoders.common.progress import say
+from diffing.report.publishing import write_report
+from diffing.report.settings import ReportSettings
+
+
+def report(settings: ReportSettings) -> dict[str, Any]:
+    """`diffing report`"""
+    written = write_report(Path(settings.run))
+    say(f"report: {written.html} ({files.size_text(written.html.stat().st_size)}), {written.json}")
+    found: dict[str, Any] = files.read_json(written.json)
+    return found

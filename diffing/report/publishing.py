@@ -1,0 +1,38 @@
+"""Step 5 of the data flow: a run folder -> report.html, one file that needs no network, and report.json beside it.
+
+`data` reads and checks, `summary` counts, `figures` and `curves` bin, `render` fills in, `write_report` publishes.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from crosscoders.common.files import write_bytes, write_json
+from diffing.latents.nulls import read_nulls
+from diffing.report.causes import read_causal
+from diffing.report.data import read_run
+from diffing.report.render import render_html, render_json, table_rows
+
+
+class ReportFiles(NamedTuple):
+    """What was written."""
+
+    html: Path
+    """The page."""
+    json: Path
+    """The same numbers as data."""
+
+
+def write_report(run: Path, *, html: Path | None = None, json: Path | None = None) -> ReportFiles:
+    """Write RUN/report.html and RUN/report.json, or the given files. Equal runs give equal bytes.
+
+    Raises:
+        InputError: RUN has no latents.json, or one of its files lacks something; the message names it.
+        CorruptData: a file of RUN is not JSON.
+        EnvironmentFault: a file cannot be written.
+    """
+    read = read_run(run)._replace(nulls=read_nulls(run), causal=read_causal(run))
+    files = ReportFiles(html or run / "report.html", json or run / "report.json")
+    rows = table_rows(read)
+    write_bytes(files.html, render_html(read, rows))
+    write_json(files.json, render_json(read, rows))
+    return files

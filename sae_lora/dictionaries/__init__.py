@@ -1,0 +1,1 @@
+"""Frozen dictionaries: files, hub, controls."""

@@ -1,0 +1,1 @@
+"""What a fit closed of the gap, beside its controls."""

@@ -1,0 +1,104 @@
+"""Tables for people: the rows of one evaluation, and several runs side by side with their rows."""
+
+from typing import Any
+
+from crosscoders.common.results import row
+from sae_lora.evaluation.cells import CELLS, Means, Measured, resample
+
+
+def summary(found: list[dict[str, Any]]) -> str:
+    """The rows of one run as a table for people."""
+    values = {entry["name"].removeprefix("eval."): entry for entry in found}
+    n, n_sequences = values["ce.plain"]["n"], values["sequences"]["value"]
+    lines = [f"{n:,} predictions in {n_sequences:,} sequences; 95% intervals over sequences"]
+    lines.append(f"  {'':<18}{'CE':>8}   {'CE - plain':<30}{'KL':>8}{'top-1':>8}")
+    for cell in CELLS:
+        gap = values.get(f"ce_gap.{cell}")
+        lines.append(
+            f"  {cell:<18}{values[f'ce.{cell}']['value']:>8.4f}   {_interval(gap, '.4f'):<30}"
+            f"{values[f'kl.{cell}']['value']:>8.4f}{values[f'top1.{cell}']['value']:>8.3f}"
+        )
+    lines.append(f"  {'drift (dictionary off): CE - plain':<40}{_interval(values['ce_gap.adapted'], '.4f')}")
+    lines.append(f"  {'drift (dictionary off): KL':<40}{_interval(values['kl.adapted'], '.4f')}")
+    for name, shown in values.items():
+        if name.startswith(("loss_recovered", "gap_closed", "kl_closed")):
+            lines.append(f"  {name:<40}{_interval(shown, '.3f')}")
+        if name.startswith(("fve", "l0")):
+            lines.append(f"  {name:<40}{shown['value']:.3f}  n {shown['n']:,} tokens")
+        if name.startswith(("rates", "effects")):
+            lines.append(f"  {name:<40}  {_interval(shown, '.3g')}  n {shown['n']:,} latents")
+    return "\n".join(lines + _class_lines(values))
+
+
+def _class_lines(values: dict[str, dict[str, Any]]) -> list[str]:
+    names = [name.removesuffix(".ce.plain") for name in values if name.endswith(".ce.plain")]
+    if not names:
+        return []
+    lines = [f"  {'predictions of':<18}{'n':>8}   {'CE - plain, spliced -> adapted':<32}{'KL':<20}KL closed"]
+    for name in names:
+        gap, kl = (
+            [f"{values[f'{name}.{quantity}.{cell}']['value']:.4f}" for cell in ("spliced", "adapted_spliced")]
+            for quantity in ("ce_gap", "kl")
+        )
+        lines.append(
+            f"  {name:<18}{values[f'{name}.ce.plain']['n']:>8,}   {' -> '.join(gap):<32}{' -> '.join(kl):<20}"
+            f"{_interval(values.get(f'{name}.kl_closed'), '.3f')}"
+        )
+    return lines
+
+
+def _interval(entry: dict[str, Any] | None, form: str) -> str:
+    if entry is None:
+        return ""
+    shown = f"{entry['value']:{form}}"
+    return shown if entry["low"] is None else f"{shown} ({entry['low']:{form}} to {entry['high']:{form}})"
+
+
+# ------------------------------------------------------------------------------------------------------ several runs
+
+
+def compared(runs: dict[str, Measured], n_weights: dict[str, int], seed: int = 0) -> list[dict[str, Any]]:
+    """Rows compare.<run>.{gap, gap_left, gap_closed, kl, kl_left, kl_closed, ce_drift, kl_drift, weights} of runs on
+    the same predictions, and .minus_first: KL left, minus that of the first run."""
+    found: list[dict[str, Any]] = []
+    first: Means | None = None
+    for name, measured in runs.items():
+        means = Means(measured.sums, measured.n_tokens, resample(len(measured.n_tokens), seed))
+        first = first or means
+        columns = {
+            "gap": means.gap("spliced"), "gap_left": means.gap("adapted_spliced"), "ce_drift": means.gap("adapted"),
+            "kl": means.kl["spliced"], "kl_left": means.kl["adapted_spliced"], "kl_drift": means.kl["adapted"],
+            "minus_first": means.kl["adapted_spliced"] - first.kl["adapted_spliced"],
+        }  # fmt: skip
+        found += [means.entry(f"compare.{name}.{key}", values, "nats/token") for key, values in columns.items()]
+        found += [means.entry(f"compare.{name}.{key}", part, "fraction") for key, part in means.shares().items()]
+        found.append(row(f"compare.{name}.weights", n_weights[name], "weights", n_weights[name]))
+    return found
+
+
+def table(found: list[dict[str, Any]], described: dict[str, str]) -> str:
+    """The rows of several runs, one line each in three tables. `described`: corrector and control of each run."""
+    values = {entry["name"]: entry for entry in found}
+    n = next(iter(values.values()))["n"]
+    parts = [
+        {
+            "gap": ("CE gap", ".4f"), "gap_left": ("left", ".4f"), "gap_closed": ("closed", ".1%"),
+            "weights": ("weights", ","),
+        },
+        {
+            "kl": ("KL", ".4f"), "kl_left": ("left", ".4f"), "kl_closed": ("closed", ".1%"),
+            "minus_first": ("left - first's", ".4f"),
+        },
+        {"ce_drift": ("CE drift (dictionary off)", ".4f"), "kl_drift": ("KL drift", ".4f")},
+    ]  # fmt: skip
+    lines = [f"{n:,} predictions; nats/token; 95% intervals over sequences"]
+    for forms in parts:
+        cells = [["run", "what", *(title for title, _ in forms.values())]]
+        for run, what in described.items():
+            shown = [_interval(values.get(f"compare.{run}.{key}"), form) for key, (_, form) in forms.items()]
+            cells.append([run, what, *shown])
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines.append("")
+        for line in cells:
+            lines.append("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    return "\n".join(lines)

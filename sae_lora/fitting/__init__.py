@@ -1,0 +1,1 @@
+"""Fitting LoRA or another corrector around frozen dictionaries."""

@@ -1,0 +1,25 @@
+"""`sae-lora fit`, as a function of its settings that returns a JSON object."""
+
+import shlex
+import time
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from crosscoders.common import files
+from crosscoders.common.checks import to_dict
+from crosscoders.common.progress import say
+from crosscoders.common.results import closing, result, row
+from sae_lora.fitting.loop import fit
+from sae_lora.fitting.settings import FitConfig, FitSettings
+
+
+def fit_command(settings: FitSettings) -> dict[str, Any]:
+    """`sae-lora fit`"""
+    started = time.perf_counter()
+    config = FitConfig(**{field.name: getattr(settings, field.name) for field in fields(FitConfig)})
+    folder = fit(config, settings.out)
+    closing(started, f"adapter in {folder}")
+    say(f"next: sae-lora eval {shlex.quote(settings.out)} --data HELD_OUT")
+    n_tokens = files.read_object(Path(settings.out) / "run.json", "inputs")["inputs"]["tokens"]["n"]
+    return result("fit", to_dict(config), [row("fit.tokens", n_tokens, "tokens", n_tokens)])

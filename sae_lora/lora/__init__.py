@@ -1,0 +1,1 @@
+"""LoRA in a model, and the folder of a fit."""

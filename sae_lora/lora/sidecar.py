@@ -1,0 +1,89 @@
+"""The sidecar `splice.json` of an adapter folder, which names the dictionaries that it was fitted around."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from crosscoders.common import files
+from crosscoders.common.errors import CorruptData, InputError
+from sae_lora.dictionaries.frozen import FrozenDictionary
+
+FORMAT = "model-diffing/sae-lora"
+
+
+FORMAT_VERSION = 1
+
+
+SIDECAR = "splice.json"
+
+
+CORRECTOR_WEIGHTS = "corrector.safetensors"
+
+
+def weights_file(corrector: str) -> str:
+    """Name of the file with the weights that were trained."""
+    return "adapter_model.safetensors" if corrector == "lora" else CORRECTOR_WEIGHTS
+
+
+def write_sidecar(
+    folder: Path, dictionaries: Sequence[FrozenDictionary], keep_ids: Sequence[int], described: dict[str, Any]
+) -> None:
+    """Describe the weights in a folder. `described`: what else is recorded (model, tokens, corrector, layers)."""
+    sidecar = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        **described,
+        "mode": "replace",
+        "kept_positions": {"padding": True, "token_ids": list(keep_ids)},
+        "dictionaries": [dictionary.identity() for dictionary in dictionaries],
+        "weights": files.written(folder / weights_file(described["corrector"]))._asdict(),
+    }
+    files.write_json(folder / SIDECAR, sidecar)
+
+
+def read_sidecar(folder: str | Path) -> dict[str, Any]:
+    """The sidecar of an adapter folder, or of the `adapter` in a run folder, with `folder` added.
+
+    Raises:
+        InputError: no adapter, or one without a sidecar, or of another version.
+        CorruptData: the adapter's weights are not those that were saved.
+    """
+    path = Path(folder)
+    path = path / "adapter" if (path / "adapter").is_dir() else path
+    if not (path / "adapter_config.json").is_file() and not (path / SIDECAR).is_file():
+        raise InputError(f"{path} holds no adapter: there is no {SIDECAR}. Give a run of `sae-lora fit`.")
+    if not (path / SIDECAR).is_file():
+        raise InputError(
+            f"{path} is an adapter without {SIDECAR}, which names the dictionary that it was fitted around. Copy the "
+            "whole folder of `sae-lora fit`, or load it with plain PEFT if it is none."
+        )
+    keys = ("format", "format_version", "model", "tokens", "corrector", "dictionaries", "weights")
+    found = files.read_object(path / SIDECAR, *keys)
+    if (found["format"], found["format_version"]) != (FORMAT, FORMAT_VERSION):
+        raise InputError(
+            f"{path / SIDECAR} has format {found['format']!r} version {found['format_version']}; expected {FORMAT!r} "
+            f"version {FORMAT_VERSION}."
+        )
+    weights = path / weights_file(found["corrector"])
+    if not weights.is_file() or files.written(weights)._asdict() != found["weights"]:
+        raise CorruptData(f"{weights} is not the file that {SIDECAR} describes. Copy or fit it again.")
+    return {**found, "folder": str(path)}
+
+
+def require_same_dictionaries(sidecar: dict[str, Any], dictionaries: Sequence[FrozenDictionary]) -> None:
+    """Raise InputError unless these are the dictionaries, at the hook points, that the adapter was fitted around."""
+    found = {dictionary.hook_point: dictionary for dictionary in dictionaries}
+    for entry in sidecar["dictionaries"]:
+        point = entry["hook_point"]
+        if point not in found:
+            raise InputError(f"the adapter {sidecar['folder']!r} needs a dictionary at {point!r}; none was given.")
+        content = found.pop(point).content_hash()
+        if content != entry["hash"]:
+            raise InputError(
+                f"the dictionary at {point!r} has hash {content[:12]} but the adapter {sidecar['folder']!r} was fitted "
+                f"around {entry['hash'][:12]} ({entry['path']}). Give that one."
+            )
+    if found:
+        raise InputError(
+            f"the adapter {sidecar['folder']!r} knows no dictionary at {next(iter(found))!r}. Leave it out."
+        )

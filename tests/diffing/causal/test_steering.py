@@ -1,0 +1,131 @@
+"""Steering and the logit lens: the same with and without a cache of keys and values, units of x, direct readings."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Pair
+
+from crosscoders import ActivationCache, Crosscoder, CrosscoderConfig, cache_activations
+from crosscoders.models.pair import ModelPair, load_pair
+from crosscoders.training.feed import cache_inputs
+from diffing import cli
+from diffing.causal.lens import logit_lens
+from diffing.causal.steering import answer, steered, steering_vector
+from diffing.latents.table import read_table, scale_run
+
+POST = "blocks.1.hook_resid_post"
+
+
+@pytest.fixture(scope="module")
+def whole(pair: Pair) -> ModelPair:
+    return load_pair(pair.base, pair.tuned, POST, whole=True)
+
+
+@pytest.fixture(scope="module")
+def crosscoder() -> Crosscoder:
+    made = Crosscoder(CrosscoderConfig(dict_size=12, activation="relu", d_model=16)).requires_grad_(False)
+    made.init_weights_(norm=1.0, generator=torch.Generator().manual_seed(0))
+    made.W_dec += torch.randn(made.W_dec.shape, generator=torch.Generator().manual_seed(1))
+    made.input_scale.copy_(torch.tensor([2.0, 0.25]))
+    return made
+
+
+@pytest.fixture(scope="module")
+def run(crosscoder: Crosscoder, cache_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with its table; do not write to it."""
+    folder, cache = tmp_path_factory.mktemp("steer") / "run", ActivationCache(cache_folder)
+    crosscoder.save(folder, provenance=cache_inputs(cache))
+    scale_run(folder, cache)
+    return folder
+
+
+def test_the_vector_is_in_the_units_of_x(crosscoder: Crosscoder) -> None:
+    for side, scale in enumerate((2.0, 0.25)):
+        expected = 3 * crosscoder.W_dec[5, side] / scale
+        for cc in (crosscoder, crosscoder.fold()):
+            torch.testing.assert_close(steering_vector(cc, 5, side=side, activation=3.0), expected)
+
+
+def test_steered_answers_are_the_same_with_and_without_a_cache(whole: ModelPair) -> None:
+    model, tokenizer = whole.models[1], whole.info.tokenizer
+    vector = torch.randn(16, generator=torch.Generator().manual_seed(2)) * 5
+    plain = answer(model, tokenizer, "Return the sum.", max_new_tokens=12)
+    with steered(model, POST, vector):
+        cached, full = (
+            answer(model, tokenizer, "Return the sum.", max_new_tokens=12, use_cache=c) for c in (True, False)
+        )
+    assert cached == full != plain
+    with steered(model, POST, 0 * vector):
+        assert answer(model, tokenizer, "Return the sum.", max_new_tokens=12) == plain
+    assert answer(model, tokenizer, "Return the sum.", max_new_tokens=12) == plain
+
+
+def test_each_position_is_steered_exactly_once(whole: ModelPair) -> None:
+    model, vector = whole.models[1], torch.arange(16.0)
+    ids = torch.tensor([[2, 10, 20]])
+    layer, seen = model.model.layers[1], []
+    with torch.no_grad():
+        plain = model(ids, output_hidden_states=True).hidden_states[2]
+        with steered(model, POST, vector):
+            handle = layer.register_forward_hook(lambda _m, _a, out: seen.append(out))
+            model(ids)
+            handle.remove()
+    torch.testing.assert_close(seen[0], plain + vector)
+
+
+def test_the_lens_is_the_final_norm_and_unembedding_of_each_model(whole: ModelPair, crosscoder: Crosscoder) -> None:
+    found = logit_lens(crosscoder, whole, [3, 7], n_tokens=4)
+    for latent in (3, 7):
+        for m, name in enumerate(("base", "tuned")):
+            model = whole.models[m]
+            direction = crosscoder.W_dec[latent, m] / crosscoder.input_scale[m]
+            logits = model.lm_head(model.model.norm(direction)).detach()[: len(whole.info.tokenizer)]
+            expected = [whole.info.tokenizer.decode([int(t)]) for t in logits.argsort(descending=True)[:4]]
+            assert found[str(latent)][name] == expected
+
+
+def test_the_commands_answer_and_read(run: Path, cache_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cached = ["--cache", str(cache_folder)]
+    argv = ["steer", str(run), *cached, "--latent", "3", "--prompt", "Hi", "--max-new-tokens", "4"]
+    assert cli.main([*argv, "--strengths", "[0,2]", "--model", "tuned", "--json"]) == 0
+    answers = json.loads(capsys.readouterr().out)["answers"]
+    assert [entry["strength"] for entry in answers] == [0, 2]
+    assert cli.main(["lens", str(run), *cached, "--latents", "[4]", "--top", "3"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert len(json.loads((run / "lens.json").read_text())["latents"]["4"]["tuned"]) == 3
+    assert cli.main(["lens", str(run), *cached]) == 0
+    assert len(json.loads((run / "lens.json").read_text())["latents"]) == len(read_table(run))
+
+
+def test_wrong_latents_are_one_line(run: Path, cache_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["steer", str(run), "--cache", str(cache_folder), "--latent", "12", "--prompt", "x"]) == 2
+    assert "there is no latent 12: this crosscoder has latents 0 to 11" in capsys.readouterr().err
+    assert cli.main(["steer", str(run), "--latent", "1", "--prompt", "x", "--strengths", "[]"]) == 2
+    assert "strengths is an empty list" in capsys.readouterr().err
+
+
+def test_a_bridge_is_steered_off_the_residual_stream_with_and_without_a_cache(
+    pair: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    point = "blocks.1.hook_mlp_out"
+    model = load_pair(pair.base, pair.tuned, point, whole=True).models[1]
+    tokenizer = load_pair(pair.base, pair.tuned, POST).info.tokenizer
+    vector = torch.randn(16, generator=torch.Generator().manual_seed(2)) * 5
+    plain = answer(model, tokenizer, "Return the sum.", max_new_tokens=12)
+    with steered(model, point, vector):
+        cached, full = (
+            answer(model, tokenizer, "Return the sum.", max_new_tokens=12, use_cache=c) for c in (True, False)
+        )
+    with_hook = load_pair(pair.base, pair.tuned, POST, whole=True).models[1]
+    with steered(with_hook, point, vector):  # the Hugging Face model has this point too
+        assert cached == full == answer(with_hook, tokenizer, "Return the sum.", max_new_tokens=12) != plain
+    cache = cache_activations(pair.config(tmp_path / "cache", hook_point=point, n_tokens=100))
+    made = Crosscoder(CrosscoderConfig(dict_size=12, activation="relu", d_model=16)).requires_grad_(False)
+    made.init_weights_(norm=1.0, generator=torch.Generator().manual_seed(0))
+    made.save(tmp_path / "run", provenance=cache_inputs(cache))
+    scale_run(tmp_path / "run", cache)
+    argv = ["steer", str(tmp_path / "run"), "--cache", str(cache.path), "--latent", "1", "--prompt", "x"]
+    assert cli.main([*argv, "--max-new-tokens", "3", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["answers"]) == 2

@@ -1,0 +1,170 @@
+"""Splicing: what runs in place of an activation, at which positions, and that it ran."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from crosscoders import InputError
+from crosscoders.models import hooks
+from sae_lora.dictionaries.frozen import Constant, DictionaryInfo, FrozenDictionary
+from sae_lora.splicing import splice
+
+POINT = "blocks.1.hook_resid_post"
+BOS, EOS, PAD = 2, 1, 0
+IDS = torch.tensor([[BOS, 7, 8, EOS, 9], [BOS, 5, 6, PAD, PAD]])
+MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+KEPT = torch.tensor([[1, 0, 0, 1, 0], [1, 0, 0, 1, 1]]).bool()
+
+
+class Shift(FrozenDictionary):
+    """x_hat = scale * x + shift, in a type of its own."""
+
+    def __init__(self, scale: float, shift: float, hook_point: str = POINT, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(DictionaryInfo("constant", "", hook_point, 16, 16, {}))
+        self.register_buffer("numbers", torch.tensor([scale, shift], dtype=dtype))
+
+    def encode(self, x: Tensor) -> Tensor:
+        assert x.dtype == self.dtype
+        return x
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return latents * self.numbers[0] + self.numbers[1]
+
+
+@pytest.fixture(scope="module")
+def model(pair) -> Iterator[nn.Module]:  # type: ignore[no-untyped-def]
+    from transformers import AutoModelForCausalLM
+
+    yield AutoModelForCausalLM.from_pretrained(pair.base, dtype=torch.float32).eval().requires_grad_(False)
+
+
+def after(model: nn.Module, point: str = POINT) -> Tensor:
+    """The activation that the layers above read."""
+    with hooks.capture(model, [point]) as seen:
+        model(input_ids=IDS, attention_mask=MASK)
+    return seen[point]
+
+
+def n_hooks(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def test_replace_changes_every_position_but_bos_eos_and_padding(model: nn.Module) -> None:
+    x = after(model)
+    with splice(model, Shift(2.0, 1.0), keep_ids=[BOS, EOS]) as spliced:
+        found = after(model)
+    assert torch.equal(found[KEPT], x[KEPT])
+    assert torch.equal(found[~KEPT], 2 * x[~KEPT] + 1)
+    assert spliced.fired == {POINT: 1} and n_hooks(model) == 0
+
+
+def test_error_mode_keeps_the_numbers_and_takes_the_gradient_of_the_reconstruction(model: nn.Module) -> None:
+    x = after(model)
+    with splice(model, Shift(3.0, 1.0), mode="error"):
+        torch.testing.assert_close(after(model), x)
+    probe = torch.ones(1, requires_grad=True)
+    with (
+        hooks.replace(model, POINT, lambda x: x * probe),
+        splice(model, Shift(3.0, 1.0), mode="error", keep_ids=[BOS, EOS]),
+    ):
+        after(model).sum().backward()
+    torch.testing.assert_close(probe.grad, x[KEPT].sum()[None] + 3 * x[~KEPT].sum()[None])
+    with splice(model, Shift(3.0, 1.0), mode="off") as spliced:
+        assert torch.equal(after(model), x)
+    assert spliced.fired == {POINT: 1}
+
+
+def test_dictionaries_of_another_type_get_and_give_back_theirs(model: nn.Module) -> None:
+    x = after(model)
+    with splice(model, Shift(1.0, 0.0, dtype=torch.float64)):
+        assert torch.equal(after(model), x)
+    assert after(model).dtype == torch.float32
+
+
+def test_several_points_and_nested_splices_compose_in_order(model: nn.Module) -> None:
+    first, second = "blocks.0.hook_resid_post", "blocks.2.hook_resid_pre"
+    with splice(model, [Shift(0.0, 1.0, first), Shift(0.0, 2.0, second)]) as spliced:
+        model(input_ids=IDS)
+    assert spliced.fired == {first: 1, second: 1}
+    x = after(model)
+    with splice(model, Shift(2.0, 0.0)), splice(model, Shift(1.0, 1.0)):
+        assert torch.equal(after(model)[~KEPT], 2 * x[~KEPT] + 1)
+    for _ in range(2):
+        with splice(model, Constant(POINT, torch.zeros(16))):
+            assert not after(model)[~KEPT].any()
+    assert n_hooks(model) == 0
+
+
+def test_tuple_layers_keep_their_other_outputs() -> None:
+    class Layer(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, str]:
+            return x + 1, "state"
+
+    class Tiny(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([Layer()])
+
+        def forward(self, input_ids: Tensor) -> tuple[Tensor, str]:
+            out: tuple[Tensor, str] = self.layers[0](input_ids[..., None].expand(-1, -1, 16).float())
+            return out
+
+    tiny = Tiny()
+    with splice(tiny, Constant("blocks.0.hook_resid_post", torch.zeros(16)), keep_ids=[BOS]):
+        out, state = tiny(IDS)
+    assert state == "state" and torch.equal(out[:, 1:], torch.zeros(2, 4, 16)) and (out[:, 0] == BOS + 1).all()
+
+
+def test_generation_with_a_cache_equals_generation_without(model: nn.Module) -> None:
+    found = []
+    for use_cache in (True, False):
+        with splice(model, Shift(0.5, 0.3), keep_ids=[BOS, EOS]):
+            found.append(
+                model.generate(  # type: ignore[operator]
+                    IDS.flip(1)[1:], attention_mask=MASK.flip(1)[1:], max_new_tokens=6, min_new_tokens=6,
+                    do_sample=False, use_cache=use_cache,
+                )
+            )  # fmt: skip
+    assert found[0].shape == (1, 11) and torch.equal(found[0], found[1])
+
+
+def test_a_splice_works_under_peft_and_in_a_transformer_bridge(pair) -> None:  # type: ignore[no-untyped-def]
+    import peft
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformers import AutoModelForCausalLM
+
+    plain = AutoModelForCausalLM.from_pretrained(pair.base, dtype=torch.float32).eval()
+    with splice(plain, Shift(0.5, 0.3), keep_ids=[BOS, EOS]):
+        wanted = plain(input_ids=IDS, attention_mask=MASK).logits
+    assert (wanted - plain(input_ids=IDS, attention_mask=MASK).logits).abs().max() > 1e-3
+    adapted = peft.get_peft_model(plain, peft.LoraConfig(r=2, target_modules=["q_proj"])).eval()
+    with splice(adapted, Shift(0.5, 0.3), keep_ids=[BOS, EOS]) as spliced:
+        assert torch.equal(adapted(input_ids=IDS, attention_mask=MASK).logits, wanted)
+    assert spliced.fired[POINT] == 1
+    whole = AutoModelForCausalLM.from_pretrained(pair.base, dtype=torch.float32).eval()
+    bridge = TransformerBridge.boot_transformers(pair.base, hf_model=whole, device="cpu", dtype=torch.float32)
+    with splice(bridge, Shift(0.5, 0.3), keep_ids=[BOS, EOS]):
+        found = bridge(IDS, attention_mask=MASK, return_type="logits")
+    torch.testing.assert_close(found[MASK.bool()], wanted[MASK.bool()], rtol=1e-5, atol=1e-5)
+
+
+def test_what_cannot_be_spliced_is_said(model: nn.Module) -> None:
+    with pytest.raises(InputError, match="needs a TransformerBridge"), splice(model, Shift(1, 0, "blocks.1.hook_q")):
+        pass
+    with pytest.raises(InputError, match="layers 0 to 2"), splice(model, Shift(1, 0, "blocks.7.hook_resid_post")):
+        pass
+    with pytest.raises(InputError, match="one dictionary for each"), splice(model, [Shift(1, 0), Shift(1, 0)]):
+        pass
+    with pytest.raises(InputError, match="never fired"), splice(model, Shift(1, 0)):
+        pass
+    with pytest.raises(InputError, match="d_model 15"), splice(model, Constant(POINT, torch.zeros(15))):
+        model(input_ids=IDS)
+    with pytest.raises(InputError, match="needs the token ids"), splice(model, Shift(1, 0)):
+        model(inputs_embeds=torch.zeros(1, 2, 16))
+    with pytest.raises(InputError, match="outside a forward pass"), splice(model, Shift(1, 0)):
+        model.model(input_ids=IDS)  # type: ignore[operator]
+    with pytest.raises(ZeroDivisionError), splice(model, Shift(1, 0)):
+        raise ZeroDivisionError
+    assert n_hooks(model) == 0
