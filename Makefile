@@ -3,14 +3,24 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
+# The versions that the suite last passed with, so that a stranger gets what was tested; `make test-newest` leaves them out.
+PINNED := --constraint constraints.txt
 
-.PHONY: demo test check format fast-test clean
+.PHONY: demo test test-newest constraints check format clean
 
 demo: $(VENV)/installed
 	$(BIN)/diffing demo
 
 test: $(VENV)/installed-dev
 	$(MAKE) check
+
+# The same with the newest releases that pyproject.toml admits, in an environment of its own.
+test-newest:
+	$(MAKE) test VENV=.venv-newest PINNED=
+
+# Run after the suite passed: writes down the versions in $(VENV).
+constraints: $(VENV)/installed-dev
+	$(BIN)/pip freeze --exclude-editable | sed -E 's/\+cpu$$//; / @ file:/d' > constraints.txt
 
 # Every step can fail; none of them edits a file.
 check:
@@ -23,15 +33,15 @@ format: $(VENV)/installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-$(VENV)/installed: pyproject.toml
+$(VENV)/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) --editable .
+	$(PIP) $(PINNED) --editable .
 	touch $@
 
-$(VENV)/installed-dev: pyproject.toml
+$(VENV)/installed-dev: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) --editable '.[dev]'
+	$(PIP) $(PINNED) --editable '.[dev]'
 	touch $@ $(VENV)/installed
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build dist
+	rm -rf $(VENV) .venv-newest .mypy_cache .pytest_cache .ruff_cache build dist
