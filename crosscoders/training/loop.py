@@ -20,14 +20,12 @@ from crosscoders.activations.stream import BatchStream
 from crosscoders.common import files
 from crosscoders.common.devices import choose_device, choose_products
 from crosscoders.common.errors import CorruptData, InputError
-from crosscoders.common.memory import keep_large_blocks
 from crosscoders.common.progress import Progress, say
 from crosscoders.common.provenance import environment
 from crosscoders.dictionary import selection
 from crosscoders.dictionary.crosscoder import Crosscoder
 from crosscoders.dictionary.metrics import ReconstructionSums, evaluate
 from crosscoders.formats.load import load_crosscoder
-from crosscoders.kernels.library import library
 from crosscoders.training import checkpoint
 from crosscoders.training.log import Log, eval_line, evaluation_rows, metric_columns, write_line
 from crosscoders.training.objective import StepResult, forward
@@ -66,12 +64,12 @@ def train(
     """
     out = Path(out)
     config = fill_width(config, stream)
-    device = _open_device(config)
+    device = choose_device(config.device)
     products = choose_products(config.products, device)
     with files.exclusive(out), stop_requests() as stop:
         # The mean norms tell apart streams that have no other name.
         inputs = {**(inputs or {}), "stream": {"mean_norm": [str(value) for value in stream.mean_norm]}}
-        machine = environment(str(device)) | {"kernels": library().state, "products": str(products).split(".")[1]}
+        machine = environment(str(device)) | {"products": str(products).split(".")[1]}
         checkpoint.start_run(out, config, inputs, machine)
         if (out / "config.json").is_file() and (out / "model.safetensors").is_file():
             say(f"{out} is complete already.")
@@ -100,14 +98,14 @@ def train(
         for x in batches:
             x = model.normalise(x.to(device))
             dead = tokens_since_fired >= config.dead_after_tokens
-            known: dict[str, Any] = {"decoder_norms": optimizer.decoder_norms(), "products": products}
-            result = forward(model, config, x, dead=dead, k=k_at(config, step), step=step, select=select, **known)
+            k = k_at(config, step)
+            result = forward(model, config, x, dead=dead, k=k, step=step, select=select, products=products)
             loss = torch.stack(list(result.terms.values())).sum()
             _require_finite(loss, result.terms, step, out)
 
             # ---- one optimiser step
             loss.backward()
-            optimizer.step_(lr_at(config, step), result.weight_squares)
+            optimizer.step_(lr_at(config, step))
             step += 1
 
             # ---- counters: dead latents, inference threshold
@@ -140,15 +138,6 @@ def train(
         # config.json is written last and says that the run is complete
         model.to("cpu").requires_grad_(False).save(out, provenance=inputs)
         return model
-
-
-def _open_device(config: TrainConfig) -> torch.device:
-    device = choose_device(config.device)
-    if device.type == "cpu":
-        keep_large_blocks()
-        if library().functions is None:
-            say(f"inner loops run on {library().state}; with a C compiler (cc, gcc or clang) steps are faster.")
-    return device
 
 
 def _new_model(config: TrainConfig, stream: BatchStream) -> Crosscoder:
