@@ -13,7 +13,9 @@ DEFAULT = PARTS[:-1]
 
 
 def run(quick: bool, only: tuple[str, ...] = (), peers: bool = False, checkout: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Rows `throughput.*` of the parts in `only`, or of all but the peers; `left_out` says which peers have none.
+    """Measure the rows `throughput.*` of the parts in `only`, or of all but the peers.
+
+    In the result, `left_out` says which peers have none.
 
     Args:
         quick: fewer rounds, small shapes only.

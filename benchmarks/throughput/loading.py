@@ -35,7 +35,7 @@ def _build(name: str, known: Known, folder: Path | None, weights: Crosscoder, k:
 
 @contextlib.contextmanager
 def packages_of(name: str, known: Known, folder: Path | None) -> Iterator[None]:
-    """Imports of the package come from the folder; the package of the same name that was loaded comes back after."""
+    """Import the package from the folder meanwhile; the one of the same name that was loaded comes back after."""
     if folder is None:
         yield
         return
@@ -61,12 +61,12 @@ def packages_of(name: str, known: Known, folder: Path | None) -> Iterator[None]:
 
 
 def read_checkouts(given: list[str]) -> dict[str, Path]:
-    """NAME=FOLDER pairs of the command line.
+    """Read the NAME=FOLDER pairs of the command line.
 
     Raises:
         InputError: not such a pair, an unknown name, no such folder.
     """
-    found = {}
+    folders = {}
     for pair in given:
         name, equals, folder = pair.partition("=")
         if not equals:
@@ -77,5 +77,5 @@ def read_checkouts(given: list[str]) -> dict[str, Path]:
             )
         if not Path(folder).is_dir():
             raise InputError(f"--checkout {name}: {folder} is not a folder. Clone the repository there.")
-        found[name] = Path(folder).resolve()
-    return found
+        folders[name] = Path(folder).resolve()
+    return folders

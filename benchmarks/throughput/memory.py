@@ -24,7 +24,7 @@ RESET = Path("/proc/self/clear_refs")
 
 
 def resident(key: str) -> float:
-    """VmRSS (now) or VmHWM (peak) of this process, MiB."""
+    """Return VmRSS (now) or VmHWM (peak) of this process, MiB."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
     return int(line.split()[1]) / 1024
 
@@ -64,14 +64,14 @@ def measure(name: str, shape: Shape, n_processes: int, folder: Path | None = Non
     command = [sys.executable, "-m", __name__, name, *(str(value) for value in shape[:4])]
     command += [str(folder)] if folder else []
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    found = []
+    growths = []
     for _ in range(n_processes):
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise RuntimeError(f"measuring the memory of {name!r} failed: {last}")
-        found.append(float(done.stdout.split()[-1]))
-    return found
+        growths.append(float(done.stdout.split()[-1]))
+    return growths
 
 
 def rows(

@@ -35,7 +35,7 @@ def compare(
     active_share: float | None = None,
     n_rounds: int,
 ) -> dict[str, list[float]]:
-    """CPU seconds of the encoder's product, our step and the dense one, after checking that their losses agree.
+    """Measure CPU seconds of the encoder's product, our step and the dense one, once their losses were seen to agree.
 
     active_share: with biases at which each latent is active on that share of the first batch.
     """
@@ -57,7 +57,7 @@ def compare(
 
 
 def step_rows(shape: Shape, *, dead_share: float = 0.0, n_rounds: int) -> list[dict[str, Any]]:
-    """BatchTopK; with `dead_share`, that share of the latents takes part in the auxiliary term."""
+    """Time BatchTopK; with `dead_share`, that share of the latents takes part in the auxiliary term."""
     name = f"throughput.step.{shape}" + (".aux" if dead_share else "")
     seconds = compare(name, shape.config(), shape, dead_share=dead_share, n_rounds=n_rounds)
     return [
@@ -71,13 +71,15 @@ def step_rows(shape: Shape, *, dead_share: float = 0.0, n_rounds: int) -> list[d
 
 
 def encode_flops(shape: Shape) -> int:
-    """Of one encoder product."""
+    """Return the floating-point operations of one encoder product."""
     return 2 * shape.batch * shape.n_models * shape.d_model * shape.dict_size
 
 
 def relu_rows(shape: Shape, *, active_share: float | None = None, n_rounds: int) -> list[dict[str, Any]]:
-    """L1: five dense products are the least that a step needs (forward 2, decoder backward 2, encoder backward 1)
-    while latents are dense, as at the start; with `active_share`, when so few are active."""
+    """Time L1 while latents are dense, as at the start; with `active_share`, when so few are active.
+
+    Five dense products are the least that a dense step needs: forward 2, decoder backward 2, encoder backward 1.
+    """
     name = f"throughput.step.{shape.d_model}x{shape.dict_size}x{shape.batch}.l1"
     name += "" if active_share is None else f".active_{active_share:.0%}".replace("%", "_percent")
     relu = CrosscoderConfig(dict_size=shape.dict_size, activation="relu", d_model=shape.d_model)
@@ -92,11 +94,11 @@ def relu_rows(shape: Shape, *, active_share: float | None = None, n_rounds: int)
 
 
 def rows(quick: bool) -> list[dict[str, Any]]:
-    """Rows `throughput.step.*` of our own implementations."""
-    found, n_rounds = [], 3 if quick else 9
+    """Return the rows `throughput.step.*` of our own implementations."""
+    measured, n_rounds = [], 3 if quick else 9
     for shape in SHAPES[: 1 if quick else None]:
         for dead_share in (0.0, 0.3):
-            found += step_rows(shape, dead_share=dead_share, n_rounds=n_rounds)
-        found += relu_rows(shape, n_rounds=n_rounds) + relu_rows(shape, active_share=TRAINED, n_rounds=n_rounds)
-        found += memory.rows(shape, ("ours", "dense"), 1 if quick else 3)
-    return found
+            measured += step_rows(shape, dead_share=dead_share, n_rounds=n_rounds)
+        measured += relu_rows(shape, n_rounds=n_rounds) + relu_rows(shape, active_share=TRAINED, n_rounds=n_rounds)
+        measured += memory.rows(shape, ("ours", "dense"), 1 if quick else 3)
+    return measured

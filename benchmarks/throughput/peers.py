@@ -28,7 +28,7 @@ class Measured(NamedTuple):
 
 
 def rows(quick: bool, checkouts: dict[str, Path], installed: bool) -> Measured:
-    """Rows `throughput.step.<shape>.ratio_to_<peer>` and of each peer by itself.
+    """Return the rows `throughput.step.<shape>.ratio_to_<peer>` and of each peer by itself.
 
     With `installed`, every toolkit that pip can install takes part; one that is not there, or that does not compute
     what its adapter says, is left out with the reason.
@@ -36,10 +36,10 @@ def rows(quick: bool, checkouts: dict[str, Path], installed: bool) -> Measured:
     Raises:
         InputError, EnvironmentFault: a checkout that was asked for cannot be imported.
     """
-    wanted = [name for name, known in PEERS.items() if installed and known.pip and name not in checkouts]
+    installable = [name for name, known in PEERS.items() if installed and known.pip and name not in checkouts]
     builds: dict[str, Build] = {}
     left_out: dict[str, str] = {}
-    for name in [*checkouts, *wanted]:
+    for name in [*checkouts, *installable]:
         try:
             build = load(name, checkouts.get(name))
             equality.check(name, PEERS[name], build, CHECK_SHAPE)
@@ -49,16 +49,16 @@ def rows(quick: bool, checkouts: dict[str, Path], installed: bool) -> Measured:
                 raise
             left_out[name] = str(error)
             say(f"{name} is left out: {error}")
-    found = []
+    measured = []
     if builds:
         for shape in SHAPES[: 1 if quick else None]:
-            found += time_rows(shape, builds, n_rounds=3 if quick else 9)
-            found += memory.rows(shape, list(builds), 1 if quick else 3, checkouts)
-    return Measured(found, left_out)
+            measured += time_rows(shape, builds, n_rounds=3 if quick else 9)
+            measured += memory.rows(shape, list(builds), 1 if quick else 3, checkouts)
+    return Measured(measured, left_out)
 
 
 def time_rows(shape: Shape, builds: dict[str, Build], *, n_rounds: int) -> list[dict[str, Any]]:
-    """Ours, the encoder's product and all peers in turn, from weights that all of them can hold."""
+    """Time ours, the encoder's product and all peers in turn, from weights that all of them can hold."""
     name, config, batches = f"throughput.step.{shape}", shape.config(), planted(shape)
     model = start_model(config.crosscoder, UNIT_NORM)
     parts: dict[str, Callable[[], object]] = {
@@ -68,12 +68,12 @@ def time_rows(shape: Shape, builds: dict[str, Build], *, n_rounds: int) -> list[
     for peer, build in builds.items():
         parts[peer] = turns(build(start_model(config.crosscoder, UNIT_NORM), shape.k).step, batches)
     seconds = interleaved(parts, n_rounds=n_rounds)
-    found = []
+    measured = []
     for peer in builds:
         note = PEERS[peer].note
-        found += [
+        measured += [
             ratio_row(f"{name}.ratio_to_{peer}", seconds["ours"], seconds[peer], f"steps of {peer}", note),
             ratio_row(f"{name}.{peer}.ratio_to_encode", seconds[peer], seconds["encode"], "encoder products"),
             rate_row(f"{name}.{peer}", shape, seconds[peer]),
         ]
-    return found
+    return measured

@@ -20,7 +20,7 @@ Step = Callable[[torch.Tensor], float]
 
 
 class Shape(NamedTuple):
-    """What a step costs depends on nothing else."""
+    """Sizes of a step, on which its cost depends alone."""
 
     d_model: int
     dict_size: int
@@ -32,7 +32,7 @@ class Shape(NamedTuple):
         return "x".join(str(value) for value in self[:4])
 
     def config(self) -> TrainConfig:
-        """BatchTopK with the defaults of training."""
+        """Return BatchTopK with the defaults of training."""
         shape = CrosscoderConfig(dict_size=self.dict_size, k=self.k, d_model=self.d_model, n_models=self.n_models)
         return TrainConfig(crosscoder=shape, batch_size=self.batch)
 
@@ -41,17 +41,17 @@ SHAPES = [Shape(256, 4096, 1024, 32), Shape(512, 16_384, 1024, 64)]
 
 
 def planted(shape: Shape, n_batches: int = 4) -> list[torch.Tensor]:
-    """Batches of sparse combinations of random directions."""
+    """Return batches of sparse combinations of random directions."""
     g = torch.Generator().manual_seed(0)
     size = (shape.batch, shape.dict_size)
     directions = torch.randn(shape.dict_size, shape.n_models * shape.d_model, generator=g)
     fires = [torch.rand(size, generator=g) < 10 / shape.dict_size for _ in range(n_batches)]
-    made = [(f * torch.rand(size, generator=g)) @ directions for f in fires]
-    return [x.view(shape.batch, shape.n_models, shape.d_model) for x in made]
+    batches = [(f * torch.rand(size, generator=g)) @ directions for f in fires]
+    return [x.view(shape.batch, shape.n_models, shape.d_model) for x in batches]
 
 
 def start_model(config: CrosscoderConfig, norm: float = 0.3) -> Crosscoder:
-    """The same weights for the same shape every time."""
+    """Return a model with the same weights for the same shape every time."""
     model = Crosscoder(config)
     model.init_weights_(norm=norm, generator=torch.Generator().manual_seed(0))
     return model
@@ -63,7 +63,7 @@ def our_step(
     dead: torch.Tensor | None = None,
     products: torch.dtype = torch.float32,
 ) -> Step:
-    """The step of `crosscoders.train`, with `dead` as the latents that take part in the auxiliary term."""
+    """Return the step of `crosscoders.train`, with `dead` as the latents that take part in the auxiliary term."""
     optimizer, select = Optimizer(model, config), selection.WarmSelection()
     none_dead = torch.zeros(config.crosscoder.dict_size, dtype=torch.bool, device=model.W_dec.device)
     taking_part = none_dead if dead is None else dead
@@ -82,7 +82,7 @@ def our_step(
 def dense_step(
     model: Crosscoder, config: TrainConfig, dead: torch.Tensor | None = None, products: torch.dtype | None = None
 ) -> Step:
-    """The same step as a plain autograd program: dense products, a sort of all latents, default Adam, separate clip.
+    """Return the same step as plain autograd: dense products, a sort of all latents, default Adam, separate clip.
 
     With `products`, autocast to that dtype.
     """
@@ -121,17 +121,17 @@ def dense_step(
 def dense_auxiliary(
     model: Crosscoder, scaled: torch.Tensor, positive: torch.Tensor, err: torch.Tensor, dead: torch.Tensor
 ) -> torch.Tensor:
-    """The auxiliary term with every product dense."""
+    """Return the auxiliary term with every product dense."""
     candidates = torch.where(dead, scaled, -torch.inf).detach()
     chosen = candidates.topk(err.shape[2] // 2, dim=1, sorted=False).indices
-    kept = torch.zeros_like(positive).scatter(1, chosen, positive.gather(1, chosen))
+    latents = torch.zeros_like(positive).scatter(1, chosen, positive.gather(1, chosen))
     fixed = err.detach()
-    missed = (fixed - (kept @ model.W_dec.flatten(1)).view_as(err)).pow(2).sum()
+    missed = (fixed - (latents @ model.W_dec.flatten(1)).view_as(err)).pow(2).sum()
     return missed / (fixed - fixed.mean(dim=0)).pow(2).sum()
 
 
 def encoder_product(model: Crosscoder, x: torch.Tensor) -> torch.Tensor:
-    """x W_enc alone, without its bias: the floor of a step."""
+    """Return x W_enc alone, without its bias: the floor of a step."""
     with torch.no_grad():
         return x.flatten(1) @ model.W_enc.flatten(0, 1)
 
@@ -149,11 +149,11 @@ def require_close(name: str, ours: Step, other: Step, batches: list[torch.Tensor
 
 
 def turns(step: Step, batches: list[torch.Tensor]) -> Callable[[], float]:
-    """The step on the next batch, round and round."""
+    """Return what takes the step on the next batch, round and round."""
     numbers = iter(range(10**9))
     return lambda: step(batches[next(numbers) % len(batches)])
 
 
 def rate_row(name: str, shape: Shape, seconds: list[float]) -> dict[str, Any]:
-    """Tokens per CPU second of a step."""
+    """Return the row of tokens per CPU second of a step."""
     return median_row(f"{name}.tokens_per_second", [shape.batch / s for s in seconds], "tokens/s of CPU time")

@@ -33,7 +33,7 @@ class Active:
 
     @cached_property
     def starts(self) -> Int[Tensor, " batch"]:
-        """First entry of each token."""
+        """Return the first entry of each token."""
         return starts(self.tokens, self.n_tokens)
 
 
@@ -126,8 +126,8 @@ def largest_per_token(
         tied = scaled == cut
         room = k - (scaled > cut).sum(dim=1, keepdim=True)
         chosen &= ~tied | (tied.cumsum(dim=1) <= room)
-    tokens, places, values = _entries(some, chosen)
-    return Active(tokens, columns.index_select(0, places), values, *pre_acts.shape)
+    tokens, numbers, values = _entries(some, chosen)
+    return Active(tokens, columns.index_select(0, numbers), values, *pre_acts.shape)
 
 
 def _kth_largest(matrix: Float[Tensor, "rows columns"], k: int) -> Float[Tensor, " rows"]:

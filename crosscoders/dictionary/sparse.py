@@ -156,7 +156,7 @@ class PerLatent(NamedTuple):
 
 
 def per_latent(entries: Active) -> PerLatent:
-    """Count, sum, sum of squares and maximum of each latent."""
+    """Return count, sum, sum of squares and maximum of each latent."""
     values, latents, dict_size = entries.values.double(), entries.latents, entries.dict_size
     return PerLatent(
         n=torch.bincount(latents, minlength=dict_size),

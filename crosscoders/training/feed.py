@@ -48,7 +48,7 @@ class Feed(NamedTuple):
 
 
 def open_feed(settings: TrainSettings) -> Feed:
-    """Batches from the cache that the settings name, or from the models of its config, with nothing stored.
+    """Open batches from the cache that the settings name, or from the models of its config, with nothing stored.
 
     Raises:
         InputError: no such cache or config; too few tokens; an eval_cache of another pair; as `make_plan`.
@@ -82,7 +82,7 @@ def _from_cache(settings: TrainSettings) -> Feed:
 
 
 def cache_inputs(opened: ActivationCache) -> dict[str, Any]:
-    """What of a cache is recorded beside every result made from it."""
+    """Return what is recorded of a cache beside every result made from it."""
     inputs = {"path": str(opened.path), "hash": opened.manifest_hash, "n_tokens": len(opened)}
     return {"cache": inputs | {key: opened.manifest[key] for key in RECORDED}}
 
@@ -120,7 +120,7 @@ def _train_need(settings: TrainSettings, d_model: int, dtype: str) -> memory.Nee
 
 
 def _n_train(settings: TrainSettings, n_tokens: int) -> int:
-    """Tokens to train on, without the held-out ones."""
+    """Return the number of tokens to train on, without the held-out ones."""
     held_out = settings.holdout_tokens
     if not held_out:
         return n_tokens
@@ -146,7 +146,7 @@ def _require_same_pair(settings: TrainSettings, trained_on: dict[str, Any]) -> N
 
 
 def read_cache_config(path: str) -> CacheConfig:
-    """The settings of `crosscoders cache` in a YAML file, for one hook point.
+    """Read the settings of `crosscoders cache` in a YAML file, for one hook point.
 
     Raises:
         InputError: no such file, a wrong setting, or one that means nothing without a cache.
@@ -154,21 +154,21 @@ def read_cache_config(path: str) -> CacheConfig:
     if not Path(path).is_file():
         raise InputError(f"config file {path!r} does not exist. Check the path of --live.")
     command = next(command for command in COMMANDS if command.name == "cache")
-    found = parse("crosscoders", command, ["--config", path, "--out", "-"]).settings
+    settings = parse("crosscoders", command, ["--config", path, "--out", "-"]).settings
     for name in ("part", "devices"):
-        if getattr(found, name) is not None:
+        if getattr(settings, name) is not None:
             raise InputError(f"{name} in {path!r} has no effect with --live. Remove it.")
-    if not isinstance(found.hook_point, str):
-        raise InputError(f"{path!r} names {len(found.hook_point)} hook points; --live trains on one. Name one.")
-    return CacheConfig(**{field.name: getattr(found, field.name) for field in fields(CacheConfig)})
+    if not isinstance(settings.hook_point, str):
+        raise InputError(f"{path!r} names {len(settings.hook_point)} hook points; --live trains on one. Name one.")
+    return CacheConfig(**{field.name: getattr(settings, field.name) for field in fields(CacheConfig)})
 
 
 def _mean_norm_of_run(out: Path) -> list[float] | None:
-    """What an interrupted run in `out` was started with, so that it goes on with the same scale."""
+    """Return the mean norms that an interrupted run in `out` was started with: it goes on with the same scale."""
     if not (out / "run.json").is_file():
         return None
-    found = files.read_object(out / "run.json", "inputs")["inputs"].get("stream", {}).get("mean_norm")
-    return [float(value) for value in found] if found else None
+    mean_norm = files.read_object(out / "run.json", "inputs")["inputs"].get("stream", {}).get("mean_norm")
+    return [float(value) for value in mean_norm] if mean_norm else None
 
 
 def _in_eval_batches(parts: Iterable[Tokens]) -> Iterator[Float[Tensor, "_ n_models d_model"]]:
@@ -193,7 +193,7 @@ def _named(entry: Any) -> Any:
 
 
 def train_need(config: TrainConfig, *, n_models: int, d_model: int, itemsize: int, device: torch.device) -> Need:
-    """Of weights, gradients and Adam's moments, the latents of a batch, and the shuffled buffer.
+    """Return the memory for weights, gradients and Adam's moments, the latents of a batch, and the shuffled buffer.
 
     itemsize: bytes of a stored activation.
     """
