@@ -13,12 +13,12 @@ from crosscoders.common.files import write_json, write_tensors
 
 
 def rows(quick: bool) -> list[dict[str, Any]]:
-    """Row `throughput.read.speedup_over_row_indexed_memmap`."""
+    """Return the row `throughput.read.speedup_over_row_indexed_memmap`."""
     return read_rows(n_tokens=2**14 if quick else 2**17)
 
 
 def read_rows(n_tokens: int, d_model: int = 256, batch: int = 2048) -> list[dict[str, Any]]:
-    """From a warm page cache; `n_tokens` is a multiple of `batch`, so an epoch holds every token once.
+    """Read from a warm page cache; `n_tokens` is a multiple of `batch`, so an epoch holds every token once.
 
     Raises:
         RuntimeError: the stream gives other tokens than the cache holds.
@@ -55,7 +55,7 @@ def read_rows(n_tokens: int, d_model: int = 256, batch: int = 2048) -> list[dict
 
 
 def write_plain_cache(folder: Path, x: torch.Tensor) -> ActivationCache:
-    """A finished cache with given activations and no documents."""
+    """Write a finished cache with given activations and no documents."""
     zeros = torch.zeros(len(x), dtype=torch.int32)
     columns = {name: zeros.clone() for name in ("token_ids", "positions", "document_ids", "groups")}
     written = write_tensors(folder / "shard.safetensors", {"activations": x, **columns, "roles": zeros.to(torch.uint8)})

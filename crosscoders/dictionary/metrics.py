@@ -29,7 +29,7 @@ class Evaluation(NamedTuple):
 
 
 class ReconstructionSums:
-    """Sums in float64 over all tokens added so far."""
+    """Collect sums in float64 over all tokens added so far."""
 
     def __init__(self, n_models: int, d_model: int, dict_size: int) -> None:
         self.n_tokens = 0
@@ -52,7 +52,7 @@ class ReconstructionSums:
         self.x_sum += x.double().sum(dim=0).cpu()
 
     def result(self) -> Evaluation:
-        """Divide once.
+        """Divide the sums, once.
 
         Raises:
             InputError: nothing was added.
@@ -70,14 +70,16 @@ class ReconstructionSums:
 
 @torch.no_grad()
 def evaluate(crosscoder: Crosscoder, batches: Iterable[Float[Tensor, "_ n_models d_model"]]) -> Evaluation:
-    """FVE, L0 and dead fraction with the inference gate, over all tokens of `batches`."""
+    """Return FVE, L0 and dead fraction with the inference gate, over all tokens of `batches`."""
     config = crosscoder.config
     sums = ReconstructionSums(config.n_models, int(crosscoder.W_enc.shape[1]), config.dict_size)
     for x in batches:
         x = x.to(crosscoder.b_enc.device).float()
         latents = crosscoder.encode(x)
         sums.add(x, crosscoder.decode(latents), (latents > 0).sum(dim=0))
-    found = sums.result()
-    if not all(map(math.isfinite, found.fve)):
-        raise InputError(f"activations do not vary over the {found.n_tokens} tokens to evaluate on. Give more tokens.")
-    return found
+    evaluation = sums.result()
+    if not all(map(math.isfinite, evaluation.fve)):
+        raise InputError(
+            f"activations do not vary over the {evaluation.n_tokens} tokens to evaluate on. Give more tokens."
+        )
+    return evaluation

@@ -47,7 +47,7 @@ class Feed(NamedTuple):
 
 
 def open_feed(settings: TrainSettings) -> Feed:
-    """Batches from the cache that the settings name, or from the models of its config, with nothing stored.
+    """Open batches from the cache that the settings name, or from the models of its config, with nothing stored.
 
     Raises:
         InputError: no such cache or config; too few tokens; an eval_cache of another pair; as `make_plan`.
@@ -81,7 +81,7 @@ def _from_cache(settings: TrainSettings) -> Feed:
 
 
 def cache_inputs(opened: ActivationCache) -> dict[str, Any]:
-    """What of a cache is recorded beside every result made from it."""
+    """Return what is recorded of a cache beside every result made from it."""
     inputs = {"path": str(opened.path), "hash": opened.manifest_hash, "n_tokens": len(opened)}
     return {"cache": inputs | {key: opened.manifest[key] for key in RECORDED}}
 
@@ -119,7 +119,7 @@ def _train_need(settings: TrainSettings, d_model: int, dtype: str) -> memory.Nee
 
 
 def _n_train(settings: TrainSettings, n_tokens: int) -> int:
-    """Tokens to train on, without the held-out ones."""
+    """Return the number of tokens to train on, without the held-out ones."""
     held_out = settings.holdout_tokens
     if not held_out:
         return n_tokens
@@ -145,7 +145,7 @@ def _require_same_pair(settings: TrainSettings, trained_on: dict[str, Any]) -> N
 
 
 def read_cache_config(path: str) -> CacheConfig:
-    """The settings of `crosscoders cache` in a YAML file, for one hook point.
+    """Read the settings of `crosscoders cache` in a YAML file, for one hook point.
 
     Raises:
         InputError: no such file, a wrong setting, or one that means nothing without a cache.
@@ -153,13 +153,13 @@ def read_cache_config(path: str) -> CacheConfig:
     if not Path(path).is_file():
         raise InputError(f"config file {path!r} does not exist. Check the path of --live.")
     command = next(command for command in COMMANDS if command.name == "cache")
-    found = parse("crosscoders", command, ["--config", path, "--out", "-"]).settings
+    settings = parse("crosscoders", command, ["--config", path, "--out", "-"]).settings
     for name in ("part", "devices"):
-        if getattr(found, name) is not None:
+        if getattr(settings, name) is not None:
             raise InputError(f"{name} in {path!r} has no effect with --live. Remove it.")
-    if not isinstance(found.hook_point, str):
-        raise InputError(f"{path!r} names {len(found.hook_point)} hook points; --live trains on one. Name one.")
-    return CacheConfig(**{field.name: getattr(found, field.name) for field in fields(CacheConfig)})
+    if not isinstance(settings.hook_point, str):
+        raise InputError(f"{path!r} names {len(settings.hook_point)} hook points; --live trains on one. Name one.")
+    return CacheConfig(**{field.name: getattr(settings, field.name) for field in fields(CacheConfig)})
 
 
 def _known_moments(settings: TrainSettings, d_model: int) -> Moments | None:
@@ -195,7 +195,7 @@ def _named(entry: Any) -> Any:
 
 
 def train_need(config: TrainConfig, *, n_models: int, d_model: int, itemsize: int, device: torch.device) -> Need:
-    """Of weights, gradients and Adam's moments, the latents of a batch, and the shuffled buffer.
+    """Return the memory for weights, gradients and Adam's moments, the latents of a batch, and the shuffled buffer.
 
     itemsize: bytes of a stored activation.
     """

@@ -13,23 +13,28 @@ Log = Callable[[dict[str, Any]], None]
 """Gets every line of train.jsonl too."""
 
 
-def metric_columns(found: Evaluation) -> dict[str, float]:
-    """fve_<model>, l0 and dead of an evaluation."""
-    names = ("base", "tuned") if len(found.fve) == 2 else tuple(str(m) for m in range(len(found.fve)))
-    fve = {f"fve_{name}": value for name, value in zip(names, found.fve, strict=True)}
-    return {**fve, "l0": found.l0, "dead": found.dead_fraction}
+def metric_columns(evaluation: Evaluation) -> dict[str, float]:
+    """Return fve_<model>, l0 and dead of an evaluation."""
+    names = ("base", "tuned") if len(evaluation.fve) == 2 else tuple(str(m) for m in range(len(evaluation.fve)))
+    fve = {f"fve_{name}": value for name, value in zip(names, evaluation.fve, strict=True)}
+    return {**fve, "l0": evaluation.l0, "dead": evaluation.dead_fraction}
 
 
-def eval_line(step: int, found: Evaluation) -> dict[str, Any]:
-    """A line of train.jsonl about held-out tokens."""
-    return {"event": "eval", "step": step, **metric_columns(found), "n_tokens": found.n_tokens}
+def eval_line(step: int, evaluation: Evaluation) -> dict[str, Any]:
+    """Return a line of train.jsonl about held-out tokens."""
+    return {"event": "eval", "step": step, **metric_columns(evaluation), "n_tokens": evaluation.n_tokens}
 
 
-def evaluation_rows(found: Evaluation) -> list[dict[str, Any]]:
-    """Rows eval.fve.<model>, eval.l0, eval.dead."""
+def evaluation_rows(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """Return the rows eval.fve.<model>, eval.l0, eval.dead."""
     return [
-        row(f"eval.{name.replace('_', '.')}", value, "latents/token" if name == "l0" else "fraction", found.n_tokens)
-        for name, value in metric_columns(found).items()
+        row(
+            f"eval.{name.replace('_', '.')}",
+            value,
+            "latents/token" if name == "l0" else "fraction",
+            evaluation.n_tokens,
+        )
+        for name, value in metric_columns(evaluation).items()
     ]
 
 

@@ -45,7 +45,7 @@ class Optimizer:
 
 
 def lr_at(config: TrainConfig, step: int) -> float:
-    """Linear warm-up, constant, linear fall to 0 over the last lr_decay_fraction of the steps."""
+    """Return the rate of a step: linear warm-up, constant, linear to 0 over the last lr_decay_fraction of steps."""
     rate = config.lr * min(1.0, (step + 1) / max(1, config.lr_warmup_steps))
     n_decay = int(config.lr_decay_fraction * config.n_steps)
     return rate * min(1.0, (config.n_steps - step) / n_decay) if n_decay else rate

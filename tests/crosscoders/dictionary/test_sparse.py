@@ -70,7 +70,7 @@ def test_ties_at_the_cut_keep_exactly_n_and_too_few_positive_entries_are_all_kep
 def test_the_largest_of_some_columns_for_each_token() -> None:
     pre, c, columns = random(6, 8), torch.rand(8), torch.tensor([1, 4, 5, 7])
     entries = selection.largest_per_token(pre, c, columns, 2)
-    found = torch.zeros(6, 8).index_put((entries.tokens, entries.dictionary_latents), entries.values)
+    found = torch.zeros(6, 8).index_put((entries.tokens, entries.latents), entries.values)
     for n in range(6):
         ranked = sorted(columns.tolist(), key=lambda j: -float(pre[n, j].relu() * c[j]))[:2]
         expected = torch.zeros(8)
@@ -78,9 +78,21 @@ def test_the_largest_of_some_columns_for_each_token() -> None:
         assert torch.equal(found[n], expected)
 
 
+@pytest.mark.parametrize("k", [1, 3, 7, 50])
+def test_ties_at_a_token_cut_go_to_the_lower_latents(k: int) -> None:
+    pre = (2 * random(40, 30)).round()  # a few values only, so nearly every cut has ties
+    columns = (torch.arange(30) % 3 > 0).nonzero().squeeze(1)
+    entries = selection.largest_per_token(pre, torch.ones(30), columns, k)
+    for n in range(40):
+        ranked = sorted(columns.tolist(), key=lambda j: (-float(pre[n, j]), j))[:k]
+        expected = sorted(j for j in ranked if pre[n, j] > 0)
+        assert entries.latents[entries.tokens == n].tolist() == expected
+
+
 def test_nan_is_never_selected_and_infinity_is() -> None:
     pre = torch.tensor([[torch.nan, torch.inf, 1.0, 3.0]])
     assert selection.active(pre, torch.zeros(4)).latents.tolist() == [1, 2, 3]
+    assert selection.largest_per_token(pre, torch.ones(4), torch.arange(1, 4), 2).latents.tolist() == [1, 3]
 
 
 def setting(
