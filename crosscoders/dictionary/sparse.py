@@ -106,16 +106,16 @@ class _Residuals(torch.autograd.Function):
         # dL / dx_hat_nm = -2 (dL / d ||left_nm||^2) left_nm, one row per set and token
         scale = -2 * torch.stack(grads)[..., None]
         y = (ctx.left.view(*scale.shape[:3], -1) * scale).view(-1, x.shape[1])
-        tokens = torch.cat([entries.tokens + i * len(x) for i, entries in enumerate(sets)])
+        # One bag per latent over the entries of all sets: each row of weights is read and its gradient written once.
         latents = torch.cat([entries.latents for entries in sets])
-        values = torch.cat([entries.values for entries in sets])
-        value_grads = _dots(tokens, latents, y, W_dec.flatten(1))
-        value_grads[: len(direct)] += direct
-        # One bag per latent over the entries of all sets: the gradient of each weight is written once.
         order, first = _by_latent(latents, len(W_dec))
-        tokens = tokens.index_select(0, order)
-        W_dec_grad = _bags(tokens, values.index_select(0, order), first, y)
-        W_enc_grad = _bags(tokens % len(x), value_grads.index_select(0, order), first, x)
+        latents = latents.index_select(0, order)
+        tokens = torch.cat([entries.tokens + i * len(x) for i, entries in enumerate(sets)]).index_select(0, order)
+        values = torch.cat([entries.values for entries in sets]).index_select(0, order)
+        others = direct.new_zeros(len(order) - len(direct))
+        value_grads = _dots(tokens, latents, y, W_dec.flatten(1)).add_(torch.cat([direct, others])[order])
+        W_dec_grad = _bags(tokens, values, first, y)
+        W_enc_grad = _bags(tokens % len(x), value_grads, first, x)
         return (
             W_enc_grad.view_as(W_dec).permute(1, 2, 0),
             value_grads.new_zeros(len(W_dec)).index_add_(0, latents, value_grads),

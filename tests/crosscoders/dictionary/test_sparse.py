@@ -11,7 +11,7 @@ import torch
 from crosscoders import Crosscoder, CrosscoderConfig, TrainConfig
 from crosscoders.dictionary import selection, sparse
 from crosscoders.training.objective import forward
-from crosscoders.training.optimizer import Optimizer
+from crosscoders.training.optimizer import Optimizer, total_norm
 
 
 def dense(entries: selection.Active) -> torch.Tensor:
@@ -220,6 +220,12 @@ def test_the_optimiser_equals_plain_adam_with_clipped_gradients(clip_norm: float
         ours.step_(1e-2)
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         assert a.grad is None and (a - b).norm() <= 1e-5 * b.norm()
+
+
+def test_the_norm_of_many_gradients_is_exact_to_float32() -> None:
+    grads = [random(3000, 2, 256), random(3000, seed=1), random(2, 256, seed=2)]
+    expected = float(torch.cat([grad.double().flatten() for grad in grads]).norm())
+    assert float(total_norm(grads)) == pytest.approx(expected, rel=1e-6)  # torch's own is 2e-5 off
 
 
 @pytest.mark.parametrize("n_dead", [0, 8])
