@@ -100,7 +100,8 @@ def setting(
 ) -> tuple[Crosscoder, TrainConfig, torch.Tensor]:
     shape = CrosscoderConfig(**{"dict_size": 20, "d_model": 6, "k": 3, "code_norm": code_norm, **other})
     config = TrainConfig(
-        crosscoder=shape, n_tokens=6400, batch_size=64, reconstruction=reconstruction, threshold_start_step=5,
+        crosscoder=shape, n_tokens=6400, batch_size=64, reconstruction=reconstruction, lr_warmup_steps=10,
+        threshold_start_step=5,
         aux_coefficient=0.0 if shape.k is None else 0.5, k_aux=None if shape.k is None else 2,
     )  # type: ignore[arg-type]  # fmt: skip
     model = Crosscoder(shape)
