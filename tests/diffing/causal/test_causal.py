@@ -137,23 +137,6 @@ def test_an_architecture_in_which_skipping_is_wrong_is_noticed(whole: ModelPair)
     assert ResumableModel(model, POST).can_skip
 
 
-def test_layers_that_return_tuples_are_left_out_too(tmp_path: Path) -> None:
-    from transformers import GPTJConfig, GPTJForCausalLM
-
-    torch.manual_seed(0)
-    plain = GPTJForCausalLM(
-        GPTJConfig(
-            vocab_size=60, n_positions=32, n_embd=16, n_layer=3, n_head=2, rotary_dim=4, bos_token_id=1, eos_token_id=1
-        )
-    ).eval()
-    model = ResumableModel(plain, POST)
-    assert model.can_skip and model.as_tuple
-    state = model.run(IDS, MASK)
-    with torch.no_grad(), hooks.replace(plain, POST, lambda x: x * 2):
-        expected = plain(input_ids=IDS, attention_mask=MASK).logits
-    torch.testing.assert_close(model.logits(model.resume(state, state.activation * 2)[0]), expected[0])
-
-
 def other_pair(folder: Path, config: Any) -> tuple[str, str]:
     """Folders of a base and a tuned model of an architecture without a fast path for its MLP."""
     from transformers import AutoModelForCausalLM
