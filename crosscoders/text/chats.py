@@ -7,9 +7,9 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from crosscoders.activations.settings import CacheConfig
 from crosscoders.common.errors import InputError
 from crosscoders.text.documents import read_documents
+from crosscoders.text.settings import DataConfig
 from crosscoders.text.tokens import ROLES, read_template, special_ids, tokenize_chat
 
 TEMPLATE, RESPONSE = ROLES.index("template"), ROLES.index("assistant")
@@ -37,7 +37,7 @@ class ChatBatch(NamedTuple):
     documents: Int[Tensor, " rows"]
 
 
-def read_chats(config: CacheConfig, tokenizer: Any, n_documents: int) -> list[Chat]:
+def read_chats(config: DataConfig, tokenizer: Any, n_documents: int) -> list[Chat]:
     """The first chats with a response, in the order of documents that `config` makes, tokenised as for its cache.
 
     Raises:
@@ -67,8 +67,8 @@ def read_chats(config: CacheConfig, tokenizer: Any, n_documents: int) -> list[Ch
             break
     if not found:
         raise InputError(
-            f"no document of {', '.join(source.path for source in config.sources())} has a response, a message of the "
-            "role assistant within the context length. Name chats with --data."
+            f"no document of {config.paths()} has a response, a message of the role assistant within the context "
+            "length. Name chats with --data."
         )
     return found
 

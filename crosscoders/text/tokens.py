@@ -16,9 +16,9 @@ import numpy as np
 from jaxtyping import Bool, Int, UInt8
 from torch import Tensor
 
-from crosscoders.activations.settings import CacheConfig
 from crosscoders.common.errors import InputError
 from crosscoders.text.documents import Document, read_documents
+from crosscoders.text.settings import DataConfig
 
 ROLES = ("text", "template", "user", "assistant", "system")
 """What a token belongs to: plain text, the chat template, or the content of a message."""
@@ -145,12 +145,13 @@ def _role_number(role: str) -> int:
     return ROLES.index(name) if name in ROLES[2:] else ROLES.index("user")
 
 
-def tokenize_documents(config: CacheConfig, tokenizer: Any, template: str | None) -> Rows:
+def tokenize_documents(config: DataConfig, tokenizer: Any) -> Rows:
     """Read and tokenise documents until `n_tokens` are scored, before any model loads.
 
     Raises:
         InputError: the data holds no text, or ends before the budget; a chat has no template.
     """
+    template = read_template(config.chat_template)
     dropped = np.array(special_ids(tokenizer, drop_bos=config.drop_bos), dtype=np.int32)
     built = _Builder(dropped)
 
@@ -164,9 +165,7 @@ def tokenize_documents(config: CacheConfig, tokenizer: Any, template: str | None
         if built.n_scored >= config.n_tokens:
             break
     if not built.n_scored:
-        raise InputError(
-            f"the data holds no text: {', '.join(s.path for s in config.sources())}. Name data with documents."
-        )
+        raise InputError(f"the data holds no text: {config.paths()}. Name data with documents.")
     if built.n_scored < config.n_tokens:
         raise InputError(
             f"the data has only {built.n_scored:,} scored tokens in {len(built.groups):,} documents but n_tokens is "

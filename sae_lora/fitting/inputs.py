@@ -14,7 +14,7 @@ from crosscoders.common.errors import CorruptData, InputError
 from crosscoders.models import hooks
 from crosscoders.models.names import hash_model, load_auto, quiet_transformers, require_no_lost_path
 from crosscoders.models.skeleton import skeleton
-from crosscoders.text.tokens import Batch, Rows, pad_rows, read_template, tokenize_documents
+from crosscoders.text.tokens import Batch, Rows, pad_rows, tokenize_documents
 from sae_lora.dictionaries.frozen import DictionaryInfo, FrozenDictionary, Side, require_fit
 from sae_lora.dictionaries.loading import inspect_dictionary, read_dictionary
 from sae_lora.fitting.settings import TextConfig
@@ -94,7 +94,7 @@ def make_plan(
     if len({info.hook_point for info in infos}) < len(infos):
         raise InputError(f"two dictionaries sit at {infos[0].hook_point!r}. Give one for each hook point.")
     tokenizer = load_auto(config.tokenizer or model, "tokenizer")
-    rows = tokenize_documents(config.cache_config(model), tokenizer, read_template(config.chat_template))
+    rows = tokenize_documents(config.data_config(), tokenizer)
     if config.pack:
         rows = packed(rows, config.n_tokens // config.context_length, config.context_length)
     pad = tokenizer.pad_token_id

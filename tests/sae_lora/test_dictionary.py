@@ -80,9 +80,12 @@ def test_a_gemma_scope_folder_gives_the_published_jumprelu_and_its_hook_point(tm
 
 def test_gemma_scope_equals_sae_lens_on_the_same_weights(tmp_path: Path) -> None:
     other = load_dictionary(sae_lens(tmp_path / "sae"))
-    tensors = {k: v.numpy() for k, v in load_file(tmp_path / "sae" / "sae_weights.safetensors").items()}
-    ours = load_dictionary(gemma_scope(tmp_path, tensors))
-    assert torch.equal(ours.encode(X), other.encode(X))
+    w = load_file(tmp_path / "sae" / "sae_weights.safetensors")
+    ours = load_dictionary(gemma_scope(tmp_path, {name: value.numpy() for name, value in w.items()}))
+    distance = X @ w["W_enc"] + w["b_enc"] - w["threshold"]
+    assert float(distance.abs().min()) > 1e-4  # no pre-activation so near its threshold that rounding decides
+    assert torch.equal(ours.encode(X) > 0, other.encode(X) > 0)
+    torch.testing.assert_close(ours.encode(X), other.encode(X))  # the bias is added inside or after the product
     torch.testing.assert_close(ours(X), other(X))
     assert ours.content_hash() != other.content_hash()  # another layout is another program
 
@@ -104,7 +107,7 @@ def test_a_sae_lens_folder_computes_what_sae_lens_computes(tmp_path: Path, chang
         tensors = load_file(folder / "sae_weights.safetensors")
         tensors.pop("threshold")
         save_file(tensors, folder / "sae_weights.safetensors")
-    assert torch.equal(load_dictionary(folder)(X), SAE.load_from_disk(folder)(X))
+    torch.testing.assert_close(load_dictionary(folder)(X), SAE.load_from_disk(folder)(X))
 
 
 def test_the_hook_name_survives_metadata_without_a_version(tmp_path: Path) -> None:
@@ -121,11 +124,11 @@ def test_sides_of_a_crosscoder_share_latents_and_both_is_their_mean(tmp_path: Pa
     made = crosscoder(tmp_path / "cc", 2)
     base, tuned, both = (load_dictionary(tmp_path / "cc", side=side) for side in ("base", "tuned", "both"))
     x_hat = made(torch.stack([X, X], dim=1))
-    assert torch.equal(base(X), x_hat[:, 0]) and torch.equal(tuned(X), x_hat[:, 1])
+    torch.testing.assert_close(torch.stack([base(X), tuned(X)], dim=1), x_hat)
     torch.testing.assert_close(both(X), (base(X) + tuned(X)) / 2)
     assert len({d.content_hash() for d in (base, tuned, both)}) == 3 and both.hook_point == POINT
     single = crosscoder(tmp_path / "one", 1)
-    assert torch.equal(load_dictionary(tmp_path / "one")(X), single(X[:, None])[:, 0])
+    torch.testing.assert_close(load_dictionary(tmp_path / "one")(X), single(X[:, None])[:, 0])
 
 
 def test_the_hash_is_of_the_content_not_of_the_place(tmp_path: Path) -> None:

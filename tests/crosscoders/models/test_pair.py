@@ -63,24 +63,24 @@ def test_a_template_that_repeats_the_bos_does_not_double_it(pair: Pair) -> None:
 
 
 def test_padding_is_masked_by_the_attention_mask_and_bos_by_id(pair: Pair, tmp_path: Path) -> None:
-    rows = tokenize_documents(pair.config(tmp_path), tokenizer_of(pair), None)
+    rows = tokenize_documents(pair.config(tmp_path).data_config(), tokenizer_of(pair))
     batch = pad_rows(rows, np.array([0, 1, 2]), pad_id=5)
     lengths = np.diff(rows.offsets)[:3]
     assert (batch.attention_mask.sum(axis=1) == lengths).all()
     assert (batch.scored.sum(axis=1) == lengths - 1).all()
     assert not batch.scored[batch.ids == 2].any()
-    kept = tokenize_documents(pair.config(tmp_path, drop_bos=False), tokenizer_of(pair), None)
+    kept = tokenize_documents(pair.config(tmp_path, drop_bos=False).data_config(), tokenizer_of(pair))
     assert kept.scored.all()
 
 
 def test_every_row_is_in_exactly_one_batch(pair: Pair, tmp_path: Path) -> None:
-    rows = tokenize_documents(pair.config(tmp_path, n_tokens=900), tokenizer_of(pair), None)
+    rows = tokenize_documents(pair.config(tmp_path, n_tokens=900).data_config(), tokenizer_of(pair))
     for size in (1, 3, 100):
         assert sorted(np.concatenate(rows.batches(size)).tolist()) == list(range(len(rows.groups)))
 
 
 def test_long_documents_are_cut_and_counted(pair: Pair, tmp_path: Path) -> None:
-    rows = tokenize_documents(pair.config(tmp_path, context_length=8, n_tokens=300), tokenizer_of(pair), None)
+    rows = tokenize_documents(pair.config(tmp_path, context_length=8, n_tokens=300).data_config(), tokenizer_of(pair))
     assert np.diff(rows.offsets).max() == 8
     assert rows.counts["cut_tokens"] > 0
 
@@ -250,7 +250,8 @@ def test_chats_without_a_template_anywhere_are_refused_and_a_file_helps(pair: Pa
     refuse(config, "neither model's tokenizer has a chat template. Give one: --chat-template FILE")
     refuse(pair.config(tmp_path / "c", chat_template=str(tmp_path / "no.jinja")), "no.jinja' does not exist")
     (tmp_path / "t.jinja").write_text("{% for m in messages %}[{{ m['content'] }}]{% endfor %}")
-    rows = tokenize_documents(config, tokenizer_of(pair), (tmp_path / "t.jinja").read_text())
+    config = pair.config(tmp_path / "c", tuned=pair.base, chat_template=str(tmp_path / "t.jinja"))
+    rows = tokenize_documents(config.data_config(), tokenizer_of(pair))
     assert rows.n_scored >= 600
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from crosscoders.models.resume import ResumableModel
 from crosscoders.text.chats import batches, read_chats, response_places
 from crosscoders.training.feed import cache_inputs
 from diffing import cli
-from diffing.causal.patching import DIRECTIONS, Measured, cached_config, measure
+from diffing.causal.patching import DIRECTIONS, Measured, measure
 from diffing.causal.sets import Exchange, PatchSet, choose_sets, orders, random_sets
 from diffing.causal.summary import rows, summary
 from diffing.latents.table import latent_table, scale_cache, write_table
@@ -61,7 +62,7 @@ def crosscoder(cache_folder: Path) -> Crosscoder:
 
 @pytest.fixture(scope="module")
 def chats(pair: Pair, cache_folder: Path) -> list[Any]:
-    return read_chats(cached_config(ActivationCache(cache_folder)), tokenizer_of(pair), 6)
+    return read_chats(ActivationCache(cache_folder).config.data_config(), tokenizer_of(pair), 6)
 
 
 def tokenizer_of(pair: Pair) -> Any:
@@ -135,23 +136,6 @@ def test_an_architecture_in_which_skipping_is_wrong_is_noticed(whole: ModelPair)
         lower.remove()
         upper.remove()
     assert ResumableModel(model, POST).can_skip
-
-
-def test_layers_that_return_tuples_are_left_out_too(tmp_path: Path) -> None:
-    from transformers import GPTJConfig, GPTJForCausalLM
-
-    torch.manual_seed(0)
-    plain = GPTJForCausalLM(
-        GPTJConfig(
-            vocab_size=60, n_positions=32, n_embd=16, n_layer=3, n_head=2, rotary_dim=4, bos_token_id=1, eos_token_id=1
-        )
-    ).eval()
-    model = ResumableModel(plain, POST)
-    assert model.can_skip and model.as_tuple
-    state = model.run(IDS, MASK)
-    with torch.no_grad(), hooks.replace(plain, POST, lambda x: x * 2):
-        expected = plain(input_ids=IDS, attention_mask=MASK).logits
-    torch.testing.assert_close(model.logits(model.resume(state, state.activation * 2)[0]), expected[0])
 
 
 def other_pair(folder: Path, config: Any) -> tuple[str, str]:
@@ -381,14 +365,14 @@ def test_data_without_responses_is_refused(pair: Pair, cache_folder: Path, tmp_p
     cache = ActivationCache(cache_folder)
     (tmp_path / "raw.jsonl").write_text('{"text": "no chat"}\n')
     with pytest.raises(InputError, match=r"no document of .*raw.jsonl has a response"):
-        read_chats(cached_config(cache, str(tmp_path / "raw.jsonl")), tokenizer_of(pair), 5)
+        read_chats(replace(cache.config.data_config(), data=str(tmp_path / "raw.jsonl")), tokenizer_of(pair), 5)
     (tmp_path / "asked.jsonl").write_text('{"messages": [{"role": "user", "content": "Hi"}]}\n')
     with pytest.raises(InputError, match="has a response"):
-        read_chats(cached_config(cache, str(tmp_path / "asked.jsonl")), tokenizer_of(pair), 5)
+        read_chats(replace(cache.config.data_config(), data=str(tmp_path / "asked.jsonl")), tokenizer_of(pair), 5)
     make_tokenizer(tmp_path / "plain", template=False)
     plain = inspect_pair(pair.base, pair.tuned, [POST], tokenizer=str(tmp_path / "plain")).tokenizer
     with pytest.raises(InputError, match="no chat template"):
-        read_chats(cached_config(cache), plain, 5)
+        read_chats(cache.config.data_config(), plain, 5)
 
 
 # ---------------------------------------------------------------------------------------------------------- measuring
