@@ -85,7 +85,7 @@ def make_pair(size: Size, device: str = "cpu", dtype: torch.dtype = torch.float3
         ids=np.random.default_rng(0).integers(3, size.vocabulary, n_tokens).astype(np.int32),
         roles=np.zeros(n_tokens, np.uint8), scored=np.ones(n_tokens, bool),
         offsets=np.arange(size.n_rows + 1) * size.n_positions, groups=np.zeros(size.n_rows, np.int64),
-        group_names=["x"], n_scored=n_tokens, counts={},
+        group_names=["x"], n_scored=n_tokens, counts={}, refused={},
     )  # fmt: skip
     tokenizer = type("Tokenizer", (), {"pad_token_id": 0})()
     info = PairInfo("base", "tuned", None, tokenizer, size.d_model, size.n_layers)

@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 
 from crosscoders.common.checks import _only, require_positive
 from crosscoders.common.errors import InputError
-from crosscoders.text.settings import DataConfig, DataSource
+from crosscoders.text.settings import TEMPLATE_DATE, DataConfig, DataSource
 
 
 class Part(NamedTuple):
@@ -71,6 +71,10 @@ class CacheConfig:
     """Tokenizer folder or id; default: the tuned model's, which must equal the base model's."""
     chat_template: str | None = None
     """File with a chat template, for pairs without one."""
+    template_date: str = TEMPLATE_DATE
+    """YYYY-MM-DD, which a chat template that writes today's date gets instead, so that the day does not matter."""
+    max_refused: float = 0.1
+    """Largest share of rows that cannot be read; they are left out and counted. 0: the first one ends the run."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of the stored activations."""
     model_dtype: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -93,6 +93,7 @@ class ShardWriter:
             "drop_bos": self.config.drop_bos,
             "groups": rows.group_names,
             "counts": rows.counts,
+            "refused": rows.refused,
         }
         settings = to_dict(self.config) | {"data": [to_dict(source) for source in self.config.data_config().sources()]}
         if self.part:

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from crosscoders.common.errors import InputError
 from crosscoders.text.documents import read_documents
+from crosscoders.text.refusals import Refusals, Refused
 from crosscoders.text.settings import DataConfig
-from crosscoders.text.tokens import ROLES, read_template, special_ids, tokenize_chat
+from crosscoders.text.tokens import ROLES, read_template, special_ids, tokenize_document
 
 TEMPLATE, RESPONSE = ROLES.index("template"), ROLES.index("assistant")
 
@@ -41,30 +42,30 @@ def read_chats(config: DataConfig, tokenizer: Any, n_documents: int) -> list[Cha
     """The first chats with a response, in the order of documents that `config` makes, tokenised as for its cache.
 
     Raises:
-        InputError: no document has a response, or there is no chat template.
+        InputError: no document has a response, there is no chat template, or too many rows cannot be read.
     """
     template = read_template(config.chat_template)
     dropped = special_ids(tokenizer, drop_bos=config.drop_bos)
     found: list[Chat] = []
+    refusals = Refusals(config.max_refused)
     documents = read_documents(
         config.sources(), shuffle_window=config.shuffle_documents, seed=config.seed, count_tokens=lambda _: 1
     )
     for document in documents:
-        if isinstance(document.content, str):
+        refusals.n_rows += 1
+        if isinstance(document.content, str) and document.refused is None:
             continue
-        if template is None and not tokenizer.chat_template:
-            raise InputError(
-                "the tokenizer has no chat template, so responses cannot be told. Cache with --chat-template."
-            )
         try:
-            parts = tokenize_chat(tokenizer, document.content, template)
-        except InputError as error:
-            raise InputError(f"{document.where}: {error}") from None
+            parts = tokenize_document(document, tokenizer, template, config.template_date)
+        except Refused as refused:
+            refusals.add(refused)
+            continue
         ids, roles = (np.array(part[: config.context_length]) for part in parts)
         if (roles[1:] == RESPONSE).any():
             found.append(Chat(ids, roles, ~np.isin(ids, dropped)))
         if len(found) == n_documents:
             break
+    refusals.finish()
     if not found:
         raise InputError(
             f"no document of {config.paths()} has a response, a message of the role assistant within the context "

@@ -1,9 +1,13 @@
 """Which documents are read, as frozen dataclasses. Imports nothing heavy."""
 
 from dataclasses import dataclass
+from datetime import date
 
 from crosscoders.common.checks import require_positive, require_range
 from crosscoders.common.errors import InputError
+
+TEMPLATE_DATE = "2024-07-26"
+"""What Llama-3's own templates write where there is no clock."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,10 @@ class DataConfig:
     """Leave the beginning-of-sequence token out of the scored tokens."""
     chat_template: str | None = None
     """File with a chat template, for tokenizers without one."""
+    template_date: str = TEMPLATE_DATE
+    """YYYY-MM-DD, which a chat template that writes today's date gets instead, so that the day does not matter."""
+    max_refused: float = 0.1
+    """Largest share of rows that cannot be read; they are left out and counted. 0: the first one ends the run."""
     shuffle_documents: int = 100_000
     """Documents are shuffled within windows of this many; 0 keeps their order."""
     seed: int = 0
@@ -52,6 +60,11 @@ class DataConfig:
     def __post_init__(self) -> None:
         require_positive(self, "n_tokens", "context_length")
         require_range(self, 0, None, "shuffle_documents")
+        require_range(self, 0, 1, "max_refused")
+        try:
+            date.fromisoformat(self.template_date)
+        except ValueError:
+            raise InputError(f"template_date is {self.template_date!r}; give a date such as 2024-07-26.") from None
         if isinstance(self.data, str) and self.data.lstrip().startswith(("[", "{")):
             raise InputError(
                 f"data {self.data!r} is not a list of paths or of {{path, name, split, text_column, messages_column, "

@@ -33,6 +33,8 @@ EVAL_TOKENS = 4096
 """Tokens that an evaluation encodes together."""
 MEND = "Lower --crosscoder.dict-size, --batch-size or --buffer-tokens."
 RECORDED = ("hook_point", "base", "tuned", "tokenizer_hash", "template_hash", "groups", "dtype", "drop_bos")
+IF_THERE = ("template_date", "refused")
+"""Recorded where the template writes a date, and where rows were left out."""
 
 
 class Feed(NamedTuple):
@@ -83,7 +85,12 @@ def _from_cache(settings: TrainSettings) -> Feed:
 def cache_inputs(opened: ActivationCache) -> dict[str, Any]:
     """What of a cache is recorded beside every result made from it."""
     inputs = {"path": str(opened.path), "hash": opened.manifest_hash, "n_tokens": len(opened)}
-    return {"cache": inputs | {key: opened.manifest[key] for key in RECORDED}}
+    return {"cache": inputs | _recorded(opened.manifest)}
+
+
+def _recorded(manifest: dict[str, Any]) -> dict[str, Any]:
+    found = {key: manifest[key] for key in RECORDED}
+    return found | {key: manifest[key] for key in IF_THERE if manifest.get(key)}
 
 
 def _from_models(settings: TrainSettings) -> Feed:
@@ -108,7 +115,7 @@ def _from_models(settings: TrainSettings) -> Feed:
     )  # fmt: skip
     # No path: there is no cache to go back to. The hash is that of the plan.
     hashed = files.hash_json({key: identity(value) for key, value in planned.items()})
-    inputs = {"hash": hashed, "n_tokens": config.n_tokens} | {key: planned[key] for key in RECORDED}
+    inputs = {"hash": hashed, "n_tokens": config.n_tokens} | _recorded({**planned, "refused": plan.rows.refused})
     own = (lambda: _in_eval_batches(source.read(n_train, config.n_tokens))) if n_train < config.n_tokens else None
     return Feed(stream, own, {"cache": inputs}, needed)
 

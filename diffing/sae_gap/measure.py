@@ -30,7 +30,7 @@ CLASSES = {
     "all": ROLES,
     "template": ("template",),
     "response": ("assistant",),
-    "prompt": ("user", "system"),
+    "prompt": ("user", "system", "tool"),
     "text": ("text",),
 }
 
