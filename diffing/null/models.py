@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -19,6 +20,7 @@ from crosscoders.common.errors import CorruptData, InputError
 from crosscoders.common.progress import Progress, say
 from crosscoders.models.names import hash_model, quiet_transformers
 from crosscoders.text.documents import read_source
+from crosscoders.text.packing import missing_borders
 from crosscoders.text.settings import DataSource
 from crosscoders.text.tokens import tokenize_text
 from diffing.null.settings import NullSettings
@@ -90,16 +92,23 @@ def train_placebo(base: str, out: Path, settings: NullSettings, context_length: 
 
 
 def text_rows(tokenizer: Any, data: str, length: int) -> Int[Tensor, "rows length"]:
-    """Documents end to end, cut into rows; the rest at the end is left out.
+    """Documents end to end, EOS between them where the tokenizer has no BOS, cut into rows; the rest at the end is left
+    out.
 
     Raises:
-        InputError: a document is a chat, or there is not one whole row.
+        InputError: a document is a chat, a row cannot be read, or there is not one whole row.
     """
-    ids: list[int] = []
+    documents: list[list[int]] = []
     for document in read_source(DataSource(path=data)):
+        if document.refused is not None:
+            raise document.refused
         if not isinstance(document.content, str):
             raise InputError(f"{document.where} is a chat; a placebo is tuned on raw text only. Give plain text.")
-        ids += tokenize_text(tokenizer, document.content)[0]
+        documents.append(tokenize_text(tokenizer, document.content)[0])
+    firsts, lasts = (np.array([ids[end] for ids in part]) for end, part in ((0, documents[1:]), (-1, documents[:-1])))
+    for number in missing_borders(firsts, lasts, tokenizer).nonzero()[0]:
+        documents[number].append(tokenizer.eos_token_id)
+    ids = [token for document in documents for token in document]
     if len(ids) < length:
         raise InputError(f"{data!r} has {len(ids):,} tokens, less than one row of {length:,}. Give more text.")
     return torch.tensor(ids[: len(ids) // length * length]).view(-1, length)

@@ -14,6 +14,7 @@ from crosscoders.common.errors import CorruptData, InputError
 from crosscoders.models import hooks
 from crosscoders.models.names import hash_model, load_auto, quiet_transformers, require_no_lost_path
 from crosscoders.models.skeleton import skeleton
+from crosscoders.text.packing import separated
 from crosscoders.text.tokens import Batch, Rows, pad_rows, tokenize_documents
 from sae_lora.dictionaries.frozen import DictionaryInfo, FrozenDictionary, Side, require_fit
 from sae_lora.dictionaries.loading import inspect_dictionary, read_dictionary
@@ -96,7 +97,7 @@ def make_plan(
     tokenizer = load_auto(config.tokenizer or model, "tokenizer")
     rows = tokenize_documents(config.data_config(), tokenizer)
     if config.pack:
-        rows = packed(rows, config.n_tokens // config.context_length, config.context_length)
+        rows = packed(separated(rows, tokenizer), config.n_tokens // config.context_length, config.context_length)
     pad = tokenizer.pad_token_id
     infos.sort(key=lambda info: hooks.place(info.hook_point))
     return Plan(
@@ -121,7 +122,7 @@ def _beside(other: str, infos: list[DictionaryInfo], model_hash: str) -> dict[st
 
 
 def packed(rows: Rows, n_rows: int, length: int) -> Rows:
-    """All documents end to end, each with its BOS, cut into `n_rows` sequences of `length` tokens."""
+    """All documents end to end, cut into `n_rows` sequences of `length` tokens."""
     n = n_rows * length
     return rows._replace(
         ids=rows.ids[:n], roles=rows.roles[:n], scored=rows.scored[:n], offsets=np.arange(0, n + 1, length),
