@@ -11,6 +11,7 @@ from crosscoders.common.progress import say
 from crosscoders.common.results import closing, result
 from crosscoders.formats.load import load_crosscoder
 from crosscoders.text.chats import read_chats
+from crosscoders.text.tokens import read_template
 from diffing.causal.lens import logit_lens
 from diffing.causal.patching import DIRECTIONS, inspect_cached, load_whole, measure
 from diffing.causal.sets import checked, choose_sets
@@ -63,6 +64,7 @@ def steer(settings: SteerSettings) -> dict[str, Any]:
     run, cache = _opened(settings.run, settings.cache)
     hook_point = cache.manifest["hook_point"]
     table, crosscoder = read_table(run), load_crosscoder(run)
+    template = read_template(cache.config.chat_template)
     (latent,) = checked([settings.latent], len(table))
     largest = float(table["max_activation"][latent])
     pair = load_whole(inspect_cached(cache), hook_point, settings.device, settings.model_dtype)
@@ -72,7 +74,14 @@ def steer(settings: SteerSettings) -> dict[str, Any]:
     for strength in settings.strengths:
         vector = steering_vector(crosscoder, latent, side=side, activation=strength * largest)
         with steered(model, hook_point, vector):
-            text = answer(model, pair.info.tokenizer, settings.prompt, max_new_tokens=settings.max_new_tokens)
+            text = answer(
+                model,
+                pair.info.tokenizer,
+                settings.prompt,
+                max_new_tokens=settings.max_new_tokens,
+                template=template,
+                date=cache.config.template_date,
+            )
         answers.append({"strength": strength, "answer": text})
         lines.append(f"{strength:>6g}: {text!r}")
     return result("steer", to_dict(settings), []) | {"answers": answers, "text": "\n".join(lines)}
