@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int, UInt8
-from torch import Tensor
 
 from crosscoders.common.errors import InputError
 from crosscoders.text.documents import Document, read_documents
+from crosscoders.text.padding import Batch, make_batch
 from crosscoders.text.refusals import Refusals, Refused
 from crosscoders.text.settings import TEMPLATE_DATE, DataConfig
 from crosscoders.text.templates import Message, content_spans, renderer
@@ -67,6 +67,14 @@ class Rows(NamedTuple):
             batches = [order[i : i + batch_rows] for i in range(0, len(order), batch_rows)]
             found.extend(batches[i] for i in np.random.default_rng(start).permutation(len(batches)))
         return found
+
+    def packed(self, n_rows: int, length: int) -> "Rows":
+        """Return all documents end to end, cut into `n_rows` sequences of `length` tokens."""
+        n = n_rows * length
+        return self._replace(
+            ids=self.ids[:n], roles=self.roles[:n], scored=self.scored[:n], offsets=np.arange(0, n + 1, length),
+            groups=np.zeros(n_rows, dtype=np.int64), n_scored=int(self.scored[:n].sum()),
+        )  # fmt: skip
 
     def scored_in_row(self) -> Int[np.ndarray, " rows"]:
         """Scored tokens of each row."""
@@ -257,28 +265,10 @@ def tokenize_document(
         raise Refused(refused.reason, f"{document.where}: {refused}") from None
 
 
-class PaddedBatch(NamedTuple):
-    """Right-padded rows; the same for both models."""
-
-    ids: Int[np.ndarray, "rows seq"]
-    attention_mask: Int[np.ndarray, "rows seq"]
-    scored: Bool[np.ndarray, "rows seq"]
-    rows: Int[np.ndarray, " rows"]
-    """Number of each row, which is also the document's."""
-
-
-def pad_rows(rows: Rows, numbers: Int[np.ndarray, " rows_of_batch"], pad_id: int) -> PaddedBatch:
-    """One batch of rows, padded on the right; padding is neither attended to nor scored."""
-    spans = [(rows.offsets[i], rows.offsets[i + 1]) for i in numbers]
-    width = max(stop - start for start, stop in spans)
-    ids = np.full((len(spans), width), pad_id, dtype=np.int64)
-    mask = np.zeros((len(spans), width), dtype=np.int64)
-    scored = np.zeros((len(spans), width), dtype=bool)
-    for r, (start, stop) in enumerate(spans):
-        ids[r, : stop - start] = rows.ids[start:stop]
-        mask[r, : stop - start] = 1
-        scored[r, : stop - start] = rows.scored[start:stop]
-    return PaddedBatch(ids, mask, scored, numbers)
+def pad_rows(rows: Rows, numbers: Int[np.ndarray, " rows_of_batch"], pad_id: int) -> Batch:
+    """Return some of the rows as one batch."""
+    spans = [slice(rows.offsets[i], rows.offsets[i + 1]) for i in numbers]
+    return make_batch([rows.ids[span] for span in spans], [rows.scored[span] for span in spans], numbers, pad_id)
 
 
 def read_template(path: str | None) -> str | None:
@@ -301,14 +291,3 @@ def iterate_scored(rows: Rows, batches: list[Int[np.ndarray, " _"]]) -> Iterator
         stop = start + int(per_row[numbers].sum())
         yield start, stop
         start = stop
-
-
-class Batch(NamedTuple):
-    """Padded sequences on the device of the model."""
-
-    ids: Int[Tensor, "rows seq"]
-    attention_mask: Int[Tensor, "rows seq"]
-    scored: Bool[Tensor, "rows seq"]
-    """Tokens whose prediction counts in cross-entropy: no padding, no BOS."""
-    numbers: Int[np.ndarray, " rows"]
-    """Number of each sequence."""

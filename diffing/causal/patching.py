@@ -28,6 +28,7 @@ from crosscoders.models import predictions
 from crosscoders.models.pair import ModelPair, PairInfo, inspect_pair, load_pair
 from crosscoders.models.resume import ResumableModel, State
 from crosscoders.text.chats import Chat, ChatBatch, batches
+from crosscoders.text.padding import padding_id
 from diffing.causal.sets import Exchange, Parts, PatchSet
 
 DIRECTIONS = {"base_to_tuned": 1, "tuned_to_base": 0}
@@ -78,20 +79,19 @@ def measure(
     if unknown or not sets or not chats:
         raise InputError(f"measure needs chats and sets for {' or '.join(DIRECTIONS)}; it got {unknown or 'none'}.")
     models = [ResumableModel(model, pair.hook_points[0]) for model in pair.models]
-    if not all(model.can_skip for model in models):
+    if not all(model.prefix for model in models):
         say("the layers below the hook point cannot be left out in this architecture; every patch runs them")
     exchange = Exchange(crosscoder.to(pair.device))
     sums = {name: _Sums([p.name for p in listed], len(chats), first_tokens) for name, listed in sets.items()}
-    pad = pair.info.tokenizer.pad_token_id
     progress = Progress("causal", total=len(chats), unit="chat")
-    for batch in batches(chats, batch_rows, 0 if pad is None else int(pad)):
-        states = [model.run(batch.ids.to(pair.device), batch.attention_mask.to(pair.device)) for model in models]
-        scored = batch.scored.to(pair.device)
-        x = torch.stack([state.activation[scored] for state in states], dim=1)
-        parts = exchange.take_apart(x, batch.is_template[batch.scored])
+    for batch in batches(chats, batch_rows, padding_id(pair.info.tokenizer)):
+        tokens = batch.tokens.to(pair.device)
+        states = [model.run(tokens) for model in models]
+        x = torch.stack([state.activation[tokens.scored] for state in states], dim=1)
+        parts = exchange.take_apart(x, batch.is_template[batch.tokens.scored])
         for name, patches in sets.items():
             _one_direction(sums[name], models, states, batch, exchange, parts, patches, DIRECTIONS[name])
-        progress.update(len(batch.documents))
+        progress.update(len(batch.place))
     progress.close()
     return {name: found.result() for name, found in sums.items()}
 
@@ -108,7 +108,7 @@ def _one_direction(
 ) -> None:
     """Add one batch: the residuals of all patches at the predicting positions, then logits in chunks."""
     model, state, other = models[target], states[target], states[1 - target]
-    scored = batch.scored.to(model.device)
+    scored = state.batch.scored
     predicted = batch.place[:, 1:] > 0
     at = predicted.to(model.device)
     finals = []
@@ -117,8 +117,8 @@ def _one_direction(
         activation[scored] = exchange.patched(parts, patch, target).to(activation.dtype)
         finals.append(model.resume(state, activation)[:, :-1][at])
     own, source = state.final[:, :-1][at], other.final[:, :-1][at]
-    token_ids, place = batch.ids[:, 1:][predicted], batch.place[:, 1:][predicted]
-    documents = batch.documents[:, None].expand(predicted.shape)[predicted]
+    token_ids, place = batch.tokens.ids[:, 1:][predicted], batch.place[:, 1:][predicted]
+    documents = torch.from_numpy(batch.tokens.numbers)[:, None].expand(predicted.shape)[predicted]
     vocabulary = model.logits(own[:1]).shape[1]
     for span in torch.arange(len(own)).split(max(1, _LOGITS // vocabulary)):
         tokens = token_ids[span].to(model.device)

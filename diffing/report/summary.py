@@ -115,7 +115,7 @@ def refused_sentence(run: Run) -> str:
     refused = run.look("inputs", "cache", "refused")
     if not isinstance(refused, dict) or not refused:
         return ""
-    listed = ", ".join(f"{number(count)} {reason}" for reason, count in refused.items())
+    listed = ", ".join(f"{number(count)} {reason}" for reason, count in refused.items() if isinstance(count, int))
     return f"Rows of the data that could not be read and were left out: {listed}."
 
 

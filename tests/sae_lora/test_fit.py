@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from crosscoders import CorruptData, InputError
 from crosscoders.models import hooks, resume
-from crosscoders.text.tokens import Batch
+from crosscoders.text.padding import Batch
 from crosscoders.training.loop import StopRequested
 from sae_lora import FitConfig, fit, splice
 from sae_lora.cli import main

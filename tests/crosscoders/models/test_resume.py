@@ -1,11 +1,13 @@
 """Layers that return a tensor, and layers that return a tuple: read, edited, left out and resumed alike."""
 
+import numpy as np
 import pytest
 import torch
 from standins import LanguageModel
 
 from crosscoders.models import hooks
 from crosscoders.models.resume import ResumableModel
+from crosscoders.text.padding import Batch
 
 POINT = "blocks.1.hook_resid_post"
 IDS = torch.tensor([[2, 10, 20, 30, 44], [2, 40, 50, 1, 3]])
@@ -38,8 +40,8 @@ def test_an_edited_layer_keeps_its_form(as_tuple: bool) -> None:
 def test_layers_below_are_left_out_in_either_form(as_tuple: bool) -> None:
     model = LanguageModel(as_tuple=as_tuple)
     resumable = ResumableModel(model, POINT)
-    assert resumable.can_skip
-    state = resumable.run(IDS, MASK)
+    assert resumable.prefix
+    state = resumable.run(Batch(IDS, MASK, MASK.bool(), np.arange(2)))
     with torch.no_grad(), hooks.replace(model, POINT, lambda x: x * 2):
         expected = model(IDS).logits
     for weight in model.model.layers[:2].parameters():

@@ -14,7 +14,6 @@ from crosscoders.text.packing import separated
 from crosscoders.text.settings import DataConfig
 from crosscoders.text.tokens import Rows, tokenize_documents
 from diffing.null.models import text_rows
-from sae_lora.fitting.inputs import packed
 
 TEXTS = ["the first name", "A second file", "third size"]
 
@@ -42,7 +41,7 @@ def test_eos_stands_between_documents_where_there_is_no_bos(without_bos: Any, tm
     assert not rows.scored[rows.ids == 1].any() and rows.scored[rows.ids != 1].all()
     spans = [rows.ids[i:j].tolist() for i, j in zip(rows.offsets, rows.offsets[1:], strict=False)]
     assert [without_bos.decode(span) for span in spans] == ["the first name<eos>", "A second file<eos>", "third size"]
-    whole = packed(rows, 1, 8)
+    whole = rows.packed(1, 8)
     assert whole.n_scored == int(whole.scored.sum()) == int((rows.ids[:8] != 1).sum())
 
 
