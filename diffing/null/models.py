@@ -105,7 +105,8 @@ def text_rows(tokenizer: Any, data: str, length: int) -> Int[Tensor, "rows lengt
         if not isinstance(document.content, str):
             raise InputError(f"{document.where} is a chat; a placebo is tuned on raw text only. Give plain text.")
         documents.append(tokenize_text(tokenizer, document.content)[0])
-    firsts, lasts = (np.array([ids[end] for ids in part]) for end, part in ((0, documents[1:]), (-1, documents[:-1])))
+    firsts = np.array([ids[0] for ids in documents[1:]], dtype=np.int64)
+    lasts = np.array([ids[-1] for ids in documents[:-1]], dtype=np.int64)
     for number in missing_borders(firsts, lasts, tokenizer).nonzero()[0]:
         documents[number].append(tokenizer.eos_token_id)
     ids = [token for document in documents for token in document]
