@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from diffing.report import figures, write_report
+from diffing import write_report
+from diffing.report import figures
 from diffing.report.curves import thin
 from diffing.report.data import COLUMNS, MADE_BY, VERDICTS, read_run
 from diffing.report.definitions import COLUMNS as DEFINED
