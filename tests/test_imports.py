@@ -29,8 +29,8 @@ FLOORS = [
     ["diffing"],
     ["benchmarks"],
 ]
-"""Rooms from the ground up; one of a floor imports those below it and none beside it. The name of a package alone is its
-top: `__init__`, `cli`, `__main__`. Benchmarks are one room."""
+"""Rooms from the ground up; one of a floor imports those below it and none beside it. The name of a package alone is
+its top: `__init__`, `cli`, `__main__`. Benchmarks are one room."""
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 HEAVY = "torch numpy pandas scipy transformers transformer_lens sae_lens peft datasets plotly".split()
 PUBLIC = {
