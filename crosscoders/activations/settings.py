@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from crosscoders.common.checks import _only, require_positive
+from crosscoders.common.command_line import Command
 from crosscoders.common.errors import InputError
 from crosscoders.text.settings import TEMPLATE_DATE, DataConfig, DataSource
 
@@ -135,6 +136,14 @@ class CacheSettings(CacheConfig):
     def chosen_part(self) -> Part | None:
         """The setting `part`, read."""
         return parse_part(self.part) if self.part is not None else None
+
+
+CACHE = Command(
+    "cache",
+    "Store paired activations of a base and a tuned model on disk.",
+    CacheSettings,
+    "crosscoders.activations.command:cache",
+)
 
 
 @dataclass(frozen=True)

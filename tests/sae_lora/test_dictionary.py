@@ -1,55 +1,19 @@
 """Dictionaries: each layout computes what its publisher's code computes, and wrong files are refused by one line."""
 
 import io
-import json
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from dictionaries import POINT, D, F, X, arrays, gemma_scope, sae_lens
 from safetensors.torch import load_file, save_file
 
 from crosscoders import CorruptData, Crosscoder, CrosscoderConfig, InputError
 from sae_lora import inspect_dictionary, load_dictionary
 from sae_lora.dictionaries import gemma_scope as gemma_scope_files
 from sae_lora.dictionaries.frozen import require_fit
-
-D, F = 6, 10
-POINT = "blocks.1.hook_resid_post"
-
-
-def arrays(seed: int = 0, d_model: int = D, dict_size: int = F) -> dict[str, np.ndarray]:
-    draw = np.random.default_rng(seed)
-    return {
-        "W_enc": draw.normal(size=(d_model, dict_size)).astype(np.float32),
-        "W_dec": draw.normal(size=(dict_size, d_model)).astype(np.float32),
-        "b_enc": draw.normal(size=dict_size).astype(np.float32),
-        "b_dec": draw.normal(size=d_model).astype(np.float32),
-        "threshold": np.abs(draw.normal(size=dict_size)).astype(np.float32),
-    }
-
-
-def gemma_scope(root: Path, content: dict[str, np.ndarray] | None = None, layer: int = 1) -> Path:
-    folder = root / "gemma-scope-2b-pt-res" / f"layer_{layer}" / "width_16k" / "average_l0_71"
-    folder.mkdir(parents=True)
-    np.savez(folder / "params.npz", **(content or arrays()))
-    return folder
-
-
-def sae_lens(folder: Path, **changes: object) -> Path:
-    """A folder of SAELens 6, written by hand; None removes a key."""
-    folder.mkdir()
-    tensors = {name: torch.from_numpy(value) for name, value in arrays(1).items()}
-    save_file(tensors, folder / "sae_weights.safetensors")
-    config: dict[str, object] = {
-        "architecture": "jumprelu", "d_in": D, "d_sae": F, "dtype": "float32", "device": "cpu",
-        "apply_b_dec_to_input": False, "normalize_activations": "none", "reshape_activations": "none",
-        "metadata": {"sae_lens_version": "6.54.0", "hook_name": POINT, "model_name": "tiny"},
-    }  # fmt: skip
-    config = {key: value for key, value in (config | changes).items() if value is not None}
-    (folder / "cfg.json").write_text(json.dumps(config))
-    return folder
 
 
 def crosscoder(folder: Path, n_models: int) -> Crosscoder:
@@ -61,9 +25,6 @@ def crosscoder(folder: Path, n_models: int) -> Crosscoder:
     cache = {"hook_point": POINT, "base": {"name": "b", "hash": "1"}, "tuned": {"name": "t", "hash": "2"}}
     made.requires_grad_(False).save(folder, provenance={"cache": cache})
     return made
-
-
-X = torch.randn(7, D, generator=torch.Generator().manual_seed(9))
 
 
 def test_a_gemma_scope_folder_gives_the_published_jumprelu_and_its_hook_point(tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from dictionaries import POINT, D, F, X, arrays, sae_lens
 from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
 from safetensors.torch import save_file
-from test_dictionary import POINT, D, F, X, arrays, sae_lens
 
 from crosscoders import InputError
 from sae_lora import inspect_dictionary, load_dictionary

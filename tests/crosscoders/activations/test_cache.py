@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from caches import file_bytes
 from conftest import Pair, failing_write
 
 from crosscoders import ActivationCache, CorruptData, EnvironmentFault, InputError, cache_activations, load_pair
@@ -19,10 +20,6 @@ from crosscoders.activations.source import ActivationSource
 from crosscoders.common import files
 from crosscoders.models.hooks import run_to
 from crosscoders.text.tokens import ROLES, tokenize_documents
-
-
-def file_bytes(folder: Path) -> dict[str, bytes]:
-    return {f.name: f.read_bytes() for f in sorted(folder.iterdir()) if f.name != ".lock"}
 
 
 def test_each_stored_token_is_the_models_own_activation_of_its_document(pair: Pair, cache_folder: Path) -> None:

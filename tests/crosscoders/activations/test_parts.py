@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from caches import file_bytes
 from conftest import Pair, failing_write
-from test_cache import file_bytes
 
 from crosscoders import ActivationCache, CorruptData, EnvironmentFault, InputError, cache_activations, run_cache
 from crosscoders import cli as crosscoders_cli

@@ -1,11 +1,12 @@
-"""Layers that return a tensor, and layers that return a tuple: read, edited, left out and resumed alike."""
+"""Layers that return a tensor or a tuple are read, edited, left out and resumed alike; the head alone in every
+architecture."""
 
 import numpy as np
 import pytest
 import torch
 from standins import LanguageModel
 
-from crosscoders.models import hooks
+from crosscoders.models import hooks, resume
 from crosscoders.models.resume import ResumableModel
 from crosscoders.text.padding import Batch
 
@@ -56,3 +57,26 @@ def test_a_model_bypassed_in_the_wrong_form_fails() -> None:
     model = LanguageModel(as_tuple=False)
     with pytest.raises(AttributeError), hooks.bypass(model, 1, as_tuple=True):
         hooks.decoder_layers(model)[1](hooks.decoder_layers(model)[0](torch.zeros(1, 1, 16)))
+
+
+@pytest.mark.parametrize("kind", ["Gemma2", "Llama", "GPT2", "OPT", "Cohere", "Granite", "Mixtral"])
+def test_the_head_alone_makes_the_logits_of_every_architecture(kind: str) -> None:
+    """Scales, caps and biases of the logits; a mixture of experts, whose head reads more than hidden states."""
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 320, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "pad_token_id": 0}
+    more = {"OPT": {"word_embed_proj_dim": 8}}.get(kind, {} if kind == "GPT2" else {"num_key_value_heads": 2})
+    made = getattr(transformers, f"{kind}Config")(**sizes, **more, bos_token_id=1, eos_token_id=2)
+    model = transformers.AutoModelForCausalLM.from_config(made).eval()
+    ids = torch.arange(3, 13).view(2, 5)
+    batch = Batch(ids, torch.ones_like(ids), torch.ones_like(ids).bool(), np.arange(2))
+    resume.require_head(model, batch)
+    stack = hooks.decoder_stack(model)
+    assert "forward" not in vars(stack)
+    wrapped = vars(stack)["forward"] = stack.forward  # as other libraries do
+    with torch.no_grad():
+        final, wanted = resume.final_states(model, batch), resume.logits(model, batch)
+        with resume.head_alone(model) as to_logits:
+            torch.testing.assert_close(to_logits(final[batch.scored]), wanted[batch.scored])
+    assert vars(stack)["forward"] is wrapped

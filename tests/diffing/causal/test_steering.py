@@ -13,6 +13,7 @@ from torch import Tensor
 from crosscoders import ActivationCache, Crosscoder, CrosscoderConfig, cache_activations
 from crosscoders.models import hooks
 from crosscoders.models.pair import ModelPair, load_pair
+from crosscoders.text.tokens import tokenize_prompt
 from crosscoders.training.feed import cache_inputs
 from diffing import cli
 from diffing.causal.lens import logit_lens
@@ -121,6 +122,27 @@ def test_the_commands_answer_and_read(run: Path, cache_folder: Path, capsys: pyt
     assert len(json.loads((run / "lens.json").read_text())["latents"]["4"]["tuned"]) == 3
     assert cli.main(["lens", str(run), *cached]) == 0
     assert len(json.loads((run / "lens.json").read_text())["latents"]) == len(read_table(run))
+
+
+def test_steer_asks_in_the_template_and_on_the_date_of_the_cache(
+    pair: Pair, crosscoder: Crosscoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "t.jinja").write_text(
+        "{{ bos_token }}{{ strftime_now('%Y') }} {% for m in messages %}{{ m.content }}{% endfor %}"
+    )
+    settings = {"chat_template": str(tmp_path / "t.jinja"), "template_date": "1999-01-01", "n_tokens": 100}
+    cache = cache_activations(pair.config(tmp_path / "cache", **settings))
+    crosscoder.save(tmp_path / "run", provenance=cache_inputs(cache))
+    scale_run(tmp_path / "run", cache)
+    asked = []
+    monkeypatch.setattr(
+        "diffing.causal.steering.tokenize_prompt",
+        lambda tokenizer, *words, **more: asked.append(tokenize_prompt(tokenizer, *words, **more)) or asked[-1],
+    )
+    argv = ["steer", str(tmp_path / "run"), "--cache", str(cache.path), "--latent", "1", "--prompt", "Hello"]
+    assert cli.main([*argv, "--max-new-tokens", "2"]) == 0
+    tokenizer = load_pair(pair.base, pair.tuned, POST, whole=True).info.tokenizer
+    assert [tokenizer.decode(ids) for ids in asked] == ["<bos>1999 Hello"] * 2
 
 
 def test_wrong_latents_are_one_line(run: Path, cache_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

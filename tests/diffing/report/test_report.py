@@ -12,6 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+<<<<<<< HEAD
+=======
+from diffing import write_report
+>>>>>>> 6c339260f66dc7052498c207bb50d13a38003537
 from diffing.report import figures
 from diffing.report.curves import thin
 from diffing.report.data import COLUMNS, MADE_BY, VERDICTS, read_run
