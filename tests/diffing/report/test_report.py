@@ -12,17 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-<<<<<<< HEAD
-=======
 from diffing import write_report
->>>>>>> 6c339260f66dc7052498c207bb50d13a38003537
 from diffing.report import figures
 from diffing.report.curves import thin
 from diffing.report.data import COLUMNS, MADE_BY, VERDICTS, read_run
 from diffing.report.definitions import COLUMNS as DEFINED
 from diffing.report.definitions import VERDICTS as DEFINED_VERDICTS
 from diffing.report.figures import nu_figure
-from diffing.report.publishing import write_report
 from diffing.report.render import cells
 from diffing.report.summary import pair_names
 from diffing.report.text import number, visible
