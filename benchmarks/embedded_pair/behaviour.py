@@ -70,6 +70,8 @@ def answers(model: Any, tokenizer: Any, questions: list[str]) -> list[str]:
     """Greedy replies, without the template's tokens."""
     import torch
 
+    from crosscoders.models.generation import greedy
+
     replies: list[str] = []
     end = tokenizer.convert_tokens_to_ids("<end_of_turn>")
     for start in range(0, len(questions), BATCH):
@@ -77,10 +79,8 @@ def answers(model: Any, tokenizer: Any, questions: list[str]) -> list[str]:
         inputs = tokenizer.apply_chat_template(
             chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
         )
-        with torch.inference_mode():
-            tokens = model.generate(
-                **inputs, max_new_tokens=ANSWER_TOKENS, do_sample=False, eos_token_id=[tokenizer.eos_token_id, end]
-            )
+        with torch.inference_mode(), greedy(model):
+            tokens = model.generate(**inputs, max_new_tokens=ANSWER_TOKENS, eos_token_id=[tokenizer.eos_token_id, end])
         new = tokens[:, inputs["input_ids"].shape[1] :]
         replies.extend(reply.strip() for reply in tokenizer.batch_decode(new, skip_special_tokens=True))
     return replies
@@ -121,14 +121,16 @@ def raw_loss(model: Any, tokenizer: Any, texts: list[str]) -> Measurement:
 
 def _padded(tokenizer: Any, texts: list[str]) -> Iterator[tuple[Any, Any]]:
     """Ids and mask of texts of similar length, padded on the right."""
+    import numpy as np
     import torch
+
+    from crosscoders.text.padding import pad
 
     rows = sorted((tokenizer(text)["input_ids"][:128] for text in texts), key=len)
     for start in range(0, len(rows), BATCH):
-        batch = rows[start : start + BATCH]
-        width = len(batch[-1])
-        ids = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row in batch])
-        yield ids, torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in batch])
+        batch = [np.array(row) for row in rows[start : start + BATCH]]
+        mask = [np.ones(len(row), dtype=bool) for row in batch]
+        yield pad(batch, tokenizer.pad_token_id, torch.int64), pad(mask, 0, torch.bool)
 
 
 def _questions(rows: list[dict[str, Any]], groups: tuple[str, ...]) -> list[str]:

@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.embedded_pair.training import CONTEXT, Document, Schedule, dialogue_documents, fit, text_documents
-from crosscoders.common.errors import InputError
+from benchmarks.embedded_pair.training import CONTEXT, Document, Recipe, dialogue_documents, text_documents, train_model
+from crosscoders.common.errors import CorruptData, InputError
 from crosscoders.common.files import write_bytes
 from diffing.demo import MODELS, read_rows
 
@@ -35,11 +35,11 @@ CHAT_TEMPLATE = """\
 """Gemma's own format."""
 
 
-RECIPE = {
-    "base": Schedule(steps=1000, lr=4e-3, warmup_steps=40),
-    "tuned": Schedule(steps=700, lr=8e-4, warmup_steps=20, raw_rows=4),
-    "placebo": Schedule(steps=700, lr=8e-4, warmup_steps=20),
-    "format_only": Schedule(steps=700, lr=8e-4, warmup_steps=20, raw_rows=4),
+RECIPES = {
+    "base": Recipe(steps=1000, lr=4e-3, warmup_steps=40),
+    "tuned": Recipe(steps=700, lr=8e-4, warmup_steps=20, raw_rows=4),
+    "placebo": Recipe(steps=700, lr=8e-4, warmup_steps=20),
+    "format_only": Recipe(steps=700, lr=8e-4, warmup_steps=20, raw_rows=4),
 }
 """The base starts from nothing, the others from the saved base. A step holds 2,048 tokens.
 
@@ -70,14 +70,14 @@ def build(
     out: Path,
     *,
     seed: int = 0,
-    recipe: dict[str, Schedule] | None = None,
+    recipes: dict[str, Recipe] | None = None,
     only: tuple[str, ...] = MODELS,
     threads: int = 2,
     n_rows: int | None = None,
 ) -> None:
     """Train the models named in `only` into `out`; without "base" the fine-tunes start from the base that is there.
 
-    `recipe` and `n_rows` (of each training file) make a trial build shorter; the tokenizer always sees the whole text.
+    `recipes` and `n_rows` (of each training file) make a trial build shorter; the tokenizer always sees the whole text.
 
     Raises:
         InputError: there is no base to start from.
@@ -86,7 +86,7 @@ def build(
 
     if "base" not in only and not (out / "base" / "config.json").is_file():
         raise InputError(f"there is no base model in {str(out)!r} to start {', '.join(only)} from. Build base as well.")
-    recipe = recipe or RECIPE
+    recipes = recipes or RECIPES
     bpe = train_tokenizer()
     tokenizer, chat_tokenizer = wrap_tokenizer(bpe, chat=False), wrap_tokenizer(bpe, chat=True)
     corpus = Corpus(tokenizer, chat_tokenizer, n_rows)
@@ -95,7 +95,7 @@ def build(
             torch.manual_seed(seed)
             model = new_model() if name == "base" else load_float32(out / "base")
             dialogues = corpus.dialogues_for(name)
-            fit(model, raw=corpus.raw, dialogues=dialogues, schedule=recipe[name], seed=seed, name=name)
+            train_model(model, raw=corpus.raw, dialogues=dialogues, recipe=recipes[name], seed=seed, name=name)
         save(model, chat_tokenizer if name in ("tuned", "format_only") else tokenizer, out / name)
 
 
@@ -207,7 +207,7 @@ def main(arguments: list[str] | None = None) -> int:
     began = time.monotonic()
     try:
         build(options.out, seed=options.seed, only=tuple(options.only))
-    except InputError as error:
+    except (InputError, CorruptData) as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status
     print(f"wrote {', '.join(options.only)} to {options.out} in {time.monotonic() - began:.0f} s", file=sys.stderr)

@@ -1,13 +1,11 @@
-"""The training loop of the demo models: documents packed into rows, AdamW with a cosine, one seed.
+"""How the demo models are trained: documents packed into rows, AdamW with a cosine, one seed.
 
 Reading order: `text_documents` and `dialogue_documents` make token ids with a mask of scored tokens, `packed_rows`
-fills rows with whole documents, `row_stream` repeats that without end, `fit` is the loop, `next_token_loss` its loss.
+fills rows with whole documents, `row_stream` repeats that without end, `make_batch` and `next_token_loss` are what
+`train_model` hands to `diffing.finetuning`.
 """
 
-import math
 import random
-import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,6 +14,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
+
+from diffing.finetuning import Schedule, finetune
 
 CONTEXT = 128
 """Tokens in a row, and the longest document that the models are trained on."""
@@ -26,12 +26,9 @@ PACKING_WINDOW = 512
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """Length and rate of one training run."""
+class Recipe(Schedule):
+    """Schedule and data of one model."""
 
-    steps: int
-    lr: float
-    warmup_steps: int
     raw_rows: int = ROWS
     """Rows of raw text in each step; the others hold dialogues."""
 
@@ -127,42 +124,30 @@ def next_token_loss(model: Any, batch: Batch) -> Float[Tensor, ""]:
     return functional.cross_entropy(logits, batch.ids[:, 1:][targets])
 
 
-def fit(
-    model: Any, *, raw: list[Document], dialogues: list[Document], schedule: Schedule, seed: int, name: str
+def train_model(
+    model: Any, *, raw: list[Document], dialogues: list[Document], recipe: Recipe, seed: int, name: str
 ) -> None:
-    """Train in place.
+    """Train a model in place.
 
     Raises:
-        ValueError: the loss is not finite.
+        CorruptData: the loss is not finite.
     """
-    streams = (row_stream(raw, random.Random(f"{seed}:raw")), row_stream(dialogues, random.Random(f"{seed}:chat")))
     # betas and decay: the usual ones for small language models.
-    optimizer = torch.optim.AdamW(model.parameters(), lr=schedule.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    model.train()
-    began, smoothed = time.monotonic(), math.nan
-    for step in range(schedule.steps):
-        rows = [next(streams[0]) for _ in range(schedule.raw_rows)]
-        rows += [next(streams[1]) for _ in range(ROWS - schedule.raw_rows)]
-        loss = next_token_loss(model, make_batch(rows))
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise ValueError(f"the loss of {name} is {value} at step {step}. Lower lr = {schedule.lr}.")
-        for group in optimizer.param_groups:
-            group["lr"] = schedule.lr * _rate(step, schedule)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        smoothed = value if step == 0 else 0.95 * smoothed + 0.05 * value
-        if (step + 1) % 50 == 0 or step + 1 == schedule.steps:
-            tokens = (step + 1) * ROWS * CONTEXT
-            rate = tokens / (time.monotonic() - began)
-            line = f"{name}  step {step + 1:04d}/{schedule.steps}  tokens {tokens / 1e6:.2f}M  loss {smoothed:.3f}"
-            print(f"{line}  tok/s {rate:,.0f}", file=sys.stderr, flush=True)
-    model.eval()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    finetune(
+        model,
+        _batches(raw, dialogues, recipe.raw_rows, seed),
+        lambda batch: next_token_loss(model, batch),
+        optimizer,
+        recipe,
+        tokens_per_step=ROWS * CONTEXT,
+        name=name,
+    )
 
 
-def _rate(step: int, schedule: Schedule) -> float:
-    """Linear warm-up, then a cosine to zero; as a share of the peak."""
-    warmup = min(1.0, (step + 1) / max(1, schedule.warmup_steps))
-    return warmup * 0.5 * (1 + math.cos(math.pi * step / schedule.steps))
+def _batches(raw: list[Document], dialogues: list[Document], raw_rows: int, seed: int) -> Iterator[Batch]:
+    """Yield batches without end, `raw_rows` rows of raw text before the rows of dialogues."""
+    streams = (row_stream(raw, random.Random(f"{seed}:raw")), row_stream(dialogues, random.Random(f"{seed}:chat")))
+    while True:
+        rows = [next(streams[0]) for _ in range(raw_rows)]
+        yield make_batch(rows + [next(streams[1]) for _ in range(ROWS - raw_rows)])

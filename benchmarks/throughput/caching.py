@@ -21,7 +21,8 @@ from crosscoders.activations.source import ActivationSource
 from crosscoders.common.files import write_tensors
 from crosscoders.models.hooks import capture
 from crosscoders.models.pair import ModelPair, PairInfo
-from crosscoders.text.tokens import PaddedBatch, Rows, pad_rows
+from crosscoders.text.padding import Batch
+from crosscoders.text.tokens import Rows, pad_rows
 
 
 class Size(NamedTuple):
@@ -57,7 +58,7 @@ class Pair(NamedTuple):
     """The models with their heads."""
     pair: ModelPair
     source: ActivationSource
-    batch: PaddedBatch
+    batch: Batch
     """The first batch: `n_rows` rows, or 8 if there are more."""
 
     def read(self) -> Tensor:
@@ -85,7 +86,7 @@ def make_pair(size: Size, device: str = "cpu", dtype: torch.dtype = torch.float3
         ids=np.random.default_rng(0).integers(3, size.vocabulary, n_tokens).astype(np.int32),
         roles=np.zeros(n_tokens, np.uint8), scored=np.ones(n_tokens, bool),
         offsets=np.arange(size.n_rows + 1) * size.n_positions, groups=np.zeros(size.n_rows, np.int64),
-        group_names=["x"], n_scored=n_tokens, counts={},
+        group_names=["x"], n_scored=n_tokens, counts={}, refused={},
     )  # fmt: skip
     tokenizer = type("Tokenizer", (), {"pad_token_id": 0})()
     info = PairInfo("base", "tuned", None, tokenizer, size.d_model, size.n_layers)
@@ -104,7 +105,7 @@ def rows(quick: bool) -> list[dict[str, Any]]:
 
 def cache_rows(name: str, models: Pair, *, n_rounds: int, clock: Clock = cpu_seconds) -> list[dict[str, Any]]:
     """Time reading and writing a shard against the truncated and the full forward passes of one batch."""
-    ids, mask = (torch.from_numpy(t).to(models.pair.device) for t in (models.batch.ids, models.batch.attention_mask))
+    ids, mask, *_ = models.batch.to(models.pair.device)
 
     def full_forward() -> None:
         for model in models.full:
@@ -153,7 +154,7 @@ def saelens_rows(
     Raises:
         RuntimeError: the activations differ.
     """
-    ids = torch.from_numpy(models.batch.ids)
+    ids = models.batch.ids
     readers = readers or saelens_readers(models)
 
     @torch.inference_mode()

@@ -4,7 +4,9 @@ from typing import Any, NamedTuple
 
 from crosscoders.activations.settings import CacheConfig
 from crosscoders.common import files
+from crosscoders.common.progress import say
 from crosscoders.models.pair import PairInfo, inspect_pair
+from crosscoders.text.templates import writes_date
 from crosscoders.text.tokens import Rows, read_template, tokenize_documents
 
 FORMAT_VERSION = 1
@@ -25,12 +27,16 @@ def make_plan(config: CacheConfig) -> Plan:
     """Tokenise and check everything that can be wrong before a model loads."""
     names = [str(point.hook_point) for point in config.points()]
     info = inspect_pair(config.base, config.tuned, names, tokenizer=config.tokenizer)
-    template = read_template(config.chat_template)
-    rows = tokenize_documents(config, info.tokenizer, template)
+    template = read_template(config.chat_template) or info.tokenizer.chat_template
+    date = {"template_date": config.template_date} if writes_date(template) else {}
+    if date:
+        say(f"the chat template writes a date: {config.template_date} (--template-date), on whatever day this runs")
+    rows = tokenize_documents(config.data_config(), info.tokenizer)
     shared = {
         "format_version": FORMAT_VERSION,
         **info.hashes(),
-        "template_hash": files.hash_json(template or info.tokenizer.chat_template),
+        "template_hash": files.hash_json(template),
+        **date,
         "token_hash": files.hash_json(
             [
                 files.checksum(array.tobytes())

@@ -8,20 +8,24 @@ Reading order: `tokenize_text` and `tokenize_chat` make one row, `tokenize_docum
 `Rows.batches` groups rows of similar length, `pad_rows` makes the tensors that both models read.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int, UInt8
-from torch import Tensor
 
-from crosscoders.activations.settings import CacheConfig
 from crosscoders.common.errors import InputError
 from crosscoders.text.documents import Document, read_documents
+from crosscoders.text.padding import Batch, make_batch
+from crosscoders.text.refusals import Refusals, Refused
+from crosscoders.text.settings import TEMPLATE_DATE, DataConfig
+from crosscoders.text.templates import Message, content_spans, renderer
 
-ROLES = ("text", "template", "user", "assistant", "system")
+ROLES = ("text", "template", "user", "assistant", "system", "tool")
 """What a token belongs to: plain text, the chat template, or the content of a message."""
+_ROLE_NAMES = {"model": "assistant", "developer": "system", "ipython": "tool", "function": "tool"}
+"""Other names of roles; any other counts as user."""
 
 
 class Row(NamedTuple):
@@ -46,6 +50,8 @@ class Rows(NamedTuple):
     n_scored: int
     counts: dict[str, int]
     """documents, empty_documents, tokens, scored_tokens, cut_tokens."""
+    refused: dict[str, int]
+    """Rows of the data that were left out, by reason."""
 
     def batches(self, batch_rows: int) -> list[Int[np.ndarray, " _"]]:
         """Row numbers of each forward pass: rows of similar length together, so that padding is rare.
@@ -62,6 +68,14 @@ class Rows(NamedTuple):
             found.extend(batches[i] for i in np.random.default_rng(start).permutation(len(batches)))
         return found
 
+    def packed(self, n_rows: int, length: int) -> "Rows":
+        """Return all documents end to end, cut into `n_rows` sequences of `length` tokens."""
+        n = n_rows * length
+        return self._replace(
+            ids=self.ids[:n], roles=self.roles[:n], scored=self.scored[:n], offsets=np.arange(0, n + 1, length),
+            groups=np.zeros(n_rows, dtype=np.int64), n_scored=int(self.scored[:n].sum()),
+        )  # fmt: skip
+
     def scored_in_row(self) -> Int[np.ndarray, " rows"]:
         """Scored tokens of each row."""
         return np.add.reduceat(self.scored.astype(np.int64), self.offsets[:-1])
@@ -73,89 +87,94 @@ def special_ids(tokenizer: Any, *, drop_bos: bool) -> list[int]:
 
 
 def tokenize_text(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
-    """Ids and roles of plain text, with exactly one beginning-of-sequence token where the tokenizer has one."""
+    """Ids and roles of plain text, beginning with exactly one beginning-of-sequence token where the tokenizer has one.
+
+    Other control tokens that stand in the text, such as <eos>, are read as the tokenizer reads them.
+    """
     ids = list(tokenizer(text, verbose=False)["input_ids"])
     bos = tokenizer.bos_token_id
     if bos is not None and ids[:1] != [bos]:
         ids = [bos, *ids]
+    ids = _one_bos(tokenizer, ids)
     return ids, [0] * len(ids)
 
 
-def tokenize_chat(
-    tokenizer: Any, messages: list[dict[str, str]], template: str | None = None
-) -> tuple[list[int], list[int]]:
-    """Ids and roles of a chat in the tuned model's template; every token outside a message's content is template.
-
-    The template itself writes the beginning-of-sequence token, so none is added.
+def tokenize_prompt(
+    tokenizer: Any, prompt: str, template: str | None = None, *, date: str = TEMPLATE_DATE
+) -> list[int]:
+    """Return the ids of one user message in the chat template, up to where the answer begins, or of plain text where
+    there is no template; with one beginning-of-sequence token where there is one.
 
     Raises:
-        InputError: the template refuses the chat, or does not show a message's content.
+        Refused: the template refuses the message.
     """
-    import jinja2
+    if template is None and not tokenizer.chat_template:
+        return tokenize_text(tokenizer, prompt)[0]
+    rendered = renderer(tokenizer, template, date=date, is_prompt=True)([{"role": "user", "content": prompt}])
+    return _one_bos(tokenizer, list(tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"]))
 
-    def render(chat: list[dict[str, str]]) -> str:
-        return str(tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False))
 
-    try:
-        rendered = render(messages)
-        spans = _content_spans(render, messages, rendered)
-    except jinja2.TemplateError as error:
-        raise InputError(
-            f"the chat template refuses a dialogue: {error}. Mend the dialogue, or give --chat-template."
-        ) from None
+def tokenize_chat(
+    tokenizer: Any,
+    messages: list[Message],
+    template: str | None = None,
+    *,
+    tools: list[Any] | None = None,
+    date: str = TEMPLATE_DATE,
+) -> tuple[list[int], list[int]]:
+    """Ids and roles of a chat in the tuned model's template; every token outside a message's content is template, tool
+    calls and the list of tools too.
+
+    The template itself writes the beginning-of-sequence token, so none is added. date: what it takes for today.
+
+    Raises:
+        Refused: the template refuses the chat, or does not show a message's content.
+    """
+    render = renderer(tokenizer, template, date=date, tools=tools)
+    rendered = render(messages)
+    spans = content_spans(render, messages, rendered)
     encoded = tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ids = list(encoded["input_ids"])
     role_of_char = np.full(len(rendered) + 1, ROLES.index("template"), dtype=np.uint8)
-    for message, (start, stop) in zip(messages, spans, strict=True):
-        role_of_char[start:stop] = _role_number(message["role"])
+    for span in spans:
+        role_of_char[span.start : span.stop] = _role_number(messages[span.message]["role"])
     roles = [int(role_of_char[start]) for start, _ in encoded["offset_mapping"]]
+    ids = _one_bos(tokenizer, list(encoded["input_ids"]))
+    return ids, roles[len(roles) - len(ids) :]
+
+
+def _one_bos(tokenizer: Any, ids: list[int]) -> list[int]:
+    """Return the ids without what a text or template repeats of the beginning-of-sequence token at its start."""
     bos = tokenizer.bos_token_id
     while bos is not None and ids[:2] == [bos, bos]:
-        ids, roles = ids[1:], roles[1:]
-    return ids, roles
-
-
-def _content_spans(
-    render: Callable[[list[dict[str, str]]], str], messages: list[dict[str, str]], rendered: str
-) -> list[tuple[int, int]]:
-    """Where each message's content stands in the rendered chat.
-
-    The chat is rendered once more with a mark in place of every content, so that a content such as "user" is not taken
-    for the template's own word. Templates either trim contents or do not; one that changes them otherwise is refused.
-    """
-    marks = [f"\ue000{i}\ue001" for i in range(len(messages))]
-    marked = render([{**message, "content": mark} for message, mark in zip(messages, marks, strict=True)])
-    for change in (str.strip, str):
-        built, rest, spans = "", marked, []
-        for message, mark in zip(messages, marks, strict=True):
-            before, _, rest = rest.partition(mark)
-            start = len(built) + len(before)
-            built += before + change(message["content"])
-            spans.append((start, len(built)))
-        if built + rest == rendered:
-            return spans
-    raise InputError(
-        "the chat template drops or changes the content of a message. Give another one: --chat-template FILE"
-    )
+        ids = ids[1:]
+    return ids
 
 
 def _role_number(role: str) -> int:
-    names = {"model": "assistant"}
-    name = names.get(role, role)
+    name = _ROLE_NAMES.get(role, role)
     return ROLES.index(name) if name in ROLES[2:] else ROLES.index("user")
 
 
-def tokenize_documents(config: CacheConfig, tokenizer: Any, template: str | None) -> Rows:
+def tokenize_documents(config: DataConfig, tokenizer: Any) -> Rows:
     """Read and tokenise documents until `n_tokens` are scored, before any model loads.
 
     Raises:
-        InputError: the data holds no text, or ends before the budget; a chat has no template.
+        InputError: the data holds no text, or ends before the budget; a chat has no template; too many rows cannot be
+            read.
     """
+    template = read_template(config.chat_template)
     dropped = np.array(special_ids(tokenizer, drop_bos=config.drop_bos), dtype=np.int32)
-    built = _Builder(dropped)
+    built, refusals = _Builder(dropped), Refusals(config.max_refused)
 
     def add(document: Document) -> int:
-        return built.add(document, _row(document, tokenizer, template, config.context_length))
+        refusals.n_rows += 1
+        try:
+            ids, roles = tokenize_document(document, tokenizer, template, config.template_date)
+        except Refused as refused:
+            refusals.add(refused)
+            return 1  # as of an empty document
+        length = config.context_length
+        return built.add(document, Row(ids[:length], roles[:length], max(0, len(ids) - length)))
 
     documents = read_documents(
         config.sources(), shuffle_window=config.shuffle_documents, seed=config.seed, count_tokens=add
@@ -163,16 +182,15 @@ def tokenize_documents(config: CacheConfig, tokenizer: Any, template: str | None
     for _ in documents:
         if built.n_scored >= config.n_tokens:
             break
+    refused = refusals.finish()
     if not built.n_scored:
-        raise InputError(
-            f"the data holds no text: {', '.join(s.path for s in config.sources())}. Name data with documents."
-        )
+        raise InputError(f"the data holds no text: {config.paths()}. Name data with documents.")
     if built.n_scored < config.n_tokens:
         raise InputError(
             f"the data has only {built.n_scored:,} scored tokens in {len(built.groups):,} documents but n_tokens is "
             f"{config.n_tokens:,}. Set --n-tokens {built.n_scored}, or add data."
         )
-    return built.finish()
+    return built.finish(refused)
 
 
 class _Builder:
@@ -202,7 +220,7 @@ class _Builder:
         self.n_cut += row.n_cut
         return n_scored
 
-    def finish(self) -> Rows:
+    def finish(self, refused: dict[str, int]) -> Rows:
         lengths = [len(ids) for ids in self.ids]
         counts = {
             "documents": len(lengths),
@@ -220,46 +238,37 @@ class _Builder:
             group_names=list(self.names),
             n_scored=self.n_scored,
             counts=counts,
+            refused=refused,
         )
 
 
-def _row(document: Document, tokenizer: Any, template: str | None, context_length: int) -> Row:
+def tokenize_document(
+    document: Document, tokenizer: Any, template: str | None, date: str
+) -> tuple[list[int], list[int]]:
+    """Return ids and roles of a text or a chat, not cut.
+
+    Raises:
+        Refused: the row cannot be read; row and file are named.
+        InputError: there is no chat template.
+    """
+    if document.refused is not None:
+        raise document.refused
     if isinstance(document.content, str):
-        ids, roles = tokenize_text(tokenizer, document.content)
-    elif template is None and not tokenizer.chat_template:
+        return tokenize_text(tokenizer, document.content)
+    if template is None and not tokenizer.chat_template:
         raise InputError(
             "the data holds chats but neither model's tokenizer has a chat template. Give one: --chat-template FILE"
         )
-    else:
-        try:
-            ids, roles = tokenize_chat(tokenizer, document.content, template)
-        except InputError as error:
-            raise InputError(f"{document.where}: {error}") from None
-    return Row(ids[:context_length], roles[:context_length], max(0, len(ids) - context_length))
+    try:
+        return tokenize_chat(tokenizer, document.content, template, tools=document.tools, date=date)
+    except Refused as refused:
+        raise Refused(refused.reason, f"{document.where}: {refused}") from None
 
 
-class PaddedBatch(NamedTuple):
-    """Right-padded rows; the same for both models."""
-
-    ids: Int[np.ndarray, "rows seq"]
-    attention_mask: Int[np.ndarray, "rows seq"]
-    scored: Bool[np.ndarray, "rows seq"]
-    rows: Int[np.ndarray, " rows"]
-    """Number of each row, which is also the document's."""
-
-
-def pad_rows(rows: Rows, numbers: Int[np.ndarray, " rows_of_batch"], pad_id: int) -> PaddedBatch:
-    """One batch of rows, padded on the right; padding is neither attended to nor scored."""
-    spans = [(rows.offsets[i], rows.offsets[i + 1]) for i in numbers]
-    width = max(stop - start for start, stop in spans)
-    ids = np.full((len(spans), width), pad_id, dtype=np.int64)
-    mask = np.zeros((len(spans), width), dtype=np.int64)
-    scored = np.zeros((len(spans), width), dtype=bool)
-    for r, (start, stop) in enumerate(spans):
-        ids[r, : stop - start] = rows.ids[start:stop]
-        mask[r, : stop - start] = 1
-        scored[r, : stop - start] = rows.scored[start:stop]
-    return PaddedBatch(ids, mask, scored, numbers)
+def pad_rows(rows: Rows, numbers: Int[np.ndarray, " rows_of_batch"], pad_id: int) -> Batch:
+    """Return some of the rows as one batch."""
+    spans = [slice(rows.offsets[i], rows.offsets[i + 1]) for i in numbers]
+    return make_batch([rows.ids[span] for span in spans], [rows.scored[span] for span in spans], numbers, pad_id)
 
 
 def read_template(path: str | None) -> str | None:
@@ -282,14 +291,3 @@ def iterate_scored(rows: Rows, batches: list[Int[np.ndarray, " _"]]) -> Iterator
         stop = start + int(per_row[numbers].sum())
         yield start, stop
         start = stop
-
-
-class Batch(NamedTuple):
-    """Padded sequences on the device of the model."""
-
-    ids: Int[Tensor, "rows seq"]
-    attention_mask: Int[Tensor, "rows seq"]
-    scored: Bool[Tensor, "rows seq"]
-    """Tokens whose prediction counts in cross-entropy: no padding, no BOS."""
-    numbers: Int[np.ndarray, " rows"]
-    """Number of each sequence."""

@@ -16,10 +16,9 @@ from crosscoders.activations import needs
 from crosscoders.activations.cache import ActivationCache
 from crosscoders.activations.plan import make_plan
 from crosscoders.activations.scored import DTYPES, Moments, Tokens
-from crosscoders.activations.settings import CacheConfig
+from crosscoders.activations.settings import CACHE, CacheConfig
 from crosscoders.activations.source import open_source
 from crosscoders.activations.stream import BufferedStream, cached_stream, live_stream
-from crosscoders.cli import COMMANDS
 from crosscoders.common import files, memory
 from crosscoders.common.command_line import parse
 from crosscoders.common.devices import choose_device
@@ -33,6 +32,8 @@ EVAL_TOKENS = 4096
 """Tokens that an evaluation encodes together."""
 MEND = "Lower --crosscoder.dict-size, --batch-size or --buffer-tokens."
 RECORDED = ("hook_point", "base", "tuned", "tokenizer_hash", "template_hash", "groups", "dtype", "drop_bos")
+IF_THERE = ("template_date", "refused")
+"""Recorded where the template writes a date, and where rows were left out."""
 
 
 class Feed(NamedTuple):
@@ -83,7 +84,12 @@ def _from_cache(settings: TrainSettings) -> Feed:
 def cache_inputs(opened: ActivationCache) -> dict[str, Any]:
     """Return what is recorded of a cache beside every result made from it."""
     inputs = {"path": str(opened.path), "hash": opened.manifest_hash, "n_tokens": len(opened)}
-    return {"cache": inputs | {key: opened.manifest[key] for key in RECORDED}}
+    return {"cache": inputs | _recorded(opened.manifest)}
+
+
+def _recorded(manifest: dict[str, Any]) -> dict[str, Any]:
+    found = {key: manifest[key] for key in RECORDED}
+    return found | {key: manifest[key] for key in IF_THERE if manifest.get(key)}
 
 
 def _from_models(settings: TrainSettings) -> Feed:
@@ -108,7 +114,7 @@ def _from_models(settings: TrainSettings) -> Feed:
     )  # fmt: skip
     # No path: there is no cache to go back to. The hash is that of the plan.
     hashed = files.hash_json({key: identity(value) for key, value in planned.items()})
-    inputs = {"hash": hashed, "n_tokens": config.n_tokens} | {key: planned[key] for key in RECORDED}
+    inputs = {"hash": hashed, "n_tokens": config.n_tokens} | _recorded({**planned, "refused": plan.rows.refused})
     own = (lambda: _in_eval_batches(source.read(n_train, config.n_tokens))) if n_train < config.n_tokens else None
     return Feed(stream, own, {"cache": inputs}, needed)
 
@@ -152,8 +158,7 @@ def read_cache_config(path: str) -> CacheConfig:
     """
     if not Path(path).is_file():
         raise InputError(f"config file {path!r} does not exist. Check the path of --live.")
-    command = next(command for command in COMMANDS if command.name == "cache")
-    settings = parse("crosscoders", command, ["--config", path, "--out", "-"]).settings
+    settings = parse("crosscoders", CACHE, ["--config", path, "--out", "-"]).settings
     for name in ("part", "devices"):
         if getattr(settings, name) is not None:
             raise InputError(f"{name} in {path!r} has no effect with --live. Remove it.")

@@ -1,22 +1,26 @@
 """`diffing causal`, `steer` and `lens`, as functions of their settings that return a JSON object."""
 
 import time
+from dataclasses import replace
 from typing import Any
 
 from crosscoders.common import files
 from crosscoders.common.checks import to_dict
+from crosscoders.common.devices import choose_device
 from crosscoders.common.progress import say
 from crosscoders.common.results import closing, result
 from crosscoders.formats.load import load_crosscoder
+from crosscoders.text.chats import read_chats
+from crosscoders.text.tokens import read_template
 from diffing.causal.lens import logit_lens
-from diffing.causal.patching import inspect_cached, load_whole, measure_run
-from diffing.causal.sets import checked
+from diffing.causal.patching import DIRECTIONS, inspect_cached, load_whole, measure
+from diffing.causal.sets import checked, choose_sets
 from diffing.causal.settings import CausalSettings, LensSettings, SteerSettings
 from diffing.causal.steering import answer, steered, steering_vector
 from diffing.causal.summary import rows, summary
 from diffing.latents.latent_scaling import MODELS
 from diffing.latents.runs import _opened
-from diffing.latents.table import read_table
+from diffing.latents.table import read_table, require_fit
 
 
 def causal(settings: CausalSettings) -> dict[str, Any]:
@@ -24,7 +28,30 @@ def causal(settings: CausalSettings) -> dict[str, Any]:
     started = time.perf_counter()
     run, cache = _opened(settings.run, settings.cache)
     say(f"causal {run} at {cache.manifest['hook_point']} of the models of {cache.path}")
-    measured = measure_run(run, cache, settings)
+    table = read_table(run)
+    crosscoder = load_crosscoder(run, device=str(choose_device(settings.device)))
+    require_fit(crosscoder, cache)
+    sets = {
+        direction: choose_sets(
+            table,
+            target,
+            n_latents=settings.top(),
+            draws=settings.random_draws,
+            seed=settings.seed,
+            match_frequency=settings.match_frequency,
+            latents=settings.latents,
+        )
+        for direction, target in DIRECTIONS.items()
+    }
+    config = cache.config.data_config()
+    if settings.data is not None:
+        config = replace(config, data=settings.data)
+    info = inspect_cached(cache)
+    chats = read_chats(config, info.tokenizer, settings.n_documents)
+    pair = load_whole(info, cache.manifest["hook_point"], settings.device, settings.model_dtype)
+    measured = measure(
+        crosscoder, pair, chats, sets, batch_rows=settings.batch_rows, first_tokens=settings.first_tokens
+    )
     found = rows(measured, first_tokens=settings.first_tokens, seed=settings.seed)
     described = {**result("causal", to_dict(settings), found), "latents": files.hash_file(run / "latents.json")}
     files.write_json(run / "causal.json", described)
@@ -37,6 +64,7 @@ def steer(settings: SteerSettings) -> dict[str, Any]:
     run, cache = _opened(settings.run, settings.cache)
     hook_point = cache.manifest["hook_point"]
     table, crosscoder = read_table(run), load_crosscoder(run)
+    template = read_template(cache.config.chat_template)
     (latent,) = checked([settings.latent], len(table))
     largest = float(table["max_activation"][latent])
     pair = load_whole(inspect_cached(cache), hook_point, settings.device, settings.model_dtype)
@@ -46,7 +74,14 @@ def steer(settings: SteerSettings) -> dict[str, Any]:
     for strength in settings.strengths:
         vector = steering_vector(crosscoder, latent, side=side, activation=strength * largest)
         with steered(model, hook_point, vector):
-            text = answer(model, pair.info.tokenizer, settings.prompt, max_new_tokens=settings.max_new_tokens)
+            text = answer(
+                model,
+                pair.info.tokenizer,
+                settings.prompt,
+                max_new_tokens=settings.max_new_tokens,
+                template=template,
+                date=cache.config.template_date,
+            )
         answers.append({"strength": strength, "answer": text})
         lines.append(f"{strength:>6g}: {text!r}")
     return result("steer", to_dict(settings), []) | {"answers": answers, "text": "\n".join(lines)}

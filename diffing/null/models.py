@@ -3,24 +3,26 @@
 A folder is finished once it holds made.json, which says how it was made; an unfinished one is made again.
 """
 
-import math
 import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from crosscoders.common import files
 from crosscoders.common.devices import choose_device
-from crosscoders.common.errors import CorruptData, InputError
-from crosscoders.common.progress import Progress, say
+from crosscoders.common.errors import InputError
+from crosscoders.common.progress import say
 from crosscoders.models.names import hash_model, quiet_transformers
 from crosscoders.text.documents import read_source
+from crosscoders.text.packing import missing_borders
 from crosscoders.text.settings import DataSource
 from crosscoders.text.tokens import tokenize_text
+from diffing.finetuning import Schedule, finetune
 from diffing.null.settings import NullSettings
 
 
@@ -85,50 +87,49 @@ def train_placebo(base: str, out: Path, settings: NullSettings, context_length: 
                 r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=0.0
             )
             model = peft.get_peft_model(model, shape)
-        _fit(model.to(choose_device(settings.device)), rows, settings, seed)
+        _tune(model.to(choose_device(settings.device)), rows, settings, seed)
     return publish(model, tokenizer, out, made)
 
 
 def text_rows(tokenizer: Any, data: str, length: int) -> Int[Tensor, "rows length"]:
-    """Documents end to end, cut into rows; the rest at the end is left out.
+    """Documents end to end, EOS between them where the tokenizer has no BOS, cut into rows; the rest at the end is left
+    out.
 
     Raises:
-        InputError: a document is a chat, or there is not one whole row.
+        InputError: a document is a chat, a row cannot be read, or there is not one whole row.
     """
-    ids: list[int] = []
+    documents: list[list[int]] = []
     for document in read_source(DataSource(path=data)):
+        if document.refused is not None:
+            raise document.refused
         if not isinstance(document.content, str):
             raise InputError(f"{document.where} is a chat; a placebo is tuned on raw text only. Give plain text.")
-        ids += tokenize_text(tokenizer, document.content)[0]
+        documents.append(tokenize_text(tokenizer, document.content)[0])
+    firsts = np.array([ids[0] for ids in documents[1:]], dtype=np.int64)
+    lasts = np.array([ids[-1] for ids in documents[:-1]], dtype=np.int64)
+    for number in missing_borders(firsts, lasts, tokenizer).nonzero()[0]:
+        documents[number].append(tokenizer.eos_token_id)
+    ids = [token for document in documents for token in document]
     if len(ids) < length:
         raise InputError(f"{data!r} has {len(ids):,} tokens, less than one row of {length:,}. Give more text.")
     return torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
 
 
-def _fit(model: Any, rows: Int[Tensor, "rows length"], settings: NullSettings, seed: int) -> None:
+def _tune(model: Any, rows: Int[Tensor, "rows length"], settings: NullSettings, seed: int) -> None:
+    """Tune the weights that require gradients."""
     steps, lr, n_rows = settings.placebo_steps, settings.placebo_lr, settings.placebo_rows
     assert steps and lr and n_rows
     device = next(model.parameters()).device
-    trained = [weight for weight in model.parameters() if weight.requires_grad]
-    optimizer = torch.optim.Adam(trained, lr=lr, betas=(0.9, 0.95))
     order = _row_order(len(rows), seed)
-    progress = Progress("placebo", total=steps, unit="step")
-    model.train()
-    for step in range(steps):
-        ids = rows[[next(order) for _ in range(n_rows)]].to(device)
-        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-        if not math.isfinite(float(loss.detach())):
-            raise CorruptData(f"the loss of the placebo is not finite at step {step}. Lower --placebo-lr = {lr}.")
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min(1.0, (step + 1) / max(1, steps // 10)) * (steps - step) / steps
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        progress.update(1)
-    progress.close()
-    model.eval()
-    say(f"placebo: {steps:,} steps, last loss {float(loss.detach()):.3f} nats/token on {ids.numel():,} tokens")
+    finetune(
+        model,
+        (rows[[next(order) for _ in range(n_rows)]].to(device) for _ in range(steps)),
+        lambda ids: model(input_ids=ids, labels=ids, use_cache=False).loss,
+        torch.optim.Adam([weight for weight in model.parameters() if weight.requires_grad], lr=lr, betas=(0.9, 0.95)),
+        Schedule(steps, lr, warmup_steps=steps // 10, decay="linear"),
+        tokens_per_step=n_rows * rows.shape[1],
+        name="placebo",
+    )
 
 
 def _row_order(n: int, seed: int) -> Iterator[int]:

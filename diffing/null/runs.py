@@ -67,7 +67,7 @@ def null_cache(opened: ActivationCache, model: str, out: Path, device: str) -> A
     config = CacheConfig(**found | changed)
     if not (out / "manifest.json").is_file():  # before a model loads
         plan = make_plan(config)
-        for key, now in (plan.info.hashes() | {"counts": plan.rows.counts}).items():
+        for key, now in (plan.info.hashes() | {"token_hash": plan.shared["token_hash"]}).items():
             if key != "tuned" and identity(opened.manifest[key]) != identity(now):
                 raise InputError(_changed(opened, key))
     made = cache_activations(config)

@@ -110,6 +110,15 @@ def count_sentence(run: Run) -> str:
     return f"Verdicts on {counted(n, 'latent')}, {number(alive)} of them alive, from {number(n_tokens)} tokens:"
 
 
+def refused_sentence(run: Run) -> str:
+    """How many rows of the data were left out and why; empty where none was, or where that is not known."""
+    refused = run.look("inputs", "cache", "refused")
+    if not isinstance(refused, dict) or not refused:
+        return ""
+    listed = ", ".join(f"{number(count)} {reason}" for reason, count in refused.items() if isinstance(count, int))
+    return f"Rows of the data that could not be read and were left out: {listed}."
+
+
 def class_sentence(run: Run) -> str:
     """What the published class, tuned-only by decoder norm, holds in this run."""
     count = class_counts(run)["tuned-only"]

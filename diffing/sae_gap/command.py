@@ -7,11 +7,12 @@ sequences, for all models together; `summary` is the table.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Float
 
 from crosscoders.common import files
@@ -21,19 +22,23 @@ from crosscoders.common.errors import InputError
 from crosscoders.common.progress import say
 from crosscoders.common.results import closing, result, row
 from crosscoders.models.names import hash_model
-from diffing.sae_gap.measure import CELLS, CLASSES, QUANTITIES, Gaps, measure
+from diffing.sae_gap.classes import CLASSES, RoleClasses
 from diffing.sae_gap.settings import SaeGapSettings
 from sae_lora.dictionaries.controls import with_control
+from sae_lora.dictionaries.frozen import FrozenDictionary
 from sae_lora.dictionaries.loading import inspect_dictionary, reads_two_models
+from sae_lora.evaluation import cells
 from sae_lora.fitting.inputs import Plan, load_dictionaries, load_model, make_plan
 from sae_lora.fitting.loop import fit
 from sae_lora.fitting.settings import FitConfig
 from sae_lora.lora.adapter import choose_layers, load_adapter
 
 RESAMPLES = 2000
+CELLS = cells.CELLS[:4]
+"""Without the ablations."""
 
 
-def gap_run(settings: SaeGapSettings) -> dict[str, Gaps]:
+def gap_run(settings: SaeGapSettings) -> dict[str, cells.Measured]:
     """Gaps of every model.
 
     Raises:
@@ -48,8 +53,20 @@ def gap_run(settings: SaeGapSettings) -> dict[str, Gaps]:
         dictionaries = with_control(load_dictionaries(plan, config, device), config.control, config.seed)
         adapted = load_adapter(load_model(plan, config, device), folder, dictionaries)
         say(f"measure {role} on {plan.rows.n_scored:,} tokens in {len(plan.rows.offsets) - 1:,} sequences")
-        found[role] = measure(adapted, dictionaries, plan, batch_rows=settings.batch_rows, device=device)
+        found[role] = measure_gaps(adapted, dictionaries, plan, batch_rows=settings.batch_rows, device=device)
     return found
+
+
+def measure_gaps(
+    adapted: Any, dictionaries: Sequence[FrozenDictionary], plan: Plan, *, batch_rows: int, device: torch.device
+) -> cells.Measured:
+    """Sum over the predictions of every sequence of a plan, of all and of those of each class; `sae-lora eval`, without
+    the ablations."""
+    n_sequences = len(plan.rows.offsets) - 1
+    return cells.measure(
+        adapted, dictionaries, lambda: plan.batches(batch_rows, device), n_sequences, plan.keep_ids,
+        classes=RoleClasses(plan.rows), cells=CELLS,
+    )  # fmt: skip
 
 
 def roles_of(settings: SaeGapSettings) -> dict[str, FitConfig]:
@@ -94,24 +111,24 @@ def _plan(settings: SaeGapSettings, config: FitConfig) -> Plan:
 # ---------------------------------------------------------------------------------------------------------------- rows
 
 
-def rows(found: Mapping[str, Gaps], seed: int = 0) -> list[dict[str, Any]]:
+def rows(found: Mapping[str, cells.Measured], seed: int = 0) -> list[dict[str, Any]]:
     """Rows sae-gap.<model>.<class>.<quantity>, and sae-gap.<model>_minus_<other>.<class>.<quantity>, with 95% bootstrap
     intervals over sequences, which all models share.
 
     Quantities: `ce`, of the model as it is; `ce_gap` and `kl` `.spliced`, `.left` (adapter on) and `.adapted` (adapter
     on, dictionary off: its cost); and the shares `ce_gap.closed` and `kl.closed`.
     """
-    n_tokens = next(iter(found.values())).n_tokens
-    n = n_tokens.shape[1]
+    n = len(next(iter(found.values())).n_tokens)
     drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
     weights = np.concatenate([np.ones((1, n)), drawn])
     entries = [row("sae-gap.sequences", n, "sequences", n)]
-    for number, name in enumerate(CLASSES):
-        n_class = int(n_tokens[number].sum())
-        tokens = weights @ n_tokens[number]
+    for name in ("all", *CLASSES):
+        parts = {role: _sums(measured, name) for role, measured in found.items()}
+        n_tokens = next(iter(parts.values())).n_tokens
+        n_class, tokens = int(n_tokens.sum()), weights @ n_tokens
         if not (n_class and (tokens > 0).all()):  # no such tokens, or so few that a resample has none
             continue
-        of_models = {role: _quantities(gaps.sums[number], weights, tokens) for role, gaps in found.items()}
+        of_models = {role: _quantities(part.sums, weights, tokens) for role, part in parts.items()}
         for role in list(of_models)[1:]:
             of_models[f"{role}_minus_base"] = _difference(of_models[role], of_models["base"])
         if "placebo" in found:
@@ -122,6 +139,10 @@ def rows(found: Mapping[str, Gaps], seed: int = 0) -> list[dict[str, Any]]:
                 unit = "fraction" if quantity.endswith("closed") else "nats/token"
                 entries.append(row(f"sae-gap.{role}.{name}.{quantity}", float(values[0]), unit, n_class, low, high))
     return entries
+
+
+def _sums(measured: cells.Measured, name: str) -> cells.Sums:
+    return cells.Sums(measured.sums, measured.n_tokens) if name == "all" else measured.classes[name]
 
 
 Quantities = dict[str, Float[np.ndarray, " resamples"]]
@@ -135,7 +156,7 @@ def _quantities(
     mean = {
         (cell, quantity): weights @ sums[c, q] / tokens
         for c, cell in enumerate(CELLS)
-        for q, quantity in enumerate(QUANTITIES)
+        for q, quantity in enumerate(cells.QUANTITIES)
     }
     found = {"ce": mean["plain", "ce"]}
     for cell, name in (("spliced", "spliced"), ("adapted_spliced", "left"), ("adapted", "adapted")):
@@ -155,7 +176,7 @@ def summary(entries: list[dict[str, Any]]) -> str:
     """KL and CE gap before and after the fit, a block for each class."""
     values = {entry["name"].removeprefix("sae-gap."): entry for entry in entries}
     lines = []
-    for name in CLASSES:
+    for name in ("all", *CLASSES):
         roles = [key.split(".")[0] for key in values if key.endswith(f".{name}.kl.left")]
         if not roles:
             continue

@@ -20,9 +20,9 @@ from crosscoders.common.results import row
 from crosscoders.dictionary import metrics
 from crosscoders.models import predictions
 from crosscoders.models.resume import ToLogits, final_states, head_alone, require_head
-from crosscoders.text.tokens import Batch
+from crosscoders.text.padding import Batch
 from sae_lora.dictionaries.frozen import Constant, FrozenDictionary
-from sae_lora.evaluation.classes import TokenClasses
+from sae_lora.evaluation.classes import Classes
 from sae_lora.lora.adapter import lora_off
 from sae_lora.splicing import splice
 
@@ -61,16 +61,18 @@ def measure(
     keep_ids: Sequence[int],
     *,
     corrected: Sequence[FrozenDictionary] | None = None,
-    classes: TokenClasses | None = None,
+    classes: Classes | None = None,
+    cells: Sequence[str] = CELLS,
 ) -> Measured:
     """Every cell of a model, under PEFT or not, and its dictionaries, over all batches; `batches` makes a fresh pass.
 
-    corrected: what is spliced while the adapter is on, for correctors of the dictionary.
+    corrected: what is spliced while the adapter is on, for correctors of the dictionary. cells: fewer of `CELLS`, from
+    `plain` on.
     The prediction of a token is made a position before it; predictions of BOS and padding are not counted. The
     ablations keep the positions that the splice keeps; the mean is the model's own, over the other positions.
     """
     names = ["", *(classes.names if classes else [])]
-    sums = np.zeros((len(names), len(CELLS), len(QUANTITIES), n_sequences))
+    sums = np.zeros((len(names), len(cells), len(QUANTITIES), n_sequences))
     n_tokens = np.zeros((len(names), n_sequences), dtype=np.int64)
     collected = {
         (d.hook_point, when): metrics.ReconstructionSums(1, d.info.d_model, d.info.dict_size)
@@ -85,7 +87,8 @@ def measure(
 
         return add
 
-    zeros, means = _ablations(model, dictionaries, batches, keep_ids)
+    ablated = any(cell.endswith("_ablated") for cell in cells)
+    zeros, means = _ablations(model, dictionaries, batches, keep_ids) if ablated else ([], [])
     for batch in batches():
         if not n_tokens.any():
             require_head(model, batch)
@@ -94,7 +97,7 @@ def measure(
         masks = [used, *(classes.of(batch, used).values() if classes else [])]
         n_tokens[:, batch.numbers] = [mask.sum(dim=1).cpu().numpy() for mask in masks]
         finals = []
-        for cell in CELLS:
+        for cell in cells:
             with torch.no_grad(), contextlib.ExitStack() as stack:
                 if not cell.startswith("adapted"):
                     stack.enter_context(lora_off(model))

@@ -8,14 +8,27 @@
 The classes of a kind cover all predictions and do not overlap.
 """
 
+from typing import Protocol, runtime_checkable
+
 import numpy as np
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor
 
-from crosscoders.text.tokens import ROLES, Batch, Rows
+from crosscoders.text.padding import Batch
+from crosscoders.text.tokens import ROLES, Rows
 
 N_FIRST = 9
+
+
+@runtime_checkable
+class Classes(Protocol):
+    """Named classes of predictions; a token may be in several, or in none."""
+
+    @property
+    def names(self) -> list[str]: ...
+
+    def of(self, batch: Batch, used: Bool[Tensor, "rows seq"]) -> dict[str, Bool[Tensor, "rows seq"]]: ...
 
 
 class TokenClasses:
@@ -40,9 +53,15 @@ class TokenClasses:
         is_first = used.cumsum(dim=1) <= N_FIRST
         is_common = torch.isin(batch.ids, self.common.to(batch.ids.device))
         found = [is_first, ~is_first, is_common, ~is_common]
-        roles = torch.full(used.shape, -1)
-        for r, number in enumerate(batch.numbers if self.roles else []):
-            start, stop = self.rows.offsets[number : number + 2]
-            roles[r, : stop - start] = torch.from_numpy(self.rows.roles[start:stop].astype(np.int64))
-        found += [(roles == role).to(used.device) for role in self.roles]
+        roles = roles_of(self.rows, batch)
+        found += [roles == role for role in self.roles]
         return {name: used & mask for name, mask in zip(self.names, found, strict=True)}
+
+
+def roles_of(rows: Rows, batch: Batch) -> Int[Tensor, "rows seq"]:
+    """Return the role of each token of a batch, as an index into `ROLES`; -1 on padding."""
+    roles = torch.full(batch.ids.shape, -1)
+    for r, number in enumerate(batch.numbers):
+        start, stop = rows.offsets[number : number + 2]
+        roles[r, : stop - start] = torch.from_numpy(rows.roles[start:stop].astype(np.int64))
+    return roles.to(batch.ids.device)

@@ -3,10 +3,9 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from crosscoders.activations.settings import CacheConfig
 from crosscoders.common.checks import require_positive, require_range
 from crosscoders.common.errors import InputError
-from crosscoders.text.settings import DataSource
+from crosscoders.text.settings import TEMPLATE_DATE, DataConfig, DataSource
 from sae_lora.dictionaries.settings import WITHOUT_LATENTS, ControlKind
 
 CorrectorKind = Literal["lora", "mean-scale", "affine", "sae"]
@@ -23,13 +22,18 @@ class TextConfig:
     context_length: int = 1024
     """Tokens of a sequence; a document is cut there, or goes on in the next sequence with `pack`."""
     pack: bool = False
-    """Join all documents and cut them into n_tokens // context_length full sequences, across their borders."""
+    """Join all documents, with EOS between two where the second has no BOS, and cut them into
+    n_tokens // context_length full sequences, across their borders."""
     batch_rows: int = 8
     """Sequences in one forward pass."""
     tokenizer: str | None = None
     """Model whose tokenizer and chat template read the documents; default: the model's own."""
     chat_template: str | None = None
     """File with a chat template, for chats and a tokenizer without one."""
+    template_date: str = TEMPLATE_DATE
+    """YYYY-MM-DD, which a chat template that writes today's date gets instead, so that the day does not matter."""
+    max_refused: float = 0.1
+    """Largest share of rows that cannot be read; they are left out and counted. 0: the first one ends the run."""
     model_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type in which the model runs; auto: bfloat16 on a GPU, float32 on a CPU."""
     device: str = "auto"
@@ -44,14 +48,19 @@ class TextConfig:
             raise InputError(
                 f"n_tokens = {self.n_tokens} is less than one packed sequence of {self.context_length}. Raise n_tokens."
             )
+        self.data_config()
 
-    def cache_config(self, model: str) -> CacheConfig:
-        """The settings of `crosscoders.text.tokens.tokenize_documents` that read these documents."""
-        return CacheConfig(
-            base=model, tuned=model, hook_point="blocks.0.hook_resid_post", data=self.data, out="-",
-            n_tokens=self.n_tokens, context_length=self.n_tokens + 1 if self.pack else self.context_length,
-            chat_template=self.chat_template, batch_rows=self.batch_rows, seed=self.seed,
-        )  # fmt: skip
+    def data_config(self) -> DataConfig:
+        """Return the settings that say which documents are read, and how; to be packed, they are not cut."""
+        return DataConfig(
+            data=self.data,
+            n_tokens=self.n_tokens,
+            context_length=self.n_tokens + 1 if self.pack else self.context_length,
+            chat_template=self.chat_template,
+            template_date=self.template_date,
+            max_refused=self.max_refused,
+            seed=self.seed,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

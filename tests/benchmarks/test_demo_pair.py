@@ -182,12 +182,12 @@ def test_only_the_answer_of_a_dialogue_is_scored() -> None:
 
 
 def test_two_builds_of_three_steps_give_the_same_bytes(tmp_path: Path) -> None:
-    recipe = {
-        "base": training.Schedule(steps=3, lr=4e-3, warmup_steps=1),
-        "tuned": training.Schedule(steps=3, lr=8e-4, warmup_steps=1, raw_rows=4),
+    recipes = {
+        "base": training.Recipe(steps=3, lr=4e-3, warmup_steps=1),
+        "tuned": training.Recipe(steps=3, lr=8e-4, warmup_steps=1, raw_rows=4),
     }
     for name in ("first", "second"):
-        build.build(tmp_path / name, recipe=recipe, only=("base", "tuned"), n_rows=600, threads=1)
+        build.build(tmp_path / name, recipes=recipes, only=("base", "tuned"), n_rows=600, threads=1)
     for file in ("base/model.safetensors", "tuned/model.safetensors", "tuned/tokenizer.json", "tuned/config.json"):
         assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes(), file
     shipped = demo.model_folder("base") / "tokenizer.json"

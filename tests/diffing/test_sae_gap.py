@@ -7,15 +7,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_places import archive, both  # noqa: F401
+from fits import archive, pair_crosscoder
 
 from crosscoders import Crosscoder, CrosscoderConfig, InputError
 from crosscoders.models import hooks
 from crosscoders.models.names import hash_model
 from diffing import cli
-from diffing.sae_gap.command import gap_run, roles_of, rows, summary
-from diffing.sae_gap.measure import CELLS, CLASSES, Gaps, measure
+from diffing.sae_gap.classes import CLASSES
+from diffing.sae_gap.command import CELLS, gap_run, measure_gaps, roles_of, rows, summary
 from diffing.sae_gap.settings import SaeGapSettings
+from sae_lora.evaluation import cells
 from sae_lora.fitting.inputs import load_dictionaries, load_model, make_plan
 from sae_lora.lora.adapter import add_lora
 
@@ -29,6 +30,11 @@ def settings(pair: Any, dictionary: Path | str, **changes: object) -> SaeGapSett
         "n_tokens": 400, "eval_tokens": 500, "context_length": 60, "batch_rows": 4, "rank": 2, "lr": 1e-2, "out": "-",
     }  # fmt: skip
     return SaeGapSettings(**{**found, **changes})  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def both(pair: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pair_crosscoder(tmp_path_factory.mktemp("cc") / "cc", pair)
 
 
 def sae(folder: Path, model: str) -> Path:
@@ -48,10 +54,12 @@ def test_sums_by_class_equal_a_loop_over_tokens(pair: Any, tmp_path: Path) -> No
         for name, weight in adapted.named_parameters():
             if "lora_B" in name:
                 weight.normal_(std=0.05)
-    found = measure(adapted, [dictionary], plan, batch_rows=4, device=CPU)
+    measured = measure_gaps(adapted, [dictionary], plan, batch_rows=4, device=CPU)
+    parts = [cells.Sums(measured.sums, measured.n_tokens), *measured.classes.values()]
+    sums, n_tokens = np.stack([part.sums[:, :2] for part in parts]), np.stack([part.n_tokens for part in parts])
     words = ("text", "template", "user", "assistant", "system")
-    wanted = np.zeros_like(found.sums)
-    counts = np.zeros_like(found.n_tokens)
+    wanted = np.zeros_like(sums)
+    counts = np.zeros_like(n_tokens)
     has_answer = [bool((plan.rows.roles[a:b] == 3).any()) for a, b in spans(plan)]
     text, chat = has_answer.index(False), has_answer.index(True)
     for i in (text, chat):
@@ -72,17 +80,17 @@ def test_sums_by_class_equal_a_loop_over_tokens(pair: Any, tmp_path: Path) -> No
                         log_probs.append(adapted(input_ids=ids).logits[0].log_softmax(-1))
         for t in range(1, ids.shape[1]):
             role = words[plan.rows.roles[start + t]]
-            for c, names in enumerate(CLASSES.values()):
+            for c, names in enumerate((words, *CLASSES.values())):
                 if role in names and int(ids[0, t]) != 2:
                     counts[c, i] += 1
                     for cell, log_q in enumerate(log_probs):
                         wanted[c, cell, 0, i] -= float(log_q[t - 1, ids[0, t]])
                         p = log_probs[0][t - 1]
                         wanted[c, cell, 1, i] += float((p.exp() * (p - log_q[t - 1])).sum())
-        np.testing.assert_allclose(found.sums[..., i], wanted[..., i], rtol=1e-3, atol=1e-4)
-        assert (found.n_tokens[:, i] == counts[:, i]).all()
+        np.testing.assert_allclose(sums[..., i], wanted[..., i], rtol=1e-3, atol=1e-4)
+        assert (n_tokens[:, i] == counts[:, i]).all()
     assert (counts[1:, chat] > 0).sum() == 3 and counts[4, text] == counts[0, text] > 0
-    assert (found.n_tokens[0] == found.n_tokens[1:].sum(axis=0)).all()
+    assert (n_tokens[0] == n_tokens[1:].sum(axis=0)).all()
 
 
 def spans(plan: Any) -> list[tuple[int, int]]:
@@ -93,14 +101,13 @@ def test_differences_are_paired_over_sequences_and_right_on_paper() -> None:
     """Two classes of tokens. Every sequence of the tuned model has KL 0.3 above the base's, which varies a lot."""
     n = np.array([2, 4, 6, 8])
     level = np.array([1.0, 5.0, 0.5, 2.0])
-    n_tokens = np.stack([n, np.zeros(4, int), n, np.zeros(4, int), np.zeros(4, int)])
 
-    def gaps(extra: float) -> Gaps:
-        sums = np.zeros((5, 4, 2, 4))
-        for c in (0, 2):
-            for cell, (ce, kl) in enumerate([(1.0, 0.0), (3.0, 2.0), (1.1, 0.1), (1.5, 0.5)]):
-                sums[c, cell] = np.array([[ce], [kl]]) * level * n + np.array([[0.0], [extra * (cell == 3)]]) * n
-        return Gaps(sums, n_tokens)
+    def gaps(extra: float) -> cells.Measured:
+        sums = np.zeros((4, 3, 4))
+        for cell, (ce, kl) in enumerate([(1.0, 0.0), (3.0, 2.0), (1.1, 0.1), (1.5, 0.5)]):
+            sums[cell, :2] = np.array([[ce], [kl]]) * level * n + np.array([[0.0], [extra * (cell == 3)]]) * n
+        classes = {name: cells.Sums(0 * sums, 0 * n) for name in CLASSES} | {"response": cells.Sums(sums, n)}
+        return cells.Measured(sums, n, {}, classes=classes)
 
     found = {r["name"]: r for r in rows({"base": gaps(0), "tuned": gaps(0.3), "placebo": gaps(0.1)})}
     mean = float((level * n).sum() / 20)
@@ -166,13 +173,13 @@ def test_a_control_stands_in_every_model_in_the_fit_and_in_what_is_measured(pair
                 q = model(input_ids=ids).logits[0].log_softmax(-1)
         kl = (p.exp() * (p - q)).sum(dim=1)[:-1]
         total += float(kl[torch.from_numpy(plan.rows.scored[start + 1 : stop])].double().sum())
-    spliced = found.sums[0, CELLS.index("spliced"), 1].sum()
+    spliced = found.sums[CELLS.index("spliced"), 1].sum()
     assert spliced == pytest.approx(total, rel=1e-4) and spliced > 0
 
 
 def test_a_crosscoder_gives_each_model_its_side_with_the_other_beside_it(
     pair: Any,
-    both: Path,  # noqa: F811
+    both: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -188,7 +195,7 @@ def test_a_crosscoder_gives_each_model_its_side_with_the_other_beside_it(
     assert "sae-gap.tuned_minus_base.all.kl.left" in names
 
 
-def test_wrong_dictionaries_are_one_line_before_any_fit(pair: Any, both: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_wrong_dictionaries_are_one_line_before_any_fit(pair: Any, both: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="has no side for a placebo"):
         roles_of(settings(pair, both, placebo=pair.base))
     with pytest.raises(InputError, match="was not trained on the base model"):

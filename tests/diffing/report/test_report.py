@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from diffing.report import figures, write_report
+from diffing import write_report
+from diffing.report import figures
 from diffing.report.curves import thin
 from diffing.report.data import COLUMNS, MADE_BY, VERDICTS, read_run
 from diffing.report.definitions import COLUMNS as DEFINED
@@ -251,6 +252,16 @@ def test_two_renders_of_a_run_give_equal_bytes(run: Path, tmp_path: Path) -> Non
     assert other == (tmp_path / "a.html", tmp_path / "b.json")
     assert [path.read_bytes() for path in other] == first
     assert sorted(path.name for path in run.glob("*report*")) == ["report.html", "report.json"]
+
+
+def test_the_page_says_how_many_rows_of_the_data_were_left_out(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    setup = json.loads((run / "run.json").read_text())
+    assert "left out" not in page_of(run).text
+    setup["inputs"]["cache"]["refused"] = {"no_messages": 1200, "broken_json": 3}
+    put(run, "run.json", setup)
+    said = "Rows of the data that could not be read and were left out: 1,200 no_messages, 3 broken_json."
+    assert said in page_of(run).text
 
 
 def test_a_page_of_a_large_dictionary_stays_below_8_megabytes(tmp_path: Path) -> None:
