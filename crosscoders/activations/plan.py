@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 from crosscoders.activations.settings import CacheConfig
 from crosscoders.common import files
+from crosscoders.models.limits import require_readable
 from crosscoders.models.pair import PairInfo, inspect_pair
 from crosscoders.text.tokens import Rows, read_template, tokenize_documents
 
@@ -27,6 +28,7 @@ def make_plan(config: CacheConfig) -> Plan:
     info = inspect_pair(config.base, config.tuned, names, tokenizer=config.tokenizer)
     template = read_template(config.chat_template)
     rows = tokenize_documents(config, info.tokenizer, template)
+    require_readable(rows, info.models(), info.tokenizer)
     shared = {
         "format_version": FORMAT_VERSION,
         **info.hashes(),

@@ -10,6 +10,7 @@ from torch import Tensor
 from crosscoders.activations.settings import CacheConfig
 from crosscoders.common.errors import InputError
 from crosscoders.text.documents import read_documents
+from crosscoders.text.templates import require_template
 from crosscoders.text.tokens import ROLES, read_template, special_ids, tokenize_chat
 
 TEMPLATE, RESPONSE = ROLES.index("template"), ROLES.index("assistant")
@@ -56,6 +57,7 @@ def read_chats(config: CacheConfig, tokenizer: Any, n_documents: int) -> list[Ch
             raise InputError(
                 "the tokenizer has no chat template, so responses cannot be told. Cache with --chat-template."
             )
+        require_template(tokenizer, template)
         try:
             parts = tokenize_chat(tokenizer, document.content, template)
         except InputError as error:

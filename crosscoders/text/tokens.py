@@ -19,6 +19,7 @@ from torch import Tensor
 from crosscoders.activations.settings import CacheConfig
 from crosscoders.common.errors import InputError
 from crosscoders.text.documents import Document, read_documents
+from crosscoders.text.templates import require_template
 
 ROLES = ("text", "template", "user", "assistant", "system")
 """What a token belongs to: plain text, the chat template, or the content of a message."""
@@ -226,11 +227,8 @@ class _Builder:
 def _row(document: Document, tokenizer: Any, template: str | None, context_length: int) -> Row:
     if isinstance(document.content, str):
         ids, roles = tokenize_text(tokenizer, document.content)
-    elif template is None and not tokenizer.chat_template:
-        raise InputError(
-            "the data holds chats but neither model's tokenizer has a chat template. Give one: --chat-template FILE"
-        )
     else:
+        require_template(tokenizer, template)
         try:
             ids, roles = tokenize_chat(tokenizer, document.content, template)
         except InputError as error:

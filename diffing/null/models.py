@@ -3,6 +3,7 @@
 A folder is finished once it holds made.json, which says how it was made; an unfinished one is made again.
 """
 
+import inspect
 import math
 import random
 from collections.abc import Iterator
@@ -17,11 +18,14 @@ from crosscoders.common import files
 from crosscoders.common.devices import choose_device
 from crosscoders.common.errors import CorruptData, InputError
 from crosscoders.common.progress import Progress, say
-from crosscoders.models.names import hash_model, quiet_transformers
+from crosscoders.models import hooks
+from crosscoders.models.loading import load_model
+from crosscoders.models.names import hash_model, load_auto, quiet_transformers
 from crosscoders.text.documents import read_source
 from crosscoders.text.settings import DataSource
 from crosscoders.text.tokens import tokenize_text
 from diffing.null.settings import NullSettings
+from sae_lora.lora.adapter import add_lora
 
 
 def round_model(base: str, out: Path, bits: int) -> Path:
@@ -57,7 +61,7 @@ def train_placebo(base: str, out: Path, settings: NullSettings, context_length: 
 
     Next-token loss on rows of `context_length` tokens, documents end to end; Adam (0.9, 0.95) without decay, gradient
     norm clipped at 1, rate up over the first tenth of the steps and linearly down to 0; float32. LoRA goes to every
-    linear layer but the head, alpha = 2 rank.
+    linear map of the decoder layers, alpha = 2 rank.
 
     Raises:
         InputError: the text is shorter than one row; `out` holds another model.
@@ -78,13 +82,8 @@ def train_placebo(base: str, out: Path, settings: NullSettings, context_length: 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # of the adapter's start
         if settings.placebo_rank is not None:
-            import peft
-
-            rank = settings.placebo_rank
-            shape = peft.LoraConfig(
-                r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=0.0
-            )
-            model = peft.get_peft_model(model, shape)
+            layers = range(len(hooks.decoder_layers(model)))
+            model = add_lora(model, layers, rank=settings.placebo_rank, alpha=2 * settings.placebo_rank, seed=seed)
         _fit(model.to(choose_device(settings.device)), rows, settings, seed)
     return publish(model, tokenizer, out, made)
 
@@ -116,7 +115,7 @@ def _fit(model: Any, rows: Int[Tensor, "rows length"], settings: NullSettings, s
     model.train()
     for step in range(steps):
         ids = rows[[next(order) for _ in range(n_rows)]].to(device)
-        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss = model(input_ids=ids, labels=ids, use_cache=False, **_no_images(model, ids)).loss
         if not math.isfinite(float(loss.detach())):
             raise CorruptData(f"the loss of the placebo is not finite at step {step}. Lower --placebo-lr = {lr}.")
         for group in optimizer.param_groups:
@@ -131,6 +130,13 @@ def _fit(model: Any, rows: Int[Tensor, "rows length"], settings: NullSettings, s
     say(f"placebo: {steps:,} steps, last loss {float(loss.detach()):.3f} nats/token on {ids.numel():,} tokens")
 
 
+def _no_images(model: Any, ids: Int[Tensor, "rows length"]) -> dict[str, Tensor]:
+    """What Gemma-3 with its vision tower asks for in training: which tokens are of images."""
+    core = hooks.core_model(model)
+    is_asked = hasattr(core.config, "vision_config") and "token_type_ids" in inspect.signature(core.forward).parameters
+    return {"token_type_ids": torch.zeros_like(ids)} if is_asked else {}
+
+
 def _row_order(n: int, seed: int) -> Iterator[int]:
     """Row numbers without end, in a new order in every epoch."""
     generator = random.Random(seed)
@@ -140,11 +146,7 @@ def _row_order(n: int, seed: int) -> Iterator[int]:
 
 def load_base(base: str, dtype: str) -> tuple[Any, Any]:
     """The whole base model and its tokenizer. Eager attention: a fine-tune of Gemma-2 needs it."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    with quiet_transformers():
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, attn_implementation="eager")
-        return model, AutoTokenizer.from_pretrained(base)
+    return load_model(base, dtype, attention="eager"), load_auto(base, "tokenizer")
 
 
 def publish(model: Any, tokenizer: Any, out: Path, made: dict[str, Any]) -> Path:
