@@ -8,6 +8,7 @@ from crosscoders.common.checks import to_dict
 from crosscoders.common.progress import say
 from crosscoders.common.results import closing, result
 from crosscoders.formats.load import load_crosscoder
+from crosscoders.text.tokens import read_template
 from diffing.causal.lens import logit_lens
 from diffing.causal.patching import inspect_cached, load_whole, measure_run
 from diffing.causal.sets import checked
@@ -41,12 +42,15 @@ def steer(settings: SteerSettings) -> dict[str, Any]:
     largest = float(table["max_activation"][latent])
     pair = load_whole(inspect_cached(cache), hook_point, settings.device, settings.model_dtype)
     model, side = pair.models[MODELS.index(settings.model)], MODELS.index(settings.decoder)
+    template = read_template(cache.manifest["config"].get("chat_template"))
     answers = []
     lines = [f"{settings.decoder} decoder of latent {latent} in the {settings.model} model; strength: answer"]
     for strength in settings.strengths:
         vector = steering_vector(crosscoder, latent, side=side, activation=strength * largest)
         with steered(model, hook_point, vector):
-            text = answer(model, pair.info.tokenizer, settings.prompt, max_new_tokens=settings.max_new_tokens)
+            text = answer(
+                model, pair.info.tokenizer, settings.prompt, max_new_tokens=settings.max_new_tokens, template=template
+            )
         answers.append({"strength": strength, "answer": text})
         lines.append(f"{strength:>6g}: {text!r}")
     return result("steer", to_dict(settings), []) | {"answers": answers, "text": "\n".join(lines)}

@@ -29,6 +29,7 @@ from crosscoders.common.progress import Progress, say
 from crosscoders.dictionary.crosscoder import Crosscoder
 from crosscoders.formats.load import load_crosscoder
 from crosscoders.models import predictions
+from crosscoders.models.limits import require_ids
 from crosscoders.models.pair import ModelPair, PairInfo, inspect_pair, load_pair
 from crosscoders.models.resume import ResumableModel, State
 from crosscoders.text.chats import Chat, ChatBatch, batches, read_chats
@@ -80,6 +81,7 @@ def measure_run(run: Path, cache: ActivationCache, settings: CausalSettings) -> 
     config = cached_config(cache, settings.data)
     info = inspect_cached(cache)
     chats = read_chats(config, info.tokenizer, settings.n_documents)
+    require_ids(np.concatenate([chat.ids for chat in chats]), info.n_ids, info.tokenizer, info.base)
     pair = load_whole(info, cache.manifest["hook_point"], settings.device, settings.model_dtype)
     return measure(crosscoder, pair, chats, sets, batch_rows=settings.batch_rows, first_tokens=settings.first_tokens)
 

@@ -13,8 +13,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from crosscoders.common.errors import InputError
 from crosscoders.dictionary.crosscoder import Crosscoder
 from crosscoders.models import hooks
+from crosscoders.models.limits import require_ids
+from crosscoders.text.templates import require_template
 
 
 def steering_vector(crosscoder: Crosscoder, latent: int, *, side: int, activation: float) -> Float[Tensor, " d_model"]:
@@ -30,15 +33,37 @@ def steered(model: Any, hook_point: str, vector: Float[Tensor, " d_model"]) -> I
 
 
 @torch.inference_mode()
-def answer(model: Any, tokenizer: Any, prompt: str, *, max_new_tokens: int, use_cache: bool = True) -> str:
-    """Greedy answer to one user message in the tokenizer's chat template, or the continuation of plain text where it
-    has none."""
-    if tokenizer.chat_template:
+def answer(
+    model: Any,
+    tokenizer: Any,
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    use_cache: bool = True,
+    template: str | None = None,
+) -> str:
+    """Greedy answer to one user message in a chat template, default the tokenizer's, or the continuation of plain text
+    where there is none.
+
+    Raises:
+        InputError: several templates and none called default; a template that refuses the prompt; an id beyond the
+            model's.
+    """
+    if template or tokenizer.chat_template:
         chat = [{"role": "user", "content": prompt}]
-        inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        require_template(tokenizer, template)
+        try:
+            inputs = tokenizer.apply_chat_template(
+                chat, chat_template=template, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+        except Exception as error:  # a template is a program, and fails as it likes
+            line = (str(error).splitlines() or [type(error).__name__])[0]
+            raise InputError(f"the chat template refuses the prompt {prompt!r}: {line}. Change --prompt.") from None
     else:
         inputs = tokenizer(prompt, return_tensors="pt")
     model = getattr(model, "original_model", model)  # in a TransformerBridge, whose own generate has other settings
+    n_ids = len(model.get_input_embeddings().weight)
+    require_ids(inputs["input_ids"].flatten().numpy(), n_ids, tokenizer, type(model).__name__)
     inputs = inputs.to(model.device)
     settings = {"max_new_tokens": max_new_tokens, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
     tokens = model.generate(**inputs, **settings, use_cache=use_cache)
