@@ -231,7 +231,7 @@ def test_a_cache_of_another_pair_or_hook_point_is_not_scaled_or_evaluated(
     from crosscoders import cache_activations
 
     cache_activations(pair.config(tmp_path / "hook", hook_point="blocks.0.hook_resid_post", n_tokens=200))
-    cache_activations(pair.config(tmp_path / "pair", base=pair.tuned, n_tokens=200))
+    cache_activations(pair.config(tmp_path / "pair", base=pair.tuned, tuned=pair.base, n_tokens=200))
     for name, key in (("hook", "hook_point"), ("pair", "base")):
         for main, argv in ((crosscoders_cli.main, ["eval"]), (diffing_cli.main, ["scale"])):
             assert main([*argv, str(trained), "--cache", str(tmp_path / name)]) == 2

@@ -89,7 +89,7 @@ def make_pair(size: Size, device: str = "cpu", dtype: torch.dtype = torch.float3
         group_names=["x"], n_scored=n_tokens, counts={}, refused={},
     )  # fmt: skip
     tokenizer = type("Tokenizer", (), {"pad_token_id": 0})()
-    info = PairInfo("base", "tuned", None, tokenizer, size.d_model, size.n_layers)
+    info = PairInfo("base", "tuned", None, tokenizer, size.d_model, size.n_layers, size.vocabulary)
     pair = ModelPair(info, (full[0].model, full[1].model), [size.hook_point], torch.device(device))
     source = ActivationSource(pair, rows, hook_point=size.hook_point, batch_rows=8, dtype=torch.bfloat16)
     return Pair(size, full, pair, source, pad_rows(rows, np.arange(min(8, size.n_rows)), 0))

@@ -13,6 +13,7 @@ from crosscoders.activations.settings import CacheConfig
 from crosscoders.common import devices
 from crosscoders.common.memory import PROCESS_BYTES, Need
 from crosscoders.models import hooks
+from crosscoders.models.names import load_auto
 from crosscoders.models.skeleton import parameter_count
 
 
@@ -45,9 +46,7 @@ def _parameters(config: CacheConfig, plan: Plan) -> tuple[int, int, int]:
 
 def _forward(config: CacheConfig, plan: Plan, n_points: int, dtype: torch.dtype) -> int:
     """Of the largest padded batch: one layer at work, and the activations that are kept of both models."""
-    import transformers
-
-    text = transformers.AutoConfig.from_pretrained(plan.info.base).get_text_config()
+    text = load_auto(plan.info.base, "config").get_text_config()
     d_model, itemsize = plan.info.d_model, dtype.itemsize
     wide = getattr(text, "intermediate_size", None) or 4 * d_model
     heads = text.num_attention_heads

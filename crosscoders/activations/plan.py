@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 from crosscoders.activations.settings import CacheConfig
 from crosscoders.common import files
 from crosscoders.common.progress import say
+from crosscoders.models.limits import require_readable
 from crosscoders.models.pair import PairInfo, inspect_pair
 from crosscoders.text.templates import writes_date
 from crosscoders.text.tokens import Rows, read_template, tokenize_documents
@@ -32,6 +33,7 @@ def make_plan(config: CacheConfig) -> Plan:
     if date:
         say(f"the chat template writes a date: {config.template_date} (--template-date), on whatever day this runs")
     rows = tokenize_documents(config.data_config(), info.tokenizer)
+    require_readable(rows, info.models(), info.tokenizer)
     shared = {
         "format_version": FORMAT_VERSION,
         **info.hashes(),

@@ -16,7 +16,7 @@ from torch import Tensor
 from crosscoders.activations.plan import Plan, make_plan
 from crosscoders.activations.scored import DTYPES, Tokens
 from crosscoders.activations.settings import CacheConfig
-from crosscoders.common.errors import CorruptData
+from crosscoders.common.errors import CorruptData, InputError
 from crosscoders.models.pair import ModelPair, load_pair
 from crosscoders.text.padding import padding_id
 from crosscoders.text.tokens import Rows, iterate_scored, pad_rows
@@ -45,7 +45,8 @@ class ActivationSource:
         self.hook_points = [hook_point] if isinstance(hook_point, str) else list(hook_point)
         self.batches = rows.batches(batch_rows)
         self.spans = list(iterate_scored(rows, self.batches))
-        self.pad_id = padding_id(pair.info.tokenizer)
+        self.pad_id = padding_id(pair.info.tokenizer, pair.info.n_ids)
+        self.is_checked = False
 
     def read(self, start: int, stop: int) -> Iterator[Tokens]:
         """Scored tokens start to stop at the (first) hook point, forward pass by forward pass."""
@@ -96,6 +97,9 @@ class ActivationSource:
         if running.copied is not None:
             running.copied.synchronize()
         self._require_finite(running)
+        if not self.is_checked:
+            self._require_difference(running)
+            self.is_checked = True
         return {
             name: Tokens(activations=x, **running.columns).slice(running.keep.start, running.keep.stop)
             for name, x in running.activations.items()
@@ -113,6 +117,17 @@ class ActivationSource:
                 f"position {int(running.columns['positions'][token])}. "
                 "Whole shards are kept. Use --model-dtype float32, or take the document out."
             )
+
+    def _require_difference(self, running: _Pass) -> None:
+        """Raise InputError where both models give the same numbers, which a crosscoder could learn nothing from."""
+        info = self.pair.info
+        for hook_point, x in running.activations.items():
+            if torch.equal(x[:, 0], x[:, 1]):
+                raise InputError(
+                    f"tuned model {info.tuned!r} has the same activations as the base {info.base!r} at {hook_point!r} "
+                    f"on the first {len(x):,} tokens: tuned equals base. Name the tuned model with --tuned, or a hook "
+                    "point that its training changed."
+                )
 
 
 def open_source(

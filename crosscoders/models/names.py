@@ -64,7 +64,7 @@ def load_auto(name: str, what: str) -> Any:
     auto = transformers.AutoConfig if what == "config" else transformers.AutoTokenizer
     try:
         return auto.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:
         lines = str(error).splitlines() or [type(error).__name__]
         nowhere = "" if Path(name).is_dir() else ", and no local folder of that name"
         raise InputError(

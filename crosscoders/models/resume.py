@@ -96,7 +96,11 @@ class _Ended:
         return None
 
     def __getitem__(self, index: Any) -> Any:
-        return (self.last_hidden_state,)[index]
+        return self.last_hidden_state if index == "last_hidden_state" else (self.last_hidden_state,)[index]
+
+    def keys(self) -> list[str]:
+        """Multimodal models hand on what their language model gives as `**outputs`."""
+        return ["last_hidden_state"]
 
 
 @contextlib.contextmanager

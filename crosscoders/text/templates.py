@@ -12,6 +12,7 @@ from collections.abc import Callable
 from datetime import datetime
 from typing import Any, NamedTuple
 
+from crosscoders.common.errors import InputError
 from crosscoders.text.refusals import Refused
 
 Message = dict[str, Any]
@@ -155,3 +156,22 @@ def _forms(text: str) -> list[str]:
     """Return what a template may make of a text without changing its words."""
     trimmed = [text, text.strip(), text.rstrip(), text.lstrip()]
     return [*trimmed, *(json.dumps(form, ensure_ascii=False)[1:-1] for form in trimmed)]
+
+
+def require_template(tokenizer: Any, template: str | None) -> None:
+    """Raise InputError unless `template` or the tokenizer's own one can write chats.
+
+    A tokenizer may name several; the one called default is taken.
+    """
+    if template is not None:
+        return
+    own = tokenizer.chat_template
+    if not own:
+        raise InputError(
+            "the data holds chats but neither model's tokenizer has a chat template. Give one: --chat-template FILE"
+        )
+    if isinstance(own, dict) and "default" not in own:
+        raise InputError(
+            f"the tokenizer has chat templates {', '.join(sorted(own))} and none called default. Save the one that "
+            "the model was trained with to a file and give it: --chat-template FILE"
+        )

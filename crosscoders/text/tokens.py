@@ -20,7 +20,7 @@ from crosscoders.text.documents import Document, read_documents
 from crosscoders.text.padding import Batch, make_batch
 from crosscoders.text.refusals import Refusals, Refused
 from crosscoders.text.settings import TEMPLATE_DATE, DataConfig
-from crosscoders.text.templates import Message, content_spans, renderer
+from crosscoders.text.templates import Message, content_spans, renderer, require_template
 
 ROLES = ("text", "template", "user", "assistant", "system", "tool")
 """What a token belongs to: plain text, the chat template, or the content of a message."""
@@ -255,10 +255,7 @@ def tokenize_document(
         raise document.refused
     if isinstance(document.content, str):
         return tokenize_text(tokenizer, document.content)
-    if template is None and not tokenizer.chat_template:
-        raise InputError(
-            "the data holds chats but neither model's tokenizer has a chat template. Give one: --chat-template FILE"
-        )
+    require_template(tokenizer, template)
     try:
         return tokenize_chat(tokenizer, document.content, template, tools=document.tools, date=date)
     except Refused as refused:

@@ -4,12 +4,15 @@ import time
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from crosscoders.common import files
 from crosscoders.common.checks import to_dict
 from crosscoders.common.devices import choose_device
 from crosscoders.common.progress import say
 from crosscoders.common.results import closing, result
 from crosscoders.formats.load import load_crosscoder
+from crosscoders.models.limits import require_ids
 from crosscoders.text.chats import read_chats
 from crosscoders.text.tokens import read_template
 from diffing.causal.lens import logit_lens
@@ -48,6 +51,7 @@ def causal(settings: CausalSettings) -> dict[str, Any]:
         config = replace(config, data=settings.data)
     info = inspect_cached(cache)
     chats = read_chats(config, info.tokenizer, settings.n_documents)
+    require_ids(np.concatenate([chat.ids for chat in chats]), info.n_ids, info.tokenizer, info.base)
     pair = load_whole(info, cache.manifest["hook_point"], settings.device, settings.model_dtype)
     measured = measure(
         crosscoder, pair, chats, sets, batch_rows=settings.batch_rows, first_tokens=settings.first_tokens
@@ -69,6 +73,7 @@ def steer(settings: SteerSettings) -> dict[str, Any]:
     largest = float(table["max_activation"][latent])
     pair = load_whole(inspect_cached(cache), hook_point, settings.device, settings.model_dtype)
     model, side = pair.models[MODELS.index(settings.model)], MODELS.index(settings.decoder)
+    template = read_template(cache.manifest["config"].get("chat_template"))
     answers = []
     lines = [f"{settings.decoder} decoder of latent {latent} in the {settings.model} model; strength: answer"]
     for strength in settings.strengths:

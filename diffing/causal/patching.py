@@ -84,7 +84,7 @@ def measure(
     exchange = Exchange(crosscoder.to(pair.device))
     sums = {name: _Sums([p.name for p in listed], len(chats), first_tokens) for name, listed in sets.items()}
     progress = Progress("causal", total=len(chats), unit="chat")
-    for batch in batches(chats, batch_rows, padding_id(pair.info.tokenizer)):
+    for batch in batches(chats, batch_rows, padding_id(pair.info.tokenizer, pair.info.n_ids)):
         tokens = batch.tokens.to(pair.device)
         states = [model.run(tokens) for model in models]
         x = torch.stack([state.activation[tokens.scored] for state in states], dim=1)

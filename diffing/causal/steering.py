@@ -10,13 +10,17 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from crosscoders.common.errors import InputError
 from crosscoders.dictionary.crosscoder import Crosscoder
 from crosscoders.models import hooks
 from crosscoders.models.generation import greedy
+from crosscoders.models.limits import require_ids
+from crosscoders.text.refusals import Refused
 from crosscoders.text.settings import TEMPLATE_DATE
 from crosscoders.text.tokens import tokenize_prompt
 
@@ -44,13 +48,23 @@ def answer(
     date: str = TEMPLATE_DATE,
 ) -> str:
     """Return the greedy answer to one user message in the chat template, or the continuation of plain text where there
-    is none. template, date: in place of the tokenizer's own, and what it takes for today."""
+    is none. template, date: in place of the tokenizer's own, and what it takes for today.
+
+    Raises:
+        InputError: several templates and none called default; a template that refuses the prompt; an id beyond the
+            model's.
+    """
     core = hooks.core_model(model)  # in a TransformerBridge, whose own generate has other settings
-    ids = torch.tensor([tokenize_prompt(tokenizer, prompt, template, date=date)], device=core.device)
+    try:
+        tokens = np.array(tokenize_prompt(tokenizer, prompt, template, date=date))
+    except Refused as refused:
+        raise InputError(f"the chat template refuses the prompt {prompt!r}: {refused}") from None
+    require_ids(tokens, len(core.get_input_embeddings().weight), tokenizer, type(core).__name__)
+    ids = torch.tensor(tokens[None], device=core.device)
     settings = {"max_new_tokens": max_new_tokens, "pad_token_id": tokenizer.pad_token_id}
     with greedy(core):
         # transformer-lens 3.9 hands its attention no cache of transformers 5.24: each token would see itself alone.
-        tokens = core.generate(
+        written = core.generate(
             ids, attention_mask=torch.ones_like(ids), **settings, use_cache=not hasattr(model, "hook_dict")
         )
-    return str(tokenizer.decode(tokens[0, ids.shape[1] :], skip_special_tokens=True)).strip()
+    return str(tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)).strip()

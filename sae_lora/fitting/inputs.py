@@ -9,9 +9,10 @@ from torch import nn
 
 from crosscoders.common import files
 from crosscoders.common.devices import model_dtype
-from crosscoders.common.errors import CorruptData, InputError
-from crosscoders.models import hooks
-from crosscoders.models.names import hash_model, load_auto, quiet_transformers, require_no_lost_path
+from crosscoders.common.errors import InputError
+from crosscoders.models import hooks, loading
+from crosscoders.models.limits import require_readable
+from crosscoders.models.names import hash_model, load_auto, require_no_lost_path
 from crosscoders.models.skeleton import skeleton
 from crosscoders.text.packing import separated
 from crosscoders.text.padding import Batch, padding_id
@@ -69,7 +70,10 @@ def make_plan(
         CorruptData: a damaged dictionary.
     """
     require_no_lost_path(model)
-    text = load_auto(model, "config").get_text_config()
+    loading.require_whole(model)
+    model_config = load_auto(model, "config")
+    loading.require_loadable(model, model_config)
+    text = model_config.get_text_config()
     infos = [inspect_dictionary(path, hook_point=point, side=side) for path, point in dictionaries]
     model_hash = hash_model(model)
     if fitted_to is not None and fitted_to["hash"] != model_hash:
@@ -93,10 +97,11 @@ def make_plan(
     rows = tokenize_documents(config.data_config(), tokenizer)
     if config.pack:
         rows = separated(rows, tokenizer).packed(config.n_tokens // config.context_length, config.context_length)
+    require_readable(rows, [model], tokenizer)
     infos.sort(key=lambda info: hooks.place(info.hook_point))
     return Plan(
         model, model_hash, modules, text.num_hidden_layers, infos, rows, special_ids(tokenizer),
-        padding_id(tokenizer), beside,
+        padding_id(tokenizer, int(text.vocab_size)), beside,
     )  # fmt: skip
 
 
@@ -120,7 +125,7 @@ def load_dictionaries(plan: Plan, config: TextConfig, device: torch.device) -> l
     other = None
     if plan.other is not None:
         n_layers = hooks.layer_of(plan.infos[0].hook_point) + 1
-        other = _pretrained(plan.other["name"], config, device, num_hidden_layers=n_layers)
+        other = _pretrained(plan.other["name"], config, device, n_layers)
     return [read_dictionary(info, other).to(device) for info in plan.infos]
 
 
@@ -133,17 +138,6 @@ def load_model(plan: Plan, config: TextConfig, device: torch.device) -> nn.Modul
     return _pretrained(plan.model, config, device)
 
 
-def _pretrained(name: str, config: TextConfig, device: torch.device, **limit: int) -> nn.Module:
-    import transformers
-    from safetensors import SafetensorError
-
-    dtype = model_dtype(config.model_dtype, device)
-    try:
-        with quiet_transformers():
-            model: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **limit)
-    except SafetensorError as error:
-        raise CorruptData(f"the weights of {name!r} are damaged ({error}). Copy them again.") from None
-    except (OSError, ValueError, RuntimeError) as error:
-        line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"the weights of {name!r} do not load: {line} Check the folder's files.") from error
+def _pretrained(name: str, config: TextConfig, device: torch.device, n_layers: int | None = None) -> nn.Module:
+    model: nn.Module = loading.load_model(name, model_dtype(config.model_dtype, device), n_layers=n_layers)
     return model.eval().requires_grad_(False).to(device)

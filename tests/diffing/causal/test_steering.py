@@ -1,5 +1,6 @@
 """Steering and the logit lens: the same with and without a cache of keys and values, units of x, direct readings."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from conftest import Pair
 from generation import stepwise_and_whole
 from torch import Tensor
 
-from crosscoders import ActivationCache, Crosscoder, CrosscoderConfig, cache_activations
+from crosscoders import ActivationCache, Crosscoder, CrosscoderConfig, InputError, cache_activations
 from crosscoders.models import hooks
 from crosscoders.models.pair import ModelPair, load_pair
 from crosscoders.text.tokens import tokenize_prompt
@@ -150,6 +151,37 @@ def test_wrong_latents_are_one_line(run: Path, cache_folder: Path, capsys: pytes
     assert "there is no latent 12: this crosscoder has latents 0 to 11" in capsys.readouterr().err
     assert cli.main(["steer", str(run), "--latent", "1", "--prompt", "x", "--strengths", "[]"]) == 2
     assert "strengths is an empty list" in capsys.readouterr().err
+
+
+def test_answers_are_written_in_the_template_that_is_given(whole: ModelPair) -> None:
+    model, tokenizer = whole.models[1], whole.info.tokenizer
+    plain = answer(model, tokenizer, "Return it.", max_new_tokens=8)
+    assert answer(model, tokenizer, "Return it.", max_new_tokens=8, template=tokenizer.chat_template) == plain
+    other = "{{ bos_token }}{% for m in messages %}key key {{ m['content'] }}{% endfor %}"
+    wanted = tokenizer("key key Return it.", return_tensors="pt")
+    tokens = model.generate(**wanted, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    said = tokenizer.decode(tokens[0, wanted["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    assert answer(model, tokenizer, "Return it.", max_new_tokens=8, template=other) == said
+
+
+@pytest.mark.parametrize(
+    "template, line",
+    [
+        ("{{ raise_exception('no such role') }}", "no such role"),
+        ("{{ messages[0]['content'] + 1 }}", "can only concatenate str"),
+        ("{{ messages[7]['content'] }}", "list object has no element 7"),
+    ],
+)
+def test_a_template_that_fails_is_one_line(whole: ModelPair, template: str, line: str) -> None:
+    with pytest.raises(InputError, match=rf"the chat template refuses the prompt 'Hi': .*{line}"):
+        answer(whole.models[1], whole.info.tokenizer, "Hi", max_new_tokens=2, template=template)
+
+
+def test_a_prompt_with_an_id_beyond_the_model_is_refused(whole: ModelPair) -> None:
+    larger = copy.deepcopy(whole.info.tokenizer)
+    larger.add_tokens(["<one>"])
+    with pytest.raises(InputError, match=r"token '<one>' with id 320, but the ids of 'Gemma2ForCausalLM' end at 319"):
+        answer(whole.models[1], larger, "Hi <one>", max_new_tokens=2)
 
 
 def test_a_bridge_is_steered_off_the_residual_stream_as_the_model_in_it_is(
