@@ -67,6 +67,12 @@ class CacheConfig:
     """Tokens of a document that are read; the rest is cut off and counted."""
     drop_bos: bool = True
     """Leave the beginning-of-sequence token out of the cache (its norm is an outlier in most models)."""
+    skip_first: int | None = None
+    """Leave the first positions of each row out of the cache, so many; default: 1 where a row does not begin with the
+    beginning-of-sequence token (its norm is then the outlier), 0 where it does."""
+    max_norm_multiple: float | None = None
+    """Leave out tokens whose norm in either model is more than so many times the median norm of their shard; default:
+    none. They count in n_tokens, so the cache has fewer, and the manifest says how many."""
     tokenizer: str | None = None
     """Tokenizer folder or id; default: the tuned model's, which must equal the base model's."""
     chat_template: str | None = None
@@ -89,6 +95,8 @@ class CacheConfig:
     def __post_init__(self) -> None:
         require_positive(self, "n_tokens", "context_length", "batch_rows", "shard_tokens")
         require_range(self, 0, None, "shuffle_documents")
+        require_range(self, 0, self.context_length - 1, "skip_first")
+        require_range(self, 1, None, "max_norm_multiple")
         if isinstance(self.data, str) and self.data.lstrip().startswith(("[", "{")):
             raise InputError(
                 f"data {self.data!r} is not a list of paths or of {{path, name, split, text_column, messages_column, "

@@ -10,7 +10,8 @@ from torch import Tensor
 from crosscoders.activations.settings import CacheConfig
 from crosscoders.common.errors import InputError
 from crosscoders.text.documents import read_documents
-from crosscoders.text.tokens import ROLES, read_template, special_ids, tokenize_chat
+from crosscoders.text.positions import scored_positions
+from crosscoders.text.tokens import ROLES, read_template, tokenize_chat
 
 TEMPLATE, RESPONSE = ROLES.index("template"), ROLES.index("assistant")
 
@@ -44,7 +45,6 @@ def read_chats(config: CacheConfig, tokenizer: Any, n_documents: int) -> list[Ch
         InputError: no document has a response, or there is no chat template.
     """
     template = read_template(config.chat_template)
-    dropped = special_ids(tokenizer, drop_bos=config.drop_bos)
     found: list[Chat] = []
     documents = read_documents(
         config.sources(), shuffle_window=config.shuffle_documents, seed=config.seed, count_tokens=lambda _: 1
@@ -62,7 +62,10 @@ def read_chats(config: CacheConfig, tokenizer: Any, n_documents: int) -> list[Ch
             raise InputError(f"{document.where}: {error}") from None
         ids, roles = (np.array(part[: config.context_length]) for part in parts)
         if (roles[1:] == RESPONSE).any():
-            found.append(Chat(ids, roles, ~np.isin(ids, dropped)))
+            scored = scored_positions(
+                ids, tokenizer.bos_token_id, drop_bos=config.drop_bos, skip_first=config.skip_first
+            )
+            found.append(Chat(ids, roles, scored))
         if len(found) == n_documents:
             break
     if not found:

@@ -83,7 +83,9 @@ def _from_cache(settings: TrainSettings) -> Feed:
 def cache_inputs(opened: ActivationCache) -> dict[str, Any]:
     """What of a cache is recorded beside every result made from it."""
     inputs = {"path": str(opened.path), "hash": opened.manifest_hash, "n_tokens": len(opened)}
-    return {"cache": inputs | {key: opened.manifest[key] for key in RECORDED}}
+    statistics = opened.manifest["statistics"]
+    shares = {key: statistics[key] for key in ("top_share", "outlying_share") if key in statistics}
+    return {"cache": inputs | {key: opened.manifest[key] for key in RECORDED} | shares}
 
 
 def _from_models(settings: TrainSettings) -> Feed:
@@ -154,9 +156,9 @@ def read_cache_config(path: str) -> CacheConfig:
         raise InputError(f"config file {path!r} does not exist. Check the path of --live.")
     command = next(command for command in COMMANDS if command.name == "cache")
     found = parse("crosscoders", command, ["--config", path, "--out", "-"]).settings
-    for name in ("part", "devices"):
+    for name in ("part", "devices", "max_norm_multiple"):
         if getattr(found, name) is not None:
-            raise InputError(f"{name} in {path!r} has no effect with --live. Remove it.")
+            raise InputError(f"{name} in {path!r} has no effect with --live, which has no shards. Remove it.")
     if not isinstance(found.hook_point, str):
         raise InputError(f"{path!r} names {len(found.hook_point)} hook points; --live trains on one. Name one.")
     return CacheConfig(**{field.name: getattr(found, field.name) for field in fields(CacheConfig)})
