@@ -31,18 +31,16 @@ FIRST_POSITION = -1
 
 
 def kept_positions(
-    ids: Int[Tensor, "rows seq"], attention_mask: Tensor | None, keep_ids: Sequence[int]
+    ids: Int[Tensor, "rows seq"], attention_mask: Tensor, keep_ids: Sequence[int]
 ) -> Bool[Tensor, "rows seq"]:
     """Return which positions keep their activation: padding, and those of `keep_ids`.
 
-    With a key-value cache the mask is longer than the ids, which are then its last; without a mask the ids are taken
-    for whole sequences.
+    With a key-value cache the mask is longer than the ids, which are then its last.
     """
-    mask = torch.ones_like(ids) if attention_mask is None else attention_mask
     kept = torch.isin(ids, torch.tensor(sorted(keep_ids), dtype=torch.int64, device=ids.device))
-    is_padding = mask == 0
+    is_padding = attention_mask == 0
     if FIRST_POSITION in keep_ids:
-        is_padding |= mask.cumsum(dim=1) == 1  # the first token, and what padding follows it
+        is_padding |= attention_mask.cumsum(dim=1) == 1  # the first token, and what padding follows it
     return kept | is_padding[:, -ids.shape[1] :]
 
 
@@ -55,8 +53,8 @@ class Spliced:
         self.keep_ids = list(keep_ids)
         self.kept: Bool[Tensor, "rows seq"] | None = None
 
-    def start(self, ids: Int[Tensor, "rows seq"] | None, attention_mask: Tensor | None) -> None:
-        """Find the kept positions of a pass."""
+    def start(self, ids: Int[Tensor, "rows seq"] | None, attention_mask: Tensor | None, n_past: int) -> None:
+        """Find the kept positions of a pass after `n_past` tokens of a key-value cache."""
         if not isinstance(ids, Tensor):
             raise InputError("splice needs the token ids to know BOS, EOS and padding. Call the model with input_ids.")
         if attention_mask is not None and attention_mask.ndim != 2:
@@ -64,6 +62,8 @@ class Spliced:
                 f"splice reads padding from an attention mask of shape (rows, seq), not "
                 f"{tuple(attention_mask.shape)}. Pass the padding mask."
             )
+        if attention_mask is None:
+            attention_mask = ids.new_ones(len(ids), n_past + ids.shape[1])
         self.kept = kept_positions(ids, attention_mask, self.keep_ids)
 
     def kept_at(self, hook_point: str, x: Tensor) -> Bool[Tensor, "rows seq"]:
@@ -107,7 +107,8 @@ def splice(
     def begin(_module: nn.Module, args: tuple[Any, ...], settings: dict[str, Any]) -> None:
         ids: Any = settings.get("input_ids", args[0] if args else None)
         attention_mask = settings.get("attention_mask")
-        state.start(ids, attention_mask)
+        past = settings.get("past_key_values")
+        state.start(ids, attention_mask, 0 if past is None else past.get_seq_length())
         for dictionary in chosen:
             dictionary.begin(ids, attention_mask)
 

@@ -1,6 +1,7 @@
 """Splicing: what runs in place of an activation, at which positions, and that it ran."""
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from crosscoders import InputError
 from crosscoders.models import hooks
 from sae_lora.dictionaries.frozen import Constant, DictionaryInfo, FrozenDictionary
-from sae_lora.splicing import splice
+from sae_lora.splicing import FIRST_POSITION, kept_positions, special_ids, splice
 
 POINT = "blocks.1.hook_resid_post"
 BOS, EOS, PAD = 2, 1, 0
@@ -168,3 +169,36 @@ def test_what_cannot_be_spliced_is_said(model: nn.Module) -> None:
     with pytest.raises(ZeroDivisionError), splice(model, Shift(1, 0)):
         raise ZeroDivisionError
     assert n_hooks(model) == 0
+
+
+def test_the_first_position_is_kept_where_there_is_no_bos(model: nn.Module) -> None:
+    keep_ids = special_ids(SimpleNamespace(bos_token_id=None, eos_token_id=EOS, pad_token_id=PAD))
+    assert keep_ids == [FIRST_POSITION, PAD, EOS]
+    x = after(model)
+    with splice(model, Shift(2.0, 1.0), keep_ids=keep_ids):
+        found = after(model)
+    assert torch.equal(found[KEPT], x[KEPT]) and torch.equal(found[~KEPT], 2 * x[~KEPT] + 1)
+    with splice(model, Shift(2.0, 1.0), keep_ids=[EOS]):
+        assert torch.equal(after(model)[:, 0], 2 * x[:, 0] + 1)
+    assert special_ids(SimpleNamespace(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=None)) == [EOS, BOS]
+
+
+def test_the_first_position_is_found_behind_left_padding_and_in_a_longer_mask() -> None:
+    ids, mask = torch.tensor([[PAD, PAD, 7, 8], [5, 6, 7, 8]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    wanted = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]]).bool()
+    assert torch.equal(kept_positions(ids, mask, [FIRST_POSITION]), wanted)
+    later = kept_positions(ids[:, -1:], torch.ones(2, 9, dtype=torch.int64), [FIRST_POSITION])
+    assert not later.any()  # with a key-value cache the ids are not the first ones
+
+
+def test_generation_without_bos_is_the_same_with_a_key_value_cache(model: nn.Module) -> None:
+    found = []
+    for use_cache in (True, False):
+        with splice(model, Shift(0.5, 0.3), keep_ids=[FIRST_POSITION, EOS]):
+            found.append(
+                model.generate(  # type: ignore[operator]
+                    torch.tensor([[7, 8, 9]]), attention_mask=torch.ones(1, 3, dtype=torch.int64), max_new_tokens=6,
+                    min_new_tokens=6, do_sample=False, use_cache=use_cache,
+                )
+            )  # fmt: skip
+    assert torch.equal(found[0], found[1])
