@@ -107,8 +107,8 @@ def splice(
     def begin(_module: nn.Module, args: tuple[Any, ...], settings: dict[str, Any]) -> None:
         ids: Any = settings.get("input_ids", args[0] if args else None)
         attention_mask = settings.get("attention_mask")
-        past = settings.get("past_key_values")
-        state.start(ids, attention_mask, 0 if past is None else past.get_seq_length())
+        past = settings.get("past_key_values") or settings.get("cache")  # by the version of transformers
+        state.start(ids, attention_mask, past.get_seq_length() if past else 0)
         for dictionary in chosen:
             dictionary.begin(ids, attention_mask)
 
