@@ -1,15 +1,19 @@
 """Splicing: what runs in place of an activation, at which positions, and that it ran."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import Pair, make_tokenizer
 from torch import Tensor, nn
 
 from crosscoders import InputError
 from crosscoders.models import hooks
 from sae_lora.dictionaries.frozen import Constant, DictionaryInfo, FrozenDictionary
+from sae_lora.fitting.inputs import make_plan
+from sae_lora.fitting.settings import TextConfig
 from sae_lora.splicing import FIRST_POSITION, kept_positions, special_ids, splice
 
 POINT = "blocks.1.hook_resid_post"
@@ -202,3 +206,14 @@ def test_generation_without_bos_is_the_same_with_a_key_value_cache(model: nn.Mod
                 )
             )  # fmt: skip
     assert torch.equal(found[0], found[1])
+
+
+def test_a_fit_on_a_tokenizer_without_bos_keeps_the_first_position_and_does_not_score_it(
+    pair: Pair, tmp_path: Path
+) -> None:
+    make_tokenizer(tmp_path / "tokenizer", bos=False)
+    text = TextConfig(data=pair.data, n_tokens=200, context_length=16, tokenizer=str(tmp_path / "tokenizer"))
+    plan = make_plan(text, pair.base, [])
+    assert plan.keep_ids == [FIRST_POSITION, PAD, EOS]
+    for batch in plan.batches(4, torch.device("cpu")):
+        assert not batch.scored[:, 0].any() and torch.equal(batch.scored[:, 1:], batch.attention_mask[:, 1:].bool())

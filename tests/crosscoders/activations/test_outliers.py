@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CHAT_TEMPLATE, Pair, make_model, make_tokenizer
+from conftest import Pair, make_model, make_tokenizer
 
 from crosscoders import ActivationCache, CacheConfig, CrosscoderConfig, InputError, TrainConfig, cache_activations
 from crosscoders import cli as crosscoders_cli
@@ -25,24 +25,10 @@ from crosscoders.training.loop import train
 BOS = 2
 
 
-def without_bos(folder: Path) -> Any:
-    """The shared tokenizer as Qwen's are: nothing is put before a text."""
-    from tokenizers import Tokenizer, processors
-    from transformers import PreTrainedTokenizerFast
-
-    make_tokenizer(folder)
-    raw = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    raw.post_processor = processors.TemplateProcessing(single="$A")
-    fast = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<eos>", pad_token="<pad>")
-    fast.chat_template = CHAT_TEMPLATE.replace("{{ bos_token }}", "")
-    fast.save_pretrained(folder)
-    return fast
-
-
 @pytest.fixture(scope="module")
 def no_bos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("no-bos")
-    without_bos(folder)
+    make_tokenizer(folder, bos=False)
     return folder
 
 
