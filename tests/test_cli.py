@@ -55,7 +55,8 @@ def test_the_whole_path_from_models_to_report(pair: Pair, tmp_path: Path, capsys
     assert crosscoders_cli.main(["eval", run, "--cache", cache, "--json"]) == 0
     evaluated = json.loads(capsys.readouterr().out)
     assert set(evaluated) == {"name", "config", "environment", "rows"}
-    assert {r["name"] for r in evaluated["rows"]} == {"eval.fve.base", "eval.fve.tuned", "eval.l0", "eval.dead"}
+    names = {"fve.base", "fve.tuned", "fve_rest.base", "fve_rest.tuned", "l0", "dead"}
+    assert {r["name"] for r in evaluated["rows"]} == {f"eval.{name}" for name in names}
     assert all(r["n"] == 600 for r in evaluated["rows"])
     assert diffing_cli.main(["report", run]) == 0
     page = Path(run, "report.html").read_text()

@@ -55,6 +55,12 @@ def run_cache(config: CacheConfig, *, part: Part | None = None, devices: list[st
         for point in points:
             require_parts(open_folder(point.out), count_parts(config, devices) if devices else None)
         plan = make_plan(config)
+        n_skipped = plan.rows.counts["skipped_tokens"]
+        if config.skip_first is None and n_skipped:
+            say(
+                f"{n_skipped:,} rows do not begin with a beginning-of-sequence token: their first position is left out "
+                "(--skip-first 0 keeps it)."
+            )
         n_bytes = config.n_tokens * bytes_per_token(config, plan.info.d_model) * len(points)
         needed = memory.require(
             [needs.cache_need(config, plan, n_points=len(points), device=device) for device in chosen],

@@ -7,6 +7,7 @@ from typing import Any
 from crosscoders.activations.cache import ActivationCache
 from crosscoders.activations.caching import run_cache
 from crosscoders.activations.merge import merge_parts
+from crosscoders.activations.outliers import outlier_text
 from crosscoders.activations.settings import CacheConfig, CacheSettings, MergeSettings
 from crosscoders.activations.writer import Rates
 from crosscoders.common.checks import _only, to_dict
@@ -59,7 +60,15 @@ def _describe_caches(started: float, folders: list[str]) -> list[dict[str, Any]]
     for folder in folders:
         made = ActivationCache(folder)
         norms = made.mean_norm
-        closing(started, f"{len(made):,} tokens, mean norm base {norms[0]:.2f} tuned {norms[1]:.2f}, in {made.path}")
+        statistics = made.manifest["statistics"]
+        n_left_out = statistics.get("left_out_tokens", 0)
+        left_out = f" ({n_left_out:,} of outlying norm left out)" if n_left_out else ""
+        if text := outlier_text(statistics):
+            say(text)
+        closing(
+            started,
+            f"{len(made):,} tokens{left_out}, mean norm base {norms[0]:.2f} tuned {norms[1]:.2f}, in {made.path}",
+        )
         where = f".{made.manifest['hook_point']}" if len(folders) > 1 else ""
         rows.append(row(f"cache{where}.tokens", len(made), "tokens", len(made)))
         rows += [

@@ -127,7 +127,7 @@ def _in_order(found: list[tuple[Folder, dict[str, Any]]]) -> list[tuple[Folder, 
 
 def _require_whole(shards: list[dict[str, Any]], plan: dict[str, Any]) -> None:
     n_shards = -(-plan["n_tokens"] // plan["shard_tokens"])
-    n_tokens = sum(shard["n_tokens"] for shard in shards)
+    n_tokens = sum(shard["n_tokens"] + shard.get("left_out", 0) for shard in shards)
     names = [shard["name"] for shard in shards]
     if names != [shard_name(number) for number in range(n_shards)] or n_tokens != plan["n_tokens"]:
         raise CorruptData(

@@ -51,6 +51,7 @@ def make_plan(config: CacheConfig) -> Plan:
         "d_model": info.d_model,
         "dtype": config.dtype,
         "model_dtype": config.model_dtype,
+        "max_norm_multiple": config.max_norm_multiple,
         "n_tokens": config.n_tokens,
         "shard_tokens": config.shard_tokens,
         "batch_rows": config.batch_rows,

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
-from crosscoders.common.checks import _only, require_positive
+from crosscoders.common.checks import _only, require_positive, require_range
 from crosscoders.common.command_line import Command
 from crosscoders.common.errors import InputError
 from crosscoders.text.settings import TEMPLATE_DATE, DataConfig, DataSource
@@ -68,6 +68,12 @@ class CacheConfig:
     """Tokens of a document that are read; the rest is cut off and counted."""
     drop_bos: bool = True
     """Leave the beginning-of-sequence token out of the cache (its norm is an outlier in most models)."""
+    skip_first: int | None = None
+    """Leave the first positions of each row out of the cache, so many; default: 1 where a row does not begin with the
+    beginning-of-sequence token (its norm is then the outlier), 0 where it does."""
+    max_norm_multiple: float | None = None
+    """Leave out tokens whose norm in either model is more than so many times the median norm of their shard; default:
+    none. They count in n_tokens, so the cache has fewer, and the manifest says how many."""
     tokenizer: str | None = None
     """Tokenizer folder or id; default: the tuned model's, which must equal the base model's."""
     chat_template: str | None = None
@@ -94,6 +100,7 @@ class CacheConfig:
     def __post_init__(self) -> None:
         self.data_config()
         require_positive(self, "batch_rows", "shard_tokens")
+        require_range(self, 1, None, "max_norm_multiple")
         if not self.hook_point:
             raise InputError("hook_point is empty. Give a name such as blocks.13.hook_resid_post, or a list of them.")
         for number, name in enumerate(self.hook_point if isinstance(self.hook_point, list) else []):

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from crosscoders.activations.outliers import outlier_statistics, outlier_sums, within
 from crosscoders.activations.plan import Plan
 from crosscoders.activations.scored import DTYPES, Tokens
 from crosscoders.activations.settings import CacheConfig, Part
@@ -73,11 +74,11 @@ class ShardWriter:
 
     def write(self, number: int, tokens: Tokens) -> None:
         """Publish the next shard, and progress after it."""
-        name = shard_name(number)
+        name, n_planned = shard_name(number), len(tokens.token_ids)
+        tokens = within(tokens, self.config.max_norm_multiple)
+        counts = {"n_tokens": len(tokens.token_ids), "left_out": n_planned - len(tokens.token_ids)}
         written = self.folder.write_tensors(name, tokens._asdict())
-        self.shards.append(
-            {"name": name, "n_tokens": len(tokens.token_ids), **written._asdict(), **_sums(tokens.activations)}
-        )
+        self.shards.append({"name": name, **counts, **written._asdict(), **_sums(tokens.activations)})
         self.folder.write_json("progress.json", {**self._progress(), "shards": self.shards})
 
     def _progress(self) -> dict[str, Any]:
@@ -86,11 +87,12 @@ class ShardWriter:
 
     def finish(self) -> None:
         """Publish the manifest, or part.json."""
-        rows = self.plan.rows
+        rows, skip_first = self.plan.rows, self.config.skip_first
         header = {
             **self.plan.fingerprint(self.hook_point),
             "context_length": self.config.context_length,
             "drop_bos": self.config.drop_bos,
+            "skip_first": skip_first if skip_first is not None else min(1, rows.counts["skipped_tokens"]),
             "groups": rows.group_names,
             "counts": rows.counts,
             "refused": rows.refused,
@@ -122,7 +124,9 @@ def build_manifest(header: dict[str, Any], settings: dict[str, Any], shards: lis
         "mean": (sums["sum"] / n).tolist(),
         "mean_norm": (sums["norm_sum"] / n).tolist(),
         "mean_squared_norm": (sums["square_sum"] / n).tolist(),
+        "left_out_tokens": sum(shard.get("left_out", 0) for shard in shards),
         "max_norm": np.max([shard["norm_max"] for shard in shards], axis=0).tolist(),
+        **outlier_statistics(shards),
     }
     kept = [{key: shard[key] for key in ("name", "n_tokens", "n_bytes", "checksum")} for shard in shards]
     return {**header, "statistics": statistics, "config": settings, "shards": kept}
@@ -137,4 +141,5 @@ def _sums(activations: torch.Tensor) -> dict[str, Any]:
         "norm_sum": norms.sum(dim=0).tolist(),
         "square_sum": (norms**2).sum(dim=0).tolist(),
         "norm_max": norms.amax(dim=0).tolist(),
+        **outlier_sums(x, norms),
     }

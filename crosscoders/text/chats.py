@@ -10,9 +10,10 @@ from torch import Tensor
 from crosscoders.common.errors import InputError
 from crosscoders.text.documents import read_documents
 from crosscoders.text.padding import Batch, make_batch, pad
+from crosscoders.text.positions import scored_positions
 from crosscoders.text.refusals import Refusals, Refused
 from crosscoders.text.settings import DataConfig
-from crosscoders.text.tokens import ROLES, read_template, special_ids, tokenize_document
+from crosscoders.text.tokens import ROLES, read_template, tokenize_document
 
 TEMPLATE, RESPONSE = ROLES.index("template"), ROLES.index("assistant")
 
@@ -43,7 +44,6 @@ def read_chats(config: DataConfig, tokenizer: Any, n_documents: int) -> list[Cha
         InputError: no document has a response, there is no chat template, or too many rows cannot be read.
     """
     template = read_template(config.chat_template)
-    dropped = special_ids(tokenizer, drop_bos=config.drop_bos)
     found: list[Chat] = []
     refusals = Refusals(config.max_refused)
     documents = read_documents(
@@ -60,7 +60,10 @@ def read_chats(config: DataConfig, tokenizer: Any, n_documents: int) -> list[Cha
             continue
         ids, roles = (np.array(part[: config.context_length]) for part in parts)
         if (roles[1:] == RESPONSE).any():
-            found.append(Chat(ids, roles, ~np.isin(ids, dropped)))
+            scored = scored_positions(
+                ids, tokenizer.bos_token_id, drop_bos=config.drop_bos, skip_first=config.skip_first
+            )
+            found.append(Chat(ids, roles, scored))
         if len(found) == n_documents:
             break
     refusals.finish()

@@ -46,6 +46,9 @@ class DataConfig:
     """Tokens of a document that are read; the rest is cut off and counted."""
     drop_bos: bool = True
     """Leave the beginning-of-sequence token out of the scored tokens."""
+    skip_first: int | None = None
+    """Leave the first positions of each row out of the scored tokens, so many; default: 1 where a row does not begin
+    with the beginning-of-sequence token (its norm is then the outlier), 0 where it does."""
     chat_template: str | None = None
     """File with a chat template, for tokenizers without one."""
     template_date: str = TEMPLATE_DATE
@@ -61,6 +64,7 @@ class DataConfig:
         require_positive(self, "n_tokens", "context_length")
         require_range(self, 0, None, "shuffle_documents")
         require_range(self, 0, 1, "max_refused")
+        require_range(self, 0, self.context_length - 1, "skip_first")
         try:
             date.fromisoformat(self.template_date)
         except ValueError:

@@ -1,8 +1,8 @@
 """Step 1 of the data flow: documents -> rows of token ids with roles and a mask of scored positions.
 
 Both models get the same ids. A token is scored, that is cached and counted, when it is neither padding nor (by default)
-the beginning-of-sequence token; the mask goes by token id, never by position. Rows are documents, cut at the context
-length; padding exists only inside a batch (`pad_rows`).
+the beginning-of-sequence token, nor one of the first `skip_first` positions (`crosscoders.text.positions`). Rows are
+documents, cut at the context length; padding exists only inside a batch (`pad_rows`).
 
 Reading order: `tokenize_text` and `tokenize_chat` make one row, `tokenize_documents` all of them up to the budget,
 `Rows.batches` groups rows of similar length, `pad_rows` makes the tensors that both models read.
@@ -18,6 +18,7 @@ from jaxtyping import Bool, Int, UInt8
 from crosscoders.common.errors import InputError
 from crosscoders.text.documents import Document, read_documents
 from crosscoders.text.padding import Batch, make_batch
+from crosscoders.text.positions import scored_positions
 from crosscoders.text.refusals import Refusals, Refused
 from crosscoders.text.settings import TEMPLATE_DATE, DataConfig
 from crosscoders.text.templates import Message, content_spans, renderer, require_template
@@ -49,7 +50,7 @@ class Rows(NamedTuple):
     group_names: list[str]
     n_scored: int
     counts: dict[str, int]
-    """documents, empty_documents, tokens, scored_tokens, cut_tokens."""
+    """documents, empty_documents, tokens, scored_tokens, skipped_tokens, cut_tokens."""
     refused: dict[str, int]
     """Rows of the data that were left out, by reason."""
 
@@ -79,11 +80,6 @@ class Rows(NamedTuple):
     def scored_in_row(self) -> Int[np.ndarray, " rows"]:
         """Scored tokens of each row."""
         return np.add.reduceat(self.scored.astype(np.int64), self.offsets[:-1])
-
-
-def special_ids(tokenizer: Any, *, drop_bos: bool) -> list[int]:
-    """Ids that are never scored. Padding is known by the attention mask, since some models pad with another token."""
-    return [tokenizer.bos_token_id] if drop_bos and tokenizer.bos_token_id is not None else []
 
 
 def tokenize_text(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
@@ -160,11 +156,16 @@ def tokenize_documents(config: DataConfig, tokenizer: Any) -> Rows:
 
     Raises:
         InputError: the data holds no text, or ends before the budget; a chat has no template; too many rows cannot be
-            read.
+            read; drop_bos is false where there is no BOS.
     """
-    template = read_template(config.chat_template)
-    dropped = np.array(special_ids(tokenizer, drop_bos=config.drop_bos), dtype=np.int32)
-    built, refusals = _Builder(dropped), Refusals(config.max_refused)
+    template, bos = read_template(config.chat_template), tokenizer.bos_token_id
+    if bos is None and not config.drop_bos:
+        raise InputError(
+            "drop_bos false has no effect: the tokenizer has no beginning-of-sequence token. Remove it; "
+            "--skip-first 0 keeps the first position of each row."
+        )
+    built = _Builder(bos, drop_bos=config.drop_bos, skip_first=config.skip_first)
+    refusals = Refusals(config.max_refused)
 
     def add(document: Document) -> int:
         refusals.n_rows += 1
@@ -196,18 +197,18 @@ def tokenize_documents(config: DataConfig, tokenizer: Any) -> Rows:
 class _Builder:
     """Collects rows; kept apart so that memory holds flat arrays only."""
 
-    def __init__(self, dropped: Int[np.ndarray, " specials"]) -> None:
-        self.dropped = dropped
+    def __init__(self, bos: int | None, *, drop_bos: bool, skip_first: int | None) -> None:
+        self.bos, self.drop_bos, self.skip_first = bos, drop_bos, skip_first
         self.ids: list[np.ndarray] = []
         self.roles: list[np.ndarray] = []
         self.scored: list[np.ndarray] = []
         self.groups: list[int] = []
         self.names: dict[str, int] = {}
-        self.n_scored = self.n_cut = self.n_empty = 0
+        self.n_scored = self.n_cut = self.n_empty = self.n_skipped = 0
 
     def add(self, document: Document, row: Row) -> int:
         ids = np.array(row.ids, dtype=np.int32)
-        scored = ~np.isin(ids, self.dropped)
+        scored = scored_positions(ids, self.bos, drop_bos=self.drop_bos, skip_first=self.skip_first)
         n_scored = int(scored.sum())
         if not n_scored:
             self.n_empty += 1
@@ -218,6 +219,7 @@ class _Builder:
         self.groups.append(self.names.setdefault(document.group, len(self.names)))
         self.n_scored += n_scored
         self.n_cut += row.n_cut
+        self.n_skipped += int((~scored & (ids != self.bos)).sum())
         return n_scored
 
     def finish(self, refused: dict[str, int]) -> Rows:
@@ -227,6 +229,7 @@ class _Builder:
             "empty_documents": self.n_empty,
             "tokens": sum(lengths),
             "scored_tokens": self.n_scored,
+            "skipped_tokens": self.n_skipped,
             "cut_tokens": self.n_cut,
         }
         return Rows(

@@ -84,7 +84,9 @@ def _from_cache(settings: TrainSettings) -> Feed:
 def cache_inputs(opened: ActivationCache) -> dict[str, Any]:
     """Return what is recorded of a cache beside every result made from it."""
     inputs = {"path": str(opened.path), "hash": opened.manifest_hash, "n_tokens": len(opened)}
-    return {"cache": inputs | _recorded(opened.manifest)}
+    statistics = opened.manifest["statistics"]
+    shares = {key: statistics[key] for key in ("top_share", "outlying_share") if key in statistics}
+    return {"cache": inputs | _recorded(opened.manifest) | shares}
 
 
 def _recorded(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -159,9 +161,9 @@ def read_cache_config(path: str) -> CacheConfig:
     if not Path(path).is_file():
         raise InputError(f"config file {path!r} does not exist. Check the path of --live.")
     settings = parse("crosscoders", CACHE, ["--config", path, "--out", "-"]).settings
-    for name in ("part", "devices"):
+    for name in ("part", "devices", "max_norm_multiple"):
         if getattr(settings, name) is not None:
-            raise InputError(f"{name} in {path!r} has no effect with --live. Remove it.")
+            raise InputError(f"{name} in {path!r} has no effect with --live, which has no shards. Remove it.")
     if not isinstance(settings.hook_point, str):
         raise InputError(f"{path!r} names {len(settings.hook_point)} hook points; --live trains on one. Name one.")
     return CacheConfig(**{field.name: getattr(settings, field.name) for field in fields(CacheConfig)})

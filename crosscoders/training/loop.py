@@ -30,7 +30,15 @@ from crosscoders.dictionary.metrics import ReconstructionSums, evaluate
 from crosscoders.formats.load import load_crosscoder
 from crosscoders.training import checkpoint
 from crosscoders.training.calibration import MAX_TOKENS, threshold_for
-from crosscoders.training.log import Log, eval_line, evaluation_rows, last_line, metric_columns, write_line
+from crosscoders.training.log import (
+    Log,
+    eval_line,
+    evaluation_rows,
+    heldout_columns,
+    last_line,
+    metric_columns,
+    write_line,
+)
 from crosscoders.training.objective import StepResult, forward
 from crosscoders.training.optimizer import Optimizer, lr_at
 from crosscoders.training.settings import TrainConfig
@@ -139,7 +147,7 @@ def train(
             evaluation = evaluate(model, holdout())
             write_line(out, eval_line(step, evaluation), log)
             files.write_json(out / "eval.json", {"name": "eval", "rows": evaluation_rows(evaluation)})
-            reasons = complaints(metric_columns(evaluation), k=config.crosscoder.k, training=last_line(out))
+            reasons = complaints(heldout_columns(evaluation), k=config.crosscoder.k, training=last_line(out))
             if reasons:
                 say(warning(reasons))
         # config.json is written last and says that the run is complete

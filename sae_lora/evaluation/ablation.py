@@ -27,7 +27,7 @@ from sae_lora.dictionaries.frozen import FrozenDictionary
 from sae_lora.evaluation.cells import RESAMPLES
 from sae_lora.fitting.correctors import Fitted
 from sae_lora.lora.adapter import lora_off
-from sae_lora.splicing import splice
+from sae_lora.splicing import kept_positions, splice
 
 MIN_TOKENS = 10
 """Latents that fire on fewer tokens have no rate worth comparing, and are not ablated."""
@@ -158,7 +158,7 @@ def _firing(
 
     with lora_off(fitted.model), splice(fitted.model, dictionaries, keep_ids=keep_ids, observe=keep):
         final_states(fitted.model, batch)
-    kept = torch.isin(batch.ids, torch.tensor(list(keep_ids), device=batch.ids.device)) | (batch.attention_mask == 0)
+    kept = kept_positions(batch.ids, batch.attention_mask, keep_ids)
     row_of = torch.arange(len(kept), device=kept.device)[:, None].expand_as(kept)[~kept]
     counts = torch.zeros(len(kept), len(chosen), dtype=torch.int64, device=kept.device)
     return counts.index_add(0, row_of, found[0].long()).cpu()
