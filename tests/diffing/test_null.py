@@ -28,6 +28,7 @@ from crosscoders import cli as crosscoders_cli
 from diffing import cli as diffing_cli
 from diffing import latent_table, scale_latents
 from diffing.latents.nulls import counts_beside, read_nulls
+from diffing.latents.verdict import is_alive
 from diffing.null import models, rates
 from diffing.null.calibration import calibrate
 from diffing.null.runs import Scaled
@@ -110,7 +111,7 @@ def test_only_alive_latents_that_lean_to_the_tuned_model_are_counted_and_all_ali
             }[score]
             counted = row["n_active"] >= 30 and row["relative_decoder_norm"] >= 0.5
             assert value == pytest.approx(sign * plain if counted else -math.inf)
-    assert rates.alive(table).sum() == (table["n_active"] >= 30).sum()
+    assert is_alive(table["n_active"]).sum() == (table["n_active"] >= 30).sum()
 
 
 def test_counts_and_rates_of_a_calibration_are_those_of_loops() -> None:

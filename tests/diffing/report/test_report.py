@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from diffing.report import figures, write_report
+from diffing import write_report
+from diffing.latents.verdict import VERDICTS, Thresholds
+from diffing.report import figures
 from diffing.report.curves import thin
-from diffing.report.data import COLUMNS, MADE_BY, VERDICTS, read_run
+from diffing.report.data import COLUMNS, MADE_BY, read_run
 from diffing.report.definitions import COLUMNS as DEFINED
-from diffing.report.definitions import VERDICTS as DEFINED_VERDICTS
 from diffing.report.figures import nu_figure
 from diffing.report.render import cells
 from diffing.report.summary import pair_names
@@ -58,7 +59,7 @@ def write_run(
 
     norm = np.clip(rng.normal(0.5, 0.12, n), 0.15, top)
     classes = ["tuned-only" if v > 0.9 else "shared" if 0.4 <= v <= 0.6 else "other" for v in norm]
-    n_active = [int(v) if live else 0 for v, live in zip(rng.lognormal(6, 1.5, n), alive, strict=True)]
+    n_active = [30 + int(v) if live else 0 for v, live in zip(rng.lognormal(6, 1.5, n), alive, strict=True)]
     columns: dict[str, list[Any]] = {
         "latent": list(range(n)),
         "verdict": verdict,
@@ -400,12 +401,11 @@ def test_counts_in_json_equal_a_hand_count(run: Path) -> None:
     # 40 latents repeat a pattern of ten verdicts four times: three shared of ten, one of every other word.
     for verdict in VERDICTS:
         count = {"shared": 12}.get(verdict, 4)
-        n = 40 if verdict == "dead" else 36
         row = {
             "name": f"report.verdict.{verdict}.count",
             "value": count,
             "unit": "latents",
-            "n": n,
+            "n": 40,
             "low": None,
             "high": None,
         }
@@ -416,6 +416,14 @@ def test_counts_in_json_equal_a_hand_count(run: Path) -> None:
         == 36
     )
     assert (rows["report.fve.tuned"]["value"], rows["report.fve.tuned"]["n"]) == (0.9581, 40_000)
+
+
+def test_a_latent_below_the_bound_of_tokens_is_not_alive_and_in_no_figure(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    change_latents(run, lambda table: table["columns"]["n_active"].__setitem__(slice(1, 3), [29, 30]))
+    assert rows_of(run)["report.alive.count"]["value"] == 35
+    assert "n = 35 alive latents" in page_of(run).text
+    assert "Left out: 5 not alive (active on fewer than 30 tokens)" in page_of(run).text
 
 
 def test_measures_come_from_the_last_heldout_line_without_eval_json(tmp_path: Path) -> None:
@@ -443,7 +451,8 @@ def test_extra_columns_stand_at_the_end_of_the_table(run: Path) -> None:
 def test_every_column_and_verdict_is_defined() -> None:
     inside = {"nu_error_stderr", "nu_reconstruction_stderr", "main_context_share"}
     assert set(DEFINED) | inside == set(COLUMNS)
-    assert set(DEFINED_VERDICTS) == set(VERDICTS)
+    for words in VERDICTS.values():
+        assert "{" not in words.format(**Thresholds()._asdict())
 
 
 def test_the_heat_map_counts_every_latent_once(tmp_path: Path) -> None:
@@ -511,7 +520,7 @@ def test_a_run_of_dead_latents_renders(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", 10, n_examples=0)
 
     def change(table: dict[str, Any]) -> None:
-        table["columns"].update(verdict=["dead"] * 10, rank=[None] * 10, norm_class=[None] * 10)
+        table["columns"].update(verdict=["dead"] * 10, rank=[None] * 10, norm_class=[None] * 10, n_active=[0] * 10)
 
     change_latents(run, change)
     assert "No alive latent has a rank." in page_of(run).text
