@@ -3,7 +3,7 @@
 from crosscoders.activations.settings import CacheSettings, MergeSettings
 from crosscoders.common.command_line import Command
 from crosscoders.common.command_line import main as run_main
-from crosscoders.training.settings import PRESETS, EvalSettings, TrainSettings
+from crosscoders.training.settings import PRESETS, EvalSettings, TrainSettings, fit_to_length
 
 COMMANDS = [
     Command(
@@ -25,6 +25,7 @@ COMMANDS = [
         TrainSettings,
         "crosscoders.training.command:train",
         presets=PRESETS,
+        fit_preset=lambda preset, given: fit_to_length(preset, given["n_tokens"], given["batch_size"]),
     ),
     Command(
         "eval",

@@ -29,7 +29,7 @@ def run(quick: bool, only: tuple[str, ...] = (), peers: bool = False, checkout: 
     from benchmarks.throughput import peers as others
     from crosscoders.common.memory import keep_large_blocks
 
-    keep_large_blocks()  # as training does; the peers and the floor have it too
+    keep_large_blocks()  # as `crosscoders train` does; the peers and the floor have it too
     for part in only:
         if part not in PARTS:
             raise InputError(f"--only: unknown part {part!r}{nearest(part, list(PARTS))} Parts: {', '.join(PARTS)}.")

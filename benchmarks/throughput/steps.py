@@ -72,11 +72,11 @@ def our_step(
     taking_part = none_dead if dead is None else dead
 
     def step(x: torch.Tensor) -> float:
-        known: dict[str, Any] = {"decoder_norms": optimizer.decoder_norms(), "products": products}
-        result = forward(model, config, x, dead=taking_part, k=config.crosscoder.k, step=0, select=select, **known)
+        k = config.crosscoder.k
+        result = forward(model, config, x, dead=taking_part, k=k, step=0, select=select, products=products)
         loss = torch.stack(list(result.terms.values())).sum()
         loss.backward()
-        optimizer.step_(1e-4, result.weight_squares)
+        optimizer.step_(1e-4)
         return loss.item()
 
     return step

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from crosscoders.activations.plan import FORMAT_VERSION
-from crosscoders.activations.scored import Tokens, concatenate
+from crosscoders.activations.scored import Moments, Tokens, concatenate
 from crosscoders.common import files
 from crosscoders.common.errors import CorruptData, InputError
 from crosscoders.common.folders import open_folder
@@ -70,6 +70,12 @@ class ActivationCache:
     def mean_norm(self) -> list[float]:
         """Mean of ||x|| over all tokens, per model."""
         return list(self.manifest["statistics"]["mean_norm"])
+
+    @property
+    def moments(self) -> Moments:
+        """Means over all tokens."""
+        statistics = self.manifest["statistics"]
+        return Moments(statistics["mean"], statistics["mean_norm"], statistics["mean_squared_norm"])
 
     @functools.cached_property
     def manifest_hash(self) -> str:

@@ -32,3 +32,25 @@ def concatenate(parts: list[Tokens]) -> Tokens:
     if len(parts) == 1:
         return parts[0]
     return Tokens(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+
+
+class Moments(NamedTuple):
+    """Means over tokens, one entry per model."""
+
+    mean: list[list[float]]
+    """Mean of x, (n_models, d_model)."""
+    norm: list[float]
+    """Mean of ||x||."""
+    square: list[float]
+    """Mean of ||x||^2."""
+
+    def spread(self) -> list[float]:
+        """Return the mean of ||x - mean x||^2, per model."""
+        return [square - sum(m * m for m in mean) for mean, square in zip(self.mean, self.square, strict=True)]
+
+
+def moments_of(x: Float[Tensor, "tokens n_models d_model"]) -> Moments:
+    """Return the means over given activations, in float64."""
+    x = x.double()
+    norms = x.norm(dim=-1)
+    return Moments(x.mean(dim=0).tolist(), norms.mean(dim=0).tolist(), norms.square().mean(dim=0).tolist())

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from crosscoders.activations.cache import ActivationCache
-from crosscoders.activations.scored import concatenate
+from crosscoders.activations.scored import Moments, concatenate, moments_of
 from crosscoders.activations.source import ActivationSource
 from crosscoders.common.errors import InputError
 
@@ -29,8 +29,8 @@ class BatchStream(Protocol):
     d_model: int
     n_models: int
     batch_size: int
-    mean_norm: list[float]
-    """Mean of ||x|| per model, for the input scale."""
+    moments: Moments
+    """For the input mean and scale."""
 
     def batches(self, start_step: int) -> Iterator[Float[Tensor, "batch n_models d_model"]]:
         """The batches from `start_step` on, without end."""
@@ -56,8 +56,7 @@ class BufferedStream:
         batch_size: int,
         buffer_tokens: int,
         seed: int,
-        mean_norm: list[float],
-        d_model: int,
+        moments: Moments,
     ) -> None:
         buffer_tokens = max(buffer_tokens, batch_size)
         if n_tokens < batch_size:
@@ -65,7 +64,8 @@ class BufferedStream:
                 f"the data has {n_tokens} tokens, less than one batch of {batch_size}. Lower batch_size or add data."
             )
         self._read, self.seed, self.batch_size = read, seed, batch_size
-        self.mean_norm, self.d_model, self.n_models = mean_norm, d_model, len(mean_norm)
+        self.moments = moments
+        self.n_models, self.d_model = len(moments.mean), len(moments.mean[0])
         edges = [*range(0, n_tokens, buffer_tokens), n_tokens]
         self.spans = [(a, b) for a, b in pairwise(edges) if b - a >= batch_size]
         self.batches_in = [(b - a) // batch_size for a, b in self.spans]
@@ -110,8 +110,7 @@ def cached_stream(
         batch_size=batch_size,
         buffer_tokens=buffer_tokens,
         seed=seed,
-        mean_norm=cache.mean_norm,
-        d_model=cache.d_model,
+        moments=cache.moments,
     )
 
 
@@ -122,11 +121,11 @@ def live_stream(
     batch_size: int,
     buffer_tokens: int = 524_288,
     seed: int = 0,
-    mean_norm: list[float] | None = None,
+    moments: Moments | None = None,
 ) -> BufferedStream:
     """The batches of `cached_stream` over the same plan, computed when they are needed; nothing is written.
 
-    mean_norm: the cache's statistic, which decides the input scale only; default: that of the first 16,384 tokens.
+    moments: the cache's, which decide input mean and scale only; default: those of the first 16,384 tokens.
     """
 
     def read(start: int, stop: int) -> Float[Tensor, "tokens n_models d_model"]:
@@ -138,13 +137,8 @@ def live_stream(
         batch_size=batch_size,
         buffer_tokens=buffer_tokens,
         seed=seed,
-        mean_norm=mean_norm or _mean_norm(read(0, min(16_384, n_tokens))),
-        d_model=source.pair.info.d_model,
+        moments=moments or moments_of(read(0, min(16_384, n_tokens))),
     )
-
-
-def _mean_norm(x: Float[Tensor, "tokens n_models d_model"]) -> list[float]:
-    return list(x.double().norm(dim=-1).mean(dim=0).tolist())
 
 
 def tensor_stream(
@@ -157,6 +151,5 @@ def tensor_stream(
         batch_size=batch_size,
         buffer_tokens=buffer_tokens,
         seed=seed,
-        mean_norm=_mean_norm(x),
-        d_model=x.shape[-1],
+        moments=moments_of(x),
     )

@@ -13,6 +13,7 @@ import re
 import sys
 import traceback
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +37,8 @@ class Command(NamedTuple):
     """Setting that may be given without its flag; a list takes all words before the first flag."""
     presets: dict[str, dict[str, Any]] | None = None
     """Named defaults for --preset."""
+    fit_preset: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]] | None = None
+    """Makes a preset fit the settings beside it; gets the preset and the settings that it would give."""
 
 
 class Parsed(NamedTuple):
@@ -127,7 +130,10 @@ def parse(program: str, command: Command, argv: list[str]) -> Parsed:
             if preset not in command.presets:
                 names = sorted(command.presets)
                 raise InputError(f"unknown preset {preset!r}{nearest(preset, names)} There are {', '.join(names)}.")
-            parser.set_defaults(command.presets[preset])
+            chosen = command.presets[preset]
+            parser.set_defaults(chosen)
+            if command.fit_preset:
+                parser.set_defaults(command.fit_preset(chosen, parser.parse_args(argv).as_dict()))
         found = parser.parse_args(argv)
         made = parser.instantiate(found)
         settings = command.settings(**{field.name: made[field.name] for field in dataclasses.fields(command.settings)})

@@ -23,6 +23,7 @@ def environment(device: str | None = None) -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = None
     found["cpu"] = cpu_name()
+    found["cpu_capability"] = torch.backends.cpu.get_cpu_capability()  # AVX2, AVX512, ...: ratios of speed depend on it
     found["threads"] = torch.get_num_threads()
     found["device"] = torch.cuda.get_device_name(device) if device and device.startswith("cuda") else "cpu"
     found["git_commit"] = git_commit()

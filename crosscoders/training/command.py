@@ -10,6 +10,7 @@ from crosscoders.common import files
 from crosscoders.common.checks import _only, to_dict
 from crosscoders.common.devices import choose_device
 from crosscoders.common.errors import EnvironmentFault, InputError
+from crosscoders.common.memory import keep_large_blocks
 from crosscoders.common.progress import say
 from crosscoders.common.results import closing, result, row
 from crosscoders.dictionary import metrics
@@ -37,6 +38,7 @@ def train_run(settings: TrainSettings) -> dict[str, Any]:
     config = _only(TrainConfig, settings)
     if config.adam_bits == 8:
         require_torchao()
+    keep_large_blocks()
     feed = open_feed(settings)
     out = Path(settings.out)
     inputs = feed.inputs["cache"]

@@ -15,7 +15,7 @@ from torch import Tensor
 from crosscoders.activations import needs
 from crosscoders.activations.cache import ActivationCache
 from crosscoders.activations.plan import make_plan
-from crosscoders.activations.scored import DTYPES, Tokens
+from crosscoders.activations.scored import DTYPES, Moments, Tokens
 from crosscoders.activations.settings import CacheConfig
 from crosscoders.activations.source import open_source
 from crosscoders.activations.stream import BufferedStream, cached_stream, live_stream
@@ -26,7 +26,6 @@ from crosscoders.common.devices import choose_device
 from crosscoders.common.errors import InputError
 from crosscoders.common.memory import PROCESS_BYTES, Need
 from crosscoders.models.names import identity
-from crosscoders.training import feed
 from crosscoders.training.loop import Holdout
 from crosscoders.training.settings import TrainConfig, TrainSettings
 
@@ -105,7 +104,7 @@ def _from_models(settings: TrainSettings) -> Feed:
     source = open_source(config, plan)
     stream = live_stream(
         source, n_tokens=n_train, batch_size=settings.batch_size, buffer_tokens=settings.buffer_tokens,
-        seed=settings.seed, mean_norm=settings.mean_norm or _mean_norm_of_run(Path(settings.out)),
+        seed=settings.seed, moments=_known_moments(settings, plan.info.d_model),
     )  # fmt: skip
     # No path: there is no cache to go back to. The hash is that of the plan.
     hashed = files.hash_json({key: identity(value) for key, value in planned.items()})
@@ -116,7 +115,7 @@ def _from_models(settings: TrainSettings) -> Feed:
 
 def _train_need(settings: TrainSettings, d_model: int, dtype: str) -> memory.Need:
     device, itemsize = choose_device(settings.device), DTYPES[dtype].itemsize
-    return feed.train_need(settings, n_models=2, d_model=d_model, itemsize=itemsize, device=device)
+    return train_need(settings, n_models=2, d_model=d_model, itemsize=itemsize, device=device)
 
 
 def _n_train(settings: TrainSettings, n_tokens: int) -> int:
@@ -163,12 +162,15 @@ def read_cache_config(path: str) -> CacheConfig:
     return CacheConfig(**{field.name: getattr(found, field.name) for field in fields(CacheConfig)})
 
 
-def _mean_norm_of_run(out: Path) -> list[float] | None:
-    """What an interrupted run in `out` was started with, so that it goes on with the same scale."""
-    if not (out / "run.json").is_file():
+def _known_moments(settings: TrainSettings, d_model: int) -> Moments | None:
+    """Return the moments that the settings give, or that an interrupted run was started with; None: measure them."""
+    path = Path(settings.out) / "run.json"
+    stream = files.read_object(path, "inputs")["inputs"].get("stream", {}) if path.is_file() else {}
+    norm = settings.mean_norm or [float(value) for value in stream.get("mean_norm", [])]
+    if not norm or (settings.input_norm == "centred" and "mean" not in stream):
         return None
-    found = files.read_object(out / "run.json", "inputs")["inputs"].get("stream", {}).get("mean_norm")
-    return [float(value) for value in found] if found else None
+    nothing = [[0.0] * d_model for _ in norm]  # sqrt_d uses the norms alone
+    return Moments(stream.get("mean", nothing), norm, stream.get("square", [value**2 for value in norm]))
 
 
 def _in_eval_batches(parts: Iterable[Tokens]) -> Iterator[Float[Tensor, "_ n_models d_model"]]:

@@ -33,6 +33,12 @@ def evaluation_rows(found: Evaluation) -> list[dict[str, Any]]:
     ]
 
 
+def last_line(out: Path) -> dict[str, Any]:
+    """Return the last line of train.jsonl that is about a training batch; empty where there is none."""
+    lines = (json.loads(line) for line in (out / "train.jsonl").read_text().splitlines())
+    return next((line for line in reversed(list(lines)) if line.get("event") != "eval"), {})
+
+
 def write_line(out: Path, line: dict[str, Any], log: Log | None) -> None:
     """Append a line to train.jsonl, say it on stderr, and hand it to `log`."""
     with (out / "train.jsonl").open("a") as file:

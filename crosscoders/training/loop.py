@@ -5,6 +5,7 @@ that `checkpoint` saves. It imports no producer of activations: any `BatchStream
 """
 
 import contextlib
+import itertools
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -20,16 +21,16 @@ from crosscoders.activations.stream import BatchStream
 from crosscoders.common import files
 from crosscoders.common.devices import choose_device, choose_products
 from crosscoders.common.errors import CorruptData, InputError
-from crosscoders.common.memory import keep_large_blocks
 from crosscoders.common.progress import Progress, say
 from crosscoders.common.provenance import environment
 from crosscoders.dictionary import selection
 from crosscoders.dictionary.crosscoder import Crosscoder
+from crosscoders.dictionary.health import complaints, warning
 from crosscoders.dictionary.metrics import ReconstructionSums, evaluate
 from crosscoders.formats.load import load_crosscoder
-from crosscoders.kernels.library import library
 from crosscoders.training import checkpoint
-from crosscoders.training.log import Log, eval_line, evaluation_rows, metric_columns, write_line
+from crosscoders.training.calibration import MAX_TOKENS, threshold_for
+from crosscoders.training.log import Log, eval_line, evaluation_rows, last_line, metric_columns, write_line
 from crosscoders.training.objective import StepResult, forward
 from crosscoders.training.optimizer import Optimizer, lr_at
 from crosscoders.training.settings import TrainConfig
@@ -66,12 +67,11 @@ def train(
     """
     out = Path(out)
     config = fill_width(config, stream)
-    device = _open_device(config)
+    device = choose_device(config.device)
     products = choose_products(config.products, device)
     with files.exclusive(out), stop_requests() as stop:
-        # The mean norms tell apart streams that have no other name.
-        inputs = {**(inputs or {}), "stream": {"mean_norm": [str(value) for value in stream.mean_norm]}}
-        machine = environment(str(device)) | {"kernels": library().state, "products": str(products).split(".")[1]}
+        inputs = {**(inputs or {}), "stream": _stream_identity(config, stream)}
+        machine = environment(str(device)) | {"products": str(products).split(".")[1]}
         checkpoint.start_run(out, config, inputs, machine)
         if (out / "config.json").is_file() and (out / "model.safetensors").is_file():
             say(f"{out} is complete already.")
@@ -100,14 +100,14 @@ def train(
         for x in batches:
             x = model.normalise(x.to(device))
             dead = tokens_since_fired >= config.dead_after_tokens
-            known: dict[str, Any] = {"decoder_norms": optimizer.decoder_norms(), "products": products}
-            result = forward(model, config, x, dead=dead, k=k_at(config, step), step=step, select=select, **known)
+            k = k_at(config, step)
+            result = forward(model, config, x, dead=dead, k=k, step=step, select=select, products=products)
             loss = torch.stack(list(result.terms.values())).sum()
             _require_finite(loss, result.terms, step, out)
 
             # ---- one optimiser step
             loss.backward()
-            optimizer.step_(lr_at(config, step), result.weight_squares)
+            optimizer.step_(lr_at(config, step))
             step += 1
 
             # ---- counters: dead latents, inference threshold
@@ -123,6 +123,7 @@ def train(
                 write_line(out, step_line(config, model, result, x, dead, step) | rate, log)
                 logged = time.perf_counter(), step
             if holdout and config.eval_every and step % config.eval_every == 0 and step < config.n_steps:
+                _calibrate_(model, config, holdout())
                 write_line(out, eval_line(step, evaluate(model, holdout())), log)
             if step % config.checkpoint_every == 0 or stop or step == config.n_steps:
                 counters = {"tokens_since_fired": tokens_since_fired}
@@ -133,31 +134,55 @@ def train(
                 break
         progress.close()
 
+        _calibrate_(model, config, holdout() if holdout else _last_batches(config, stream))
         if holdout:
-            found = evaluate(model, holdout())
-            write_line(out, eval_line(step, found), log)
-            files.write_json(out / "eval.json", {"name": "eval", "rows": evaluation_rows(found)})
+            evaluation = evaluate(model, holdout())
+            write_line(out, eval_line(step, evaluation), log)
+            files.write_json(out / "eval.json", {"name": "eval", "rows": evaluation_rows(evaluation)})
+            reasons = complaints(metric_columns(evaluation), k=config.crosscoder.k, training=last_line(out))
+            if reasons:
+                say(warning(reasons))
         # config.json is written last and says that the run is complete
         model.to("cpu").requires_grad_(False).save(out, provenance=inputs)
         return model
-
-
-def _open_device(config: TrainConfig) -> torch.device:
-    device = choose_device(config.device)
-    if device.type == "cpu":
-        keep_large_blocks()
-        if library().functions is None:
-            say(f"inner loops run on {library().state}; with a C compiler (cc, gcc or clang) steps are faster.")
-    return device
 
 
 def _new_model(config: TrainConfig, stream: BatchStream) -> Crosscoder:
     """A crosscoder at its start, with the scales of its inputs."""
     model = Crosscoder(config.crosscoder)
     model.init_weights_(norm=config.decoder_init_norm, generator=torch.Generator().manual_seed(config.seed))
+    moments = stream.moments
     if config.input_norm == "sqrt_d":
-        model.input_scale.copy_(stream.d_model**0.5 / torch.tensor(stream.mean_norm))
+        model.input_scale.copy_(stream.d_model**0.5 / torch.tensor(moments.norm))
+    elif config.input_norm == "centred":
+        spread = moments.spread()
+        if min(spread) <= 0:
+            raise InputError("the activations do not vary, so they cannot be scaled. Give more tokens.")
+        model.input_mean.copy_(torch.tensor(moments.mean))
+        model.input_scale.copy_((stream.d_model / torch.tensor(spread)).sqrt())
     return model
+
+
+def _stream_identity(config: TrainConfig, stream: BatchStream) -> dict[str, Any]:
+    """Return what tells apart streams that have no other name, and what a live run goes on with."""
+    moments = stream.moments
+    norms = {"mean_norm": [str(value) for value in moments.norm]}
+    return norms | ({"mean": moments.mean, "square": moments.square} if config.input_norm == "centred" else {})
+
+
+def _last_batches(config: TrainConfig, stream: BatchStream) -> Iterator[Float[Tensor, "_ n_models d_model"]]:
+    """Yield the last batches of training again, as many as calibration reads."""
+    n = min(config.n_steps, -(-MAX_TOKENS // config.batch_size))
+    return itertools.islice(stream.batches(config.n_steps - n), n)
+
+
+def _calibrate_(model: Crosscoder, config: TrainConfig, batches: Iterable[Float[Tensor, "_ n_models d_model"]]) -> None:
+    """Set the inference threshold so that L0 equals k on these tokens; BatchTopK only."""
+    if config.crosscoder.k is None:
+        return
+    threshold = threshold_for(model, batches, config.crosscoder.k)
+    if threshold is not None:
+        model.threshold.fill_(threshold)
 
 
 def fill_width(config: TrainConfig, stream: BatchStream) -> TrainConfig:

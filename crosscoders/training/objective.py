@@ -14,7 +14,6 @@ from crosscoders.dictionary import dense, selection, sparse
 from crosscoders.dictionary.crosscoder import Crosscoder
 from crosscoders.dictionary.losses import auxiliary_loss, reconstruction_loss
 from crosscoders.dictionary.norms import code_norm, differentiable_code_norm
-from crosscoders.kernels.library import usable
 from crosscoders.training.settings import TrainConfig
 
 SPARSE_DENSITY = 0.1
@@ -32,8 +31,6 @@ class StepResult(NamedTuple):
     """x - x_hat, training space."""
     smallest_active: Float[Tensor, ""]
     """Smallest active f_j c_j of the batch, BatchTopK only."""
-    weight_squares: list[Tensor]
-    """After the backward pass, where it is known: the sum of the squares of the gradients of W_enc and W_dec."""
 
 
 def forward(
@@ -45,31 +42,27 @@ def forward(
     k: int | None,
     step: int,
     select: selection.WarmSelection,
-    decoder_norms: Float[Tensor, "dict_size n_models"] | None = None,
     products: torch.dtype = torch.float32,
 ) -> StepResult:
     """One pass in training space: active latents, reconstruction, weighted loss terms.
 
     BatchTopK touches active entries only, forward and backward; its c_j decide the selection and carry no gradient.
     With bfloat16 products the selection is made from them, and the values of what is selected are float32.
-
-    decoder_norms: where they are known already.
     """
-    norms = model.decoder_norms.detach() if decoder_norms is None else decoder_norms
+    norms = model.W_dec.detach().norm(dim=2)
     if config.crosscoder.activation == "relu":
         return _forward_relu(model, config, x, norms, step, products)
     assert k is not None
     with torch.no_grad():
-        (found, bias), c = _products(model, x, products), code_norm(norms, config.crosscoder.code_norm)
-    sets = [select(found, c, k * len(x), bias)]
+        pre_acts, c = _pre_acts(model, x, products), code_norm(norms, config.crosscoder.code_norm)
+    sets = [select(pre_acts, c, k * len(x))]
     if config.aux_coefficient and bool(dead.any()):
         # d_model // 2 takes the width of one model, not of all (Gao et al. 2024, B.1)
         k_aux = config.k_aux or x.shape[2] // 2
-        sets.append(selection.largest_per_token(found, c, dead.nonzero().squeeze(1), k_aux, bias))
+        sets.append(selection.largest_per_token(pre_acts, c, dead.nonzero().squeeze(1), k_aux))
     if products != torch.float32:
         sets = [sparse.refine(entries, model.W_enc, model.b_enc, x.flatten(1)) for entries in sets]
-    weight_squares: list[Tensor] = []
-    _, left, squares, *of_auxiliary = sparse.residuals(*_parameters(model), x.flatten(1), *sets, squares=weight_squares)
+    _, left, squares, *of_auxiliary = sparse.residuals(*_parameters(model), x.flatten(1), *sets)
     entries, err = sets[0], left.view_as(x)
     terms = {"reconstruction": reconstruction_loss(squares, config.reconstruction)}
     if of_auxiliary:
@@ -77,7 +70,7 @@ def forward(
     scaled = entries.values * c[entries.latents]
     smallest = scaled.min() if len(scaled) else scaled.new_tensor(torch.inf)
     fired = torch.bincount(entries.latents, minlength=len(dead))
-    return StepResult(terms, fired, err, smallest, weight_squares)
+    return StepResult(terms, fired, err, smallest)
 
 
 def _forward_relu(
@@ -90,8 +83,8 @@ def _forward_relu(
 ) -> StepResult:
     """Dense or sparse by the density of this batch, so that no step depends on the one before."""
     with torch.no_grad():
-        latents = dense.relu_(*_products(model, x, products, spaced=True))
-    rule, fired, weight_squares = config.crosscoder.code_norm, latents.n_active, list[Tensor]()
+        latents = dense.relu_(_pre_acts(model, x, products))
+    rule, fired = config.crosscoder.code_norm, latents.n_active
     if float(fired.sum()) <= SPARSE_DENSITY * latents.f.numel():
         entries = selection.active(latents.f, torch.zeros_like(model.b_enc))
         if products != torch.float32:
@@ -100,22 +93,21 @@ def _forward_relu(
         penalty = values @ differentiable_code_norm(model.W_dec, norms, rule)[entries.latents]
     else:
         inputs = *_parameters(model), x.flatten(1)
-        err, squares, penalty = dense.residual(*inputs, latents, norms, rule, products, weight_squares)
+        err, squares, penalty = dense.residual(*inputs, latents, norms, rule, products)
     terms = {"reconstruction": reconstruction_loss(squares, config.reconstruction)}
     if config.l1_coefficient:
         weight = config.l1_coefficient * min(1.0, (step + 1) / max(1, config.l1_warmup_steps))
         terms["sparsity"] = weight * penalty / len(x)
-    return StepResult(terms, fired.long(), err.view_as(x), x.new_tensor(torch.inf), weight_squares)
+    return StepResult(terms, fired.long(), err.view_as(x), x.new_tensor(torch.inf))
 
 
-def _products(
-    model: Crosscoder, x: Float[Tensor, "batch n_models d_model"], dtype: torch.dtype, spaced: bool = False
-) -> tuple[Float[Tensor, "batch dict_size"], Float[Tensor, " dict_size"] | None]:
-    """x W_enc with the bias that is still to be added, which the compiled kernels do in passing; others add it once."""
-    if dtype == torch.float32 and not usable(x):
-        return model.pre_acts(x), None
-    found = dense.product(x.flatten(1), model.W_enc.flatten(0, 1), dtype, spaced)
-    return (found, model.b_enc.detach()) if usable(x) else (found.add_(model.b_enc), None)
+def _pre_acts(
+    model: Crosscoder, x: Float[Tensor, "batch n_models d_model"], products: torch.dtype
+) -> Float[Tensor, "batch dict_size"]:
+    """Return x W_enc + b_enc, its product in the given type."""
+    if products == torch.float32:
+        return model.pre_acts(x)
+    return dense.product(x.flatten(1), model.W_enc.flatten(0, 1), products).add_(model.b_enc)
 
 
 def _parameters(model: Crosscoder) -> tuple[Tensor, Tensor, Tensor, Tensor]:

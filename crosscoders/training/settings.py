@@ -1,6 +1,6 @@
 """Settings of training and of `crosscoders train | eval`, and the presets. Imports nothing heavy."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from crosscoders.common.checks import require_positive, require_range
@@ -50,11 +50,13 @@ class TrainConfig:
     dead_after_tokens: int = 10_000_000
     """A latent is dead when it was not active for this many tokens."""
     threshold_start_step: int = 1000
-    """Step from which the inference threshold of batchtopk is tracked."""
+    """Step from which the inference threshold of batchtopk is tracked, for states in the middle of a run. Before each
+    evaluation and at the end it is set from held-out tokens, or the last ones of training, so that L0 equals k."""
     threshold_beta: float = 0.999
     """Decay of the running inference threshold."""
-    input_norm: Literal["none", "sqrt_d"] = "none"
-    """sqrt_d: one scale per model, so that E||x|| = sqrt(d_model); kept with the weights. none: raw activations."""
+    input_norm: Literal["none", "sqrt_d", "centred"] = "none"
+    """centred: each model's mean is taken off, then one scale per model makes E||x||^2 = d_model. sqrt_d: the scale
+    alone, so that E||x|| = sqrt(d_model). none: raw activations. Mean and scale are kept with the weights."""
     decoder_init_norm: float = 1.0
     """Norm of each decoder row of each model at the start."""
     b_dec_init: Literal["zero", "geometric_median"] = "zero"
@@ -89,6 +91,12 @@ class TrainConfig:
         require_range(self, 0, 2**63 - 1, "seed")
         if self.n_tokens < self.batch_size:
             raise InputError(f"n_tokens = {self.n_tokens} is less than one batch of {self.batch_size}. Raise n_tokens.")
+        for name in ("lr_warmup_steps", "l1_warmup_steps", "k_anneal_steps"):
+            if getattr(self, name) >= self.n_steps:
+                raise InputError(
+                    f"{name} = {getattr(self, name)} but the run has {self.n_steps} steps, so it would end before the "
+                    f"{'warm-up' if 'warmup' in name else 'annealing'} does. Lower {name}, or raise n_tokens."
+                )
         if self.k_aux is not None and self.k_aux < 1:
             raise InputError(f"k_aux is {self.k_aux}; give a number above 0, or aux_coefficient = 0 for no such term.")
         if self.crosscoder.activation == "batchtopk":
@@ -98,11 +106,6 @@ class TrainConfig:
                     "Set them to 0, or use 'relu'."
                 )
             self._check_annealing()
-            if self.threshold_start_step >= self.n_steps:
-                raise InputError(
-                    f"threshold_start_step = {self.threshold_start_step} but the run has {self.n_steps} steps, so no "
-                    "inference threshold would be tracked. Lower it, or raise n_tokens."
-                )
         elif self.k_start is not None or self.k_anneal_steps:
             raise InputError("k_start and k_anneal_steps have no effect with activation 'relu'. Remove them.")
 
@@ -137,8 +140,9 @@ class TrainSettings(TrainConfig):
     """In place of a cache: the YAML file of `crosscoders cache --config`. The models run while training reads their
     activations, and nothing is stored; the batches are those of the cache. `out` in it has no meaning here."""
     mean_norm: list[float] | None = None
-    """With live: mean of ||x|| of base and tuned, for input_norm sqrt_d; default: that of the first 16,384 tokens. With
-    the numbers of the cache (`crosscoders cache --json`), the weights are those of training on the cache."""
+    """With live: mean of ||x|| of base and tuned, for input_norm sqrt_d; default: that of the first 16,384 tokens, as
+    the mean of input_norm centred is. With the numbers of the cache (`crosscoders cache --json`), the weights are those
+    of training on the cache."""
     eval_cache: str | None = None
     """Cache of held-out documents."""
     wandb: str | None = None
@@ -151,6 +155,8 @@ class TrainSettings(TrainConfig):
         if self.mean_norm is not None:
             if self.cache is not None:
                 raise InputError("mean_norm has no effect with cache, which has its own. Remove it.")
+            if self.input_norm != "sqrt_d":
+                raise InputError(f"mean_norm has no effect with input_norm {self.input_norm!r}. Remove it.")
             if len(self.mean_norm) != 2 or not all(0 < value < float("inf") for value in self.mean_norm):
                 raise InputError(f"mean_norm is {self.mean_norm}; give two numbers above 0: [base, tuned].")
 
@@ -175,6 +181,29 @@ class EvalSettings:
 
 
 # ---------------------------------------------------------------------------------------------------------- presets
+
+SCHEDULE_SHARES = {
+    "lr_warmup_steps": 0.1,
+    "l1_warmup_steps": 0.1,
+    "k_anneal_steps": 0.5,
+    "threshold_start_step": 0.5,
+    "dead_after_tokens": 0.1,
+}
+"""Largest share of a run that a preset's schedule may take."""
+
+
+def fit_to_length(preset: dict[str, Any], n_tokens: int, batch_size: int) -> dict[str, Any]:
+    """Return a preset whose schedule fits a run of `n_tokens`: what would take more than its share is shortened.
+
+    A run of the preset's own length keeps every value.
+    """
+    n_steps = n_tokens // batch_size
+    defaults = {field.name: field.default for field in fields(TrainConfig)}
+    limits = {
+        name: int(share * (n_tokens if name.endswith("tokens") else n_steps)) for name, share in SCHEDULE_SHARES.items()
+    }
+    return preset | {name: min(preset.get(name, defaults[name]), limit) for name, limit in limits.items()}
+
 
 PRESETS: dict[str, dict[str, Any]] = {
     # Minder et al. 2025 (arXiv 2504.02922), Gemma-2-2B, layer 13, as in their training code: 50M FineWeb + 50M LMSYS
@@ -216,7 +245,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "lr": 2e-3,
         "lr_warmup_steps": 50,
         "lr_decay_fraction": 0.2,
-        "input_norm": "sqrt_d",
+        "input_norm": "centred",
         "reconstruction": "squared",
         "decoder_init_norm": 0.3,
         "dead_after_tokens": 100_000,

@@ -26,12 +26,9 @@ def trajectory(device: str, activation: str, products: torch.dtype) -> list[torc
     dead = (torch.arange(256) < (0 if is_relu else 64)).to(device)
     for step in range(20):
         x = torch.randn(128, 2, 48, generator=torch.Generator().manual_seed(step)).to(device)
-        norms = optimizer.decoder_norms()
-        result = forward(
-            model, config, x, dead=dead, k=shape.k, step=step, select=select, decoder_norms=norms, products=products
-        )
+        result = forward(model, config, x, dead=dead, k=shape.k, step=step, select=select, products=products)
         torch.stack(list(result.terms.values())).sum().backward()
-        optimizer.step_(1e-3, result.weight_squares)
+        optimizer.step_(1e-3)
     return [p.detach().cpu() for p in model.parameters()]
 
 

@@ -420,7 +420,7 @@ def test_cache_and_live_stream_train_the_same_weights(pair: Pair, cache_folder: 
     source = ActivationSource(loaded, rows, hook_point="blocks.1.hook_resid_post", batch_rows=4, dtype=torch.float32)
     shared = {"batch_size": 32, "buffer_tokens": 256, "seed": 0}
     train(settings, cached_stream(cache, **shared), tmp_path / "cached")
-    train(settings, live_stream(source, n_tokens=600, mean_norm=cache.mean_norm, **shared), tmp_path / "live")
+    train(settings, live_stream(source, n_tokens=600, moments=cache.moments, **shared), tmp_path / "live")
     assert weights(tmp_path / "cached") == weights(tmp_path / "live")
 
 
@@ -461,7 +461,8 @@ def test_a_non_finite_loss_stops_before_the_step_and_names_term_step_and_state(t
         ({"k_anneal_steps": 9}, "k_anneal_steps = 9 needs k_start"),
         ({"k_start": 40, "k_anneal_steps": 5}, "k_start is 40; it must lie between 1 and dict_size"),
         ({"l1_coefficient": 0.1}, "l1_coefficient and l1_warmup_steps have no effect with activation 'batchtopk'"),
-        ({"threshold_start_step": 40}, "threshold_start_step = 40 but the run has 40 steps, so no inference threshold"),
+        ({"lr_warmup_steps": 40}, "lr_warmup_steps = 40 but the run has 40 steps, so it would end before the warm-up"),
+        ({"k_start": 9, "k_anneal_steps": 41}, "k_anneal_steps = 41 but the run has 40 steps"),
         ({"k_aux": 0}, "k_aux is 0; give a number above 0"),
         ({"lr": 0.0}, "lr is 0.0; give a number above 0"),
         ({"n_tokens": 31}, "n_tokens = 31 is less than one batch of 32"),
