@@ -26,9 +26,9 @@ from diffing.causal.sets import orders
 from diffing.latents.table import read_table
 from diffing.latents.verdict import VERDICTS, Thresholds, is_alive, verdicts
 from diffing.null.calibration import calibrated_row
-from diffing.null.command import result_rows
 from diffing.null.rates import SCORES, effective_number, rate_interval
 from diffing.null.runs import Scaled
+from diffing.null.summary import result_rows
 
 Summary = dict[str, tuple[float | None, str]]
 """Value, None where it is undefined, and unit, by row name without `chat-pair.<variant>.`."""

@@ -4,9 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from crosscoders.common.errors import InputError
-from crosscoders.common.files import hash_file
-from diffing.report.data import read_object
-from diffing.report.text import number
+from crosscoders.common.files import hash_file, read_object
 
 NULL = "diffing null {run} --placebo MODEL --out {run}-null"
 
@@ -61,6 +59,6 @@ def counts_beside(found: dict[str, Any]) -> dict[str, str]:
     beside = {}
     for row in found.get("fixed", []):
         if row["words"].startswith("verdict "):
-            counts = [f"{kind} {number(row['counts'][kind][0]['count'])}" for kind in kinds_of(found)[1:]]
+            counts = [f"{kind} {row['counts'][kind][0]['count']:,}" for kind in kinds_of(found)[1:]]
             beside[row["words"].removeprefix("verdict ")] = ", ".join(counts)
     return beside
