@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from crosscoders.dictionary.settings import CrosscoderConfig
     from crosscoders.formats.load import load_crosscoder
     from crosscoders.models.pair import ModelPair, load_pair
-    from crosscoders.text.settings import DataSource
+    from crosscoders.text.settings import DataConfig, DataSource
     from crosscoders.training.loop import train
     from crosscoders.training.settings import TrainConfig
 
@@ -29,6 +29,7 @@ _HOMES = {
     "CorruptData": "crosscoders.common.errors",
     "Crosscoder": "crosscoders.dictionary.crosscoder",
     "CrosscoderConfig": "crosscoders.dictionary.settings",
+    "DataConfig": "crosscoders.text.settings",
     "DataSource": "crosscoders.text.settings",
     "EnvironmentFault": "crosscoders.common.errors",
     "InputError": "crosscoders.common.errors",
@@ -52,6 +53,7 @@ __all__ = [
     "CorruptData",
     "Crosscoder",
     "CrosscoderConfig",
+    "DataConfig",
     "DataSource",
     "EnvironmentFault",
     "InputError",

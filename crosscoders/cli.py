@@ -1,17 +1,12 @@
 """`crosscoders cache | merge | train | eval`: settings and messages only; the work is in the modules named here."""
 
-from crosscoders.activations.settings import CacheSettings, MergeSettings
+from crosscoders.activations.settings import CACHE, MergeSettings
 from crosscoders.common.command_line import Command
 from crosscoders.common.command_line import main as run_main
 from crosscoders.training.settings import PRESETS, EvalSettings, TrainSettings, fit_to_length
 
 COMMANDS = [
-    Command(
-        "cache",
-        "Store paired activations of a base and a tuned model on disk.",
-        CacheSettings,
-        "crosscoders.activations.command:cache",
-    ),
+    CACHE,
     Command(
         "merge",
         "Put the parts of a cache together.",

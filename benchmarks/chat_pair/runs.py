@@ -22,7 +22,7 @@ from crosscoders.common.errors import InputError
 from crosscoders.common.progress import say
 from crosscoders.formats.load import load_crosscoder
 from crosscoders.text.chats import read_chats
-from diffing.causal.patching import cached_config, inspect_cached, load_whole, measure
+from diffing.causal.patching import inspect_cached, load_whole, measure
 from diffing.causal.sets import choose_sets
 from diffing.causal.summary import rows
 from diffing.demo import model_folder
@@ -149,7 +149,7 @@ def causal_rows(run: Path, cache: ActivationCache, n_documents: int) -> list[dic
     say(f"causal {run}")
     sets = {"base_to_tuned": choose_sets(table, 1, n_latents=[TOP], draws=DRAWS, seed=0)}
     info = inspect_cached(cache)
-    chats = read_chats(cached_config(cache), info.tokenizer, n_documents)
+    chats = read_chats(cache.config.data_config(), info.tokenizer, n_documents)
     pair = load_whole(info, cache.manifest["hook_point"], "auto", "auto")
     found = rows(measure(crosscoder, pair, chats, sets, first_tokens=FIRST_TOKENS), first_tokens=FIRST_TOKENS)
     files.write_json(kept, {"asked": asked, "rows": found})

@@ -121,14 +121,16 @@ def raw_loss(model: Any, tokenizer: Any, texts: list[str]) -> Measurement:
 
 def _padded(tokenizer: Any, texts: list[str]) -> Iterator[tuple[Any, Any]]:
     """Ids and mask of texts of similar length, padded on the right."""
+    import numpy as np
     import torch
+
+    from crosscoders.text.padding import pad
 
     rows = sorted((tokenizer(text)["input_ids"][:128] for text in texts), key=len)
     for start in range(0, len(rows), BATCH):
-        batch = rows[start : start + BATCH]
-        width = len(batch[-1])
-        ids = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row in batch])
-        yield ids, torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in batch])
+        batch = [np.array(row) for row in rows[start : start + BATCH]]
+        mask = [np.ones(len(row), dtype=bool) for row in batch]
+        yield pad(batch, tokenizer.pad_token_id, torch.int64), pad(mask, 0, torch.bool)
 
 
 def _questions(rows: list[dict[str, Any]], groups: tuple[str, ...]) -> list[str]:

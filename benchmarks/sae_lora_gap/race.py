@@ -24,7 +24,7 @@ from benchmarks.sae_lora_gap.saes import Design, make_sae, quality
 from benchmarks.sae_lora_gap.setting import CPU, HELD_OUT, HOOK_POINT, ROWS, Size, activations, batches, open_base
 from crosscoders.common.results import row
 from crosscoders.models import predictions, resume
-from crosscoders.text.tokens import Batch
+from crosscoders.text.padding import Batch
 from sae_lora import FitConfig, load_dictionary, splice
 from sae_lora.dictionaries.frozen import FrozenDictionary, SaeLens
 from sae_lora.fitting.correctors import Fitted, start

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from crosscoders.common import files
 from crosscoders.models import resume
-from crosscoders.text.tokens import Batch
+from crosscoders.text.padding import Batch
 from diffing.demo import ASSETS, model_folder, read_rows
 from sae_lora.fitting.inputs import Plan, load_model, make_plan
 from sae_lora.fitting.settings import TextConfig

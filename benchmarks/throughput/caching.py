@@ -21,7 +21,8 @@ from crosscoders.activations.source import ActivationSource
 from crosscoders.common.files import write_tensors
 from crosscoders.models.hooks import capture
 from crosscoders.models.pair import ModelPair, PairInfo
-from crosscoders.text.tokens import PaddedBatch, Rows, pad_rows
+from crosscoders.text.padding import Batch
+from crosscoders.text.tokens import Rows, pad_rows
 
 
 class Size(NamedTuple):
@@ -57,7 +58,7 @@ class Pair(NamedTuple):
     """The models with their heads."""
     pair: ModelPair
     source: ActivationSource
-    batch: PaddedBatch
+    batch: Batch
     """The first batch: `n_rows` rows, or 8 if there are more."""
 
     def read(self) -> Tensor:
@@ -104,7 +105,7 @@ def rows(quick: bool) -> list[dict[str, Any]]:
 
 def cache_rows(name: str, made: Pair, *, n_rounds: int, clock: Clock = cpu_seconds) -> list[dict[str, Any]]:
     """Reading and writing a shard, against the truncated and the full forward passes of one batch."""
-    ids, mask = (torch.from_numpy(t).to(made.pair.device) for t in (made.batch.ids, made.batch.attention_mask))
+    ids, mask, *_ = made.batch.to(made.pair.device)
 
     def full_forward() -> None:
         for model in made.full:
@@ -153,7 +154,7 @@ def saelens_rows(
     Raises:
         RuntimeError: the activations differ.
     """
-    ids = torch.from_numpy(made.batch.ids)
+    ids = made.batch.ids
     readers = readers or saelens_readers(made)
 
     @torch.inference_mode()

@@ -9,10 +9,12 @@ import numpy as np
 
 from crosscoders.activations.plan import FORMAT_VERSION
 from crosscoders.activations.scored import Moments, Tokens, concatenate
+from crosscoders.activations.settings import CacheConfig
 from crosscoders.common import files
 from crosscoders.common.errors import CorruptData, InputError
 from crosscoders.common.folders import open_folder
 from crosscoders.models.names import identity
+from crosscoders.text.settings import DataSource
 
 
 class ActivationCache:
@@ -57,6 +59,12 @@ class ActivationCache:
 
     def __len__(self) -> int:
         return int(self.starts[-1])
+
+    @property
+    def config(self) -> CacheConfig:
+        """The settings that the cache was made with."""
+        settings = self.manifest["config"]
+        return CacheConfig(**settings | {"data": [DataSource(**source) for source in settings["data"]]})
 
     @property
     def d_model(self) -> int:

@@ -26,7 +26,7 @@ def make_plan(config: CacheConfig) -> Plan:
     names = [str(point.hook_point) for point in config.points()]
     info = inspect_pair(config.base, config.tuned, names, tokenizer=config.tokenizer)
     template = read_template(config.chat_template)
-    rows = tokenize_documents(config, info.tokenizer, template)
+    rows = tokenize_documents(config.data_config(), info.tokenizer)
     shared = {
         "format_version": FORMAT_VERSION,
         **info.hashes(),

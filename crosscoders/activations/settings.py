@@ -4,9 +4,10 @@ import re
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
-from crosscoders.common.checks import require_positive, require_range
+from crosscoders.common.checks import _only, require_positive
+from crosscoders.common.command_line import Command
 from crosscoders.common.errors import InputError
-from crosscoders.text.settings import DataSource
+from crosscoders.text.settings import DataConfig, DataSource
 
 
 class Part(NamedTuple):
@@ -87,13 +88,8 @@ class CacheConfig:
     """Seed of the order of documents."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "n_tokens", "context_length", "batch_rows", "shard_tokens")
-        require_range(self, 0, None, "shuffle_documents")
-        if isinstance(self.data, str) and self.data.lstrip().startswith(("[", "{")):
-            raise InputError(
-                f"data {self.data!r} is not a list of paths or of {{path, name, split, text_column, messages_column, "
-                "group, weight}. Check its keys and quotes."
-            )
+        self.data_config()
+        require_positive(self, "batch_rows", "shard_tokens")
         if not self.hook_point:
             raise InputError("hook_point is empty. Give a name such as blocks.13.hook_resid_post, or a list of them.")
         for number, name in enumerate(self.hook_point if isinstance(self.hook_point, list) else []):
@@ -106,12 +102,9 @@ class CacheConfig:
             return [self]
         return [replace(self, hook_point=name, out=f"{self.out.rstrip('/')}/{name}") for name in self.hook_point]
 
-    def sources(self) -> list[DataSource]:
-        """The data setting as a list of sources."""
-        listed = self.data if isinstance(self.data, list) else [self.data]
-        if not listed:
-            raise InputError("data is an empty list; name at least one file, folder or dataset id.")
-        return [DataSource(path=item) if isinstance(item, str) else item for item in listed]
+    def data_config(self) -> DataConfig:
+        """Return the settings that say which documents are read, and how."""
+        return _only(DataConfig, self)
 
 
 @dataclass(frozen=True)
@@ -139,6 +132,14 @@ class CacheSettings(CacheConfig):
     def chosen_part(self) -> Part | None:
         """The setting `part`, read."""
         return parse_part(self.part) if self.part is not None else None
+
+
+CACHE = Command(
+    "cache",
+    "Store paired activations of a base and a tuned model on disk.",
+    CacheSettings,
+    "crosscoders.activations.command:cache",
+)
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ class ShardWriter:
             "groups": rows.group_names,
             "counts": rows.counts,
         }
-        settings = to_dict(self.config) | {"data": [to_dict(source) for source in self.config.sources()]}
+        settings = to_dict(self.config) | {"data": [to_dict(source) for source in self.config.data_config().sources()]}
         if self.part:
             whole = {**header, "part": str(self.part), "config": settings, "shards": self.shards}
             self.folder.write_json("part.json", whole)

@@ -18,6 +18,7 @@ from crosscoders.activations.scored import DTYPES, Tokens
 from crosscoders.activations.settings import CacheConfig
 from crosscoders.common.errors import CorruptData
 from crosscoders.models.pair import ModelPair, load_pair
+from crosscoders.text.padding import padding_id
 from crosscoders.text.tokens import Rows, iterate_scored, pad_rows
 
 
@@ -44,8 +45,7 @@ class ActivationSource:
         self.hook_points = [hook_point] if isinstance(hook_point, str) else list(hook_point)
         self.batches = rows.batches(batch_rows)
         self.spans = list(iterate_scored(rows, self.batches))
-        pad = pair.info.tokenizer.pad_token_id
-        self.pad_id = 0 if pad is None else int(pad)
+        self.pad_id = padding_id(pair.info.tokenizer)
 
     def read(self, start: int, stop: int) -> Iterator[Tokens]:
         """Scored tokens start to stop at the (first) hook point, forward pass by forward pass."""
@@ -67,7 +67,7 @@ class ActivationSource:
 
     def _start(self, numbers: Int[np.ndarray, " rows"], keep: slice) -> _Pass:
         batch = pad_rows(self.rows, numbers, self.pad_id)
-        scored = torch.from_numpy(batch.scored)
+        scored = batch.scored
         on_gpu = self.pair.device.type == "cuda"
         # Numbers instead of a mask: a mask on the GPU would have to wait for it to count them.
         chosen = scored.flatten().nonzero()[:, 0].to(self.pair.device, non_blocking=True)
@@ -81,10 +81,10 @@ class ActivationSource:
         if copied is not None:
             copied.record(torch.cuda.current_stream(self.pair.device))
         positions = torch.arange(scored.shape[1]).expand(scored.shape)[scored]
-        documents = torch.from_numpy(batch.rows)[:, None].expand(scored.shape)[scored]
+        documents = torch.from_numpy(batch.numbers)[:, None].expand(scored.shape)[scored]
         row_starts = torch.from_numpy(self.rows.offsets)[documents]
         columns = {
-            "token_ids": torch.from_numpy(batch.ids)[scored].int(),
+            "token_ids": batch.ids[scored].int(),
             "positions": positions.int(),
             "document_ids": documents.int(),
             "roles": torch.from_numpy(self.rows.roles)[row_starts + positions],

@@ -27,7 +27,7 @@ from crosscoders.models.names import (
     quiet_transformers,
     require_no_lost_path,
 )
-from crosscoders.text.tokens import PaddedBatch
+from crosscoders.text.padding import Batch
 
 
 @dataclass(frozen=True)
@@ -63,14 +63,13 @@ class ModelPair:
     hook_points: list[str]
     device: torch.device
 
-    def activations(self, batch: PaddedBatch, hook_point: str) -> Float[Tensor, "rows seq n_models d_model"]:
+    def activations(self, batch: Batch, hook_point: str) -> Float[Tensor, "rows seq n_models d_model"]:
         """Activations of both models on one padded batch, base first."""
         return self.activations_at(batch)[hook_point]
 
-    def activations_at(self, batch: PaddedBatch) -> dict[str, Float[Tensor, "rows seq n_models d_model"]]:
+    def activations_at(self, batch: Batch) -> dict[str, Float[Tensor, "rows seq n_models d_model"]]:
         """The same at every hook point, from one forward pass of each model."""
-        ids = torch.from_numpy(batch.ids).to(self.device, non_blocking=True)
-        mask = torch.from_numpy(batch.attention_mask).to(self.device, non_blocking=True)
+        ids, mask, *_ = batch.to(self.device)
         base, tuned = (hooks.run_to(model, self.hook_points, ids, mask) for model in self.models)
         return {name: torch.stack([base.pop(name), tuned.pop(name)], dim=2) for name in self.hook_points}
 

@@ -7,9 +7,10 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from crosscoders.activations.settings import CacheConfig
 from crosscoders.common.errors import InputError
 from crosscoders.text.documents import read_documents
+from crosscoders.text.padding import Batch, make_batch, pad
+from crosscoders.text.settings import DataConfig
 from crosscoders.text.tokens import ROLES, read_template, special_ids, tokenize_chat
 
 TEMPLATE, RESPONSE = ROLES.index("template"), ROLES.index("assistant")
@@ -25,19 +26,16 @@ class Chat(NamedTuple):
 
 
 class ChatBatch(NamedTuple):
-    """Chats, padded on the right."""
+    """Chats side by side."""
 
-    ids: Int[Tensor, "rows seq"]
-    attention_mask: Int[Tensor, "rows seq"]
-    scored: Bool[Tensor, "rows seq"]
+    tokens: Batch
     is_template: Bool[Tensor, "rows seq"]
     place: Int[Tensor, "rows seq"]
     """Place of a response token in its response, counted from 1; 0 for every other token, and for a first token, which
     nothing predicts."""
-    documents: Int[Tensor, " rows"]
 
 
-def read_chats(config: CacheConfig, tokenizer: Any, n_documents: int) -> list[Chat]:
+def read_chats(config: DataConfig, tokenizer: Any, n_documents: int) -> list[Chat]:
     """The first chats with a response, in the order of documents that `config` makes, tokenised as for its cache.
 
     Raises:
@@ -67,8 +65,8 @@ def read_chats(config: CacheConfig, tokenizer: Any, n_documents: int) -> list[Ch
             break
     if not found:
         raise InputError(
-            f"no document of {', '.join(source.path for source in config.sources())} has a response, a message of the "
-            "role assistant within the context length. Name chats with --data."
+            f"no document of {config.paths()} has a response, a message of the role assistant within the context "
+            "length. Name chats with --data."
         )
     return found
 
@@ -78,7 +76,7 @@ def batches(chats: list[Chat], batch_rows: int, pad_id: int) -> list[ChatBatch]:
     at once or not at all."""
     order = sorted(range(len(chats)), key=lambda i: -len(chats[i].ids))
     groups = [order[i : i + batch_rows] for i in range(0, len(order), batch_rows)]
-    return [_pad([chats[i] for i in group], group, pad_id) for group in groups]
+    return [_batch([chats[i] for i in group], group, pad_id) for group in groups]
 
 
 def response_places(roles: Int[np.ndarray, " seq"]) -> Int[np.ndarray, " seq"]:
@@ -89,15 +87,11 @@ def response_places(roles: Int[np.ndarray, " seq"]) -> Int[np.ndarray, " seq"]:
     return np.where(is_response, number - before, 0)
 
 
-def _pad(chats: list[Chat], numbers: list[int], pad_id: int) -> ChatBatch:
-    shape = (len(chats), max(len(chat.ids) for chat in chats))
-    ids = np.full(shape, pad_id, dtype=np.int64)
-    mask, place = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
-    scored, is_template = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=bool)
-    for row, chat in enumerate(chats):
-        n = len(chat.ids)
-        ids[row, :n], mask[row, :n], scored[row, :n] = chat.ids, 1, chat.scored
-        is_template[row, :n], place[row, :n] = chat.roles == TEMPLATE, response_places(chat.roles)
+def _batch(chats: list[Chat], numbers: list[int], pad_id: int) -> ChatBatch:
+    place = pad([response_places(chat.roles) for chat in chats], 0, torch.int64)
     place[:, 0] = 0
-    arrays = (ids, mask, scored, is_template, place, np.array(numbers))
-    return ChatBatch(*(torch.from_numpy(array) for array in arrays))
+    return ChatBatch(
+        make_batch([chat.ids for chat in chats], [chat.scored for chat in chats], np.array(numbers), pad_id),
+        pad([chat.roles == TEMPLATE for chat in chats], 0, torch.bool),
+        place,
+    )

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int, UInt8
-from torch import Tensor
 
-from crosscoders.activations.settings import CacheConfig
 from crosscoders.common.errors import InputError
 from crosscoders.text.documents import Document, read_documents
+from crosscoders.text.padding import Batch, make_batch
+from crosscoders.text.settings import DataConfig
 
 ROLES = ("text", "template", "user", "assistant", "system")
 """What a token belongs to: plain text, the chat template, or the content of a message."""
@@ -62,6 +62,14 @@ class Rows(NamedTuple):
             found.extend(batches[i] for i in np.random.default_rng(start).permutation(len(batches)))
         return found
 
+    def packed(self, n_rows: int, length: int) -> "Rows":
+        """Return all documents end to end, each with its BOS, cut into `n_rows` sequences of `length` tokens."""
+        n = n_rows * length
+        return self._replace(
+            ids=self.ids[:n], roles=self.roles[:n], scored=self.scored[:n], offsets=np.arange(0, n + 1, length),
+            groups=np.zeros(n_rows, dtype=np.int64), n_scored=int(self.scored[:n].sum()),
+        )  # fmt: skip
+
     def scored_in_row(self) -> Int[np.ndarray, " rows"]:
         """Scored tokens of each row."""
         return np.add.reduceat(self.scored.astype(np.int64), self.offsets[:-1])
@@ -79,6 +87,16 @@ def tokenize_text(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
     if bos is not None and ids[:1] != [bos]:
         ids = [bos, *ids]
     return ids, [0] * len(ids)
+
+
+def tokenize_prompt(tokenizer: Any, prompt: str) -> list[int]:
+    """Return the ids of one user message in the chat template, up to where the answer begins, or of plain text where
+    the tokenizer has no template; with one beginning-of-sequence token where there is one."""
+    if not tokenizer.chat_template:
+        return tokenize_text(tokenizer, prompt)[0]
+    chat = [{"role": "user", "content": prompt}]
+    rendered = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    return _one_bos(tokenizer, list(tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"]))
 
 
 def tokenize_chat(
@@ -109,10 +127,16 @@ def tokenize_chat(
     for message, (start, stop) in zip(messages, spans, strict=True):
         role_of_char[start:stop] = _role_number(message["role"])
     roles = [int(role_of_char[start]) for start, _ in encoded["offset_mapping"]]
+    ids = _one_bos(tokenizer, ids)
+    return ids, roles[-len(ids) :]
+
+
+def _one_bos(tokenizer: Any, ids: list[int]) -> list[int]:
+    """Return the ids of a chat without what a template repeats of the beginning-of-sequence token."""
     bos = tokenizer.bos_token_id
     while bos is not None and ids[:2] == [bos, bos]:
-        ids, roles = ids[1:], roles[1:]
-    return ids, roles
+        ids = ids[1:]
+    return ids
 
 
 def _content_spans(
@@ -145,12 +169,13 @@ def _role_number(role: str) -> int:
     return ROLES.index(name) if name in ROLES[2:] else ROLES.index("user")
 
 
-def tokenize_documents(config: CacheConfig, tokenizer: Any, template: str | None) -> Rows:
+def tokenize_documents(config: DataConfig, tokenizer: Any) -> Rows:
     """Read and tokenise documents until `n_tokens` are scored, before any model loads.
 
     Raises:
         InputError: the data holds no text, or ends before the budget; a chat has no template.
     """
+    template = read_template(config.chat_template)
     dropped = np.array(special_ids(tokenizer, drop_bos=config.drop_bos), dtype=np.int32)
     built = _Builder(dropped)
 
@@ -164,9 +189,7 @@ def tokenize_documents(config: CacheConfig, tokenizer: Any, template: str | None
         if built.n_scored >= config.n_tokens:
             break
     if not built.n_scored:
-        raise InputError(
-            f"the data holds no text: {', '.join(s.path for s in config.sources())}. Name data with documents."
-        )
+        raise InputError(f"the data holds no text: {config.paths()}. Name data with documents.")
     if built.n_scored < config.n_tokens:
         raise InputError(
             f"the data has only {built.n_scored:,} scored tokens in {len(built.groups):,} documents but n_tokens is "
@@ -238,28 +261,10 @@ def _row(document: Document, tokenizer: Any, template: str | None, context_lengt
     return Row(ids[:context_length], roles[:context_length], max(0, len(ids) - context_length))
 
 
-class PaddedBatch(NamedTuple):
-    """Right-padded rows; the same for both models."""
-
-    ids: Int[np.ndarray, "rows seq"]
-    attention_mask: Int[np.ndarray, "rows seq"]
-    scored: Bool[np.ndarray, "rows seq"]
-    rows: Int[np.ndarray, " rows"]
-    """Number of each row, which is also the document's."""
-
-
-def pad_rows(rows: Rows, numbers: Int[np.ndarray, " rows_of_batch"], pad_id: int) -> PaddedBatch:
-    """One batch of rows, padded on the right; padding is neither attended to nor scored."""
-    spans = [(rows.offsets[i], rows.offsets[i + 1]) for i in numbers]
-    width = max(stop - start for start, stop in spans)
-    ids = np.full((len(spans), width), pad_id, dtype=np.int64)
-    mask = np.zeros((len(spans), width), dtype=np.int64)
-    scored = np.zeros((len(spans), width), dtype=bool)
-    for r, (start, stop) in enumerate(spans):
-        ids[r, : stop - start] = rows.ids[start:stop]
-        mask[r, : stop - start] = 1
-        scored[r, : stop - start] = rows.scored[start:stop]
-    return PaddedBatch(ids, mask, scored, numbers)
+def pad_rows(rows: Rows, numbers: Int[np.ndarray, " rows_of_batch"], pad_id: int) -> Batch:
+    """Return some of the rows as one batch."""
+    spans = [slice(rows.offsets[i], rows.offsets[i + 1]) for i in numbers]
+    return make_batch([rows.ids[span] for span in spans], [rows.scored[span] for span in spans], numbers, pad_id)
 
 
 def read_template(path: str | None) -> str | None:
@@ -282,14 +287,3 @@ def iterate_scored(rows: Rows, batches: list[Int[np.ndarray, " _"]]) -> Iterator
         stop = start + int(per_row[numbers].sum())
         yield start, stop
         start = stop
-
-
-class Batch(NamedTuple):
-    """Padded sequences on the device of the model."""
-
-    ids: Int[Tensor, "rows seq"]
-    attention_mask: Int[Tensor, "rows seq"]
-    scored: Bool[Tensor, "rows seq"]
-    """Tokens whose prediction counts in cross-entropy: no padding, no BOS."""
-    numbers: Int[np.ndarray, " rows"]
-    """Number of each sequence."""

@@ -16,10 +16,9 @@ from crosscoders.activations import needs
 from crosscoders.activations.cache import ActivationCache
 from crosscoders.activations.plan import make_plan
 from crosscoders.activations.scored import DTYPES, Moments, Tokens
-from crosscoders.activations.settings import CacheConfig
+from crosscoders.activations.settings import CACHE, CacheConfig
 from crosscoders.activations.source import open_source
 from crosscoders.activations.stream import BufferedStream, cached_stream, live_stream
-from crosscoders.cli import COMMANDS
 from crosscoders.common import files, memory
 from crosscoders.common.command_line import parse
 from crosscoders.common.devices import choose_device
@@ -152,8 +151,7 @@ def read_cache_config(path: str) -> CacheConfig:
     """
     if not Path(path).is_file():
         raise InputError(f"config file {path!r} does not exist. Check the path of --live.")
-    command = next(command for command in COMMANDS if command.name == "cache")
-    found = parse("crosscoders", command, ["--config", path, "--out", "-"]).settings
+    found = parse("crosscoders", CACHE, ["--config", path, "--out", "-"]).settings
     for name in ("part", "devices"):
         if getattr(found, name) is not None:
             raise InputError(f"{name} in {path!r} has no effect with --live. Remove it.")

@@ -1,22 +1,25 @@
 """`diffing causal`, `steer` and `lens`, as functions of their settings that return a JSON object."""
 
 import time
+from dataclasses import replace
 from typing import Any
 
 from crosscoders.common import files
 from crosscoders.common.checks import to_dict
+from crosscoders.common.devices import choose_device
 from crosscoders.common.progress import say
 from crosscoders.common.results import closing, result
 from crosscoders.formats.load import load_crosscoder
+from crosscoders.text.chats import read_chats
 from diffing.causal.lens import logit_lens
-from diffing.causal.patching import inspect_cached, load_whole, measure_run
-from diffing.causal.sets import checked
+from diffing.causal.patching import DIRECTIONS, inspect_cached, load_whole, measure
+from diffing.causal.sets import checked, choose_sets
 from diffing.causal.settings import CausalSettings, LensSettings, SteerSettings
 from diffing.causal.steering import answer, steered, steering_vector
 from diffing.causal.summary import rows, summary
 from diffing.latents.latent_scaling import MODELS
 from diffing.latents.runs import open_run_and_cache
-from diffing.latents.table import read_table
+from diffing.latents.table import read_table, require_fit
 
 
 def causal(settings: CausalSettings) -> dict[str, Any]:
@@ -24,7 +27,30 @@ def causal(settings: CausalSettings) -> dict[str, Any]:
     started = time.perf_counter()
     run, cache = open_run_and_cache(settings.run, settings.cache)
     say(f"causal {run} at {cache.manifest['hook_point']} of the models of {cache.path}")
-    measured = measure_run(run, cache, settings)
+    table = read_table(run)
+    crosscoder = load_crosscoder(run, device=str(choose_device(settings.device)))
+    require_fit(crosscoder, cache)
+    sets = {
+        direction: choose_sets(
+            table,
+            target,
+            n_latents=settings.top(),
+            draws=settings.random_draws,
+            seed=settings.seed,
+            match_frequency=settings.match_frequency,
+            latents=settings.latents,
+        )
+        for direction, target in DIRECTIONS.items()
+    }
+    config = cache.config.data_config()
+    if settings.data is not None:
+        config = replace(config, data=settings.data)
+    info = inspect_cached(cache)
+    chats = read_chats(config, info.tokenizer, settings.n_documents)
+    pair = load_whole(info, cache.manifest["hook_point"], settings.device, settings.model_dtype)
+    measured = measure(
+        crosscoder, pair, chats, sets, batch_rows=settings.batch_rows, first_tokens=settings.first_tokens
+    )
     found = rows(measured, first_tokens=settings.first_tokens, seed=settings.seed)
     described = {**result("causal", to_dict(settings), found), "latents": files.hash_file(run / "latents.json")}
     files.write_json(run / "causal.json", described)

@@ -6,7 +6,7 @@ import torch
 
 from crosscoders.dictionary.crosscoder import Crosscoder
 from crosscoders.models.pair import ModelPair
-from crosscoders.models.resume import ResumableModel
+from crosscoders.models.resume import read_out
 from diffing.latents.latent_scaling import MODELS
 
 
@@ -14,8 +14,8 @@ from diffing.latents.latent_scaling import MODELS
 def logit_lens(
     crosscoder: Crosscoder, pair: ModelPair, latents: list[int], *, n_tokens: int = 10
 ) -> dict[str, dict[str, list[str]]]:
-    """Per latent and model the tokens of largest logit when D_j^m, in the units of x, is the residual stream after the
-    last layer. `pair` holds whole models.
+    """Return per latent and model the tokens of largest logit when D_j^m, in the units of x, is the residual stream
+    after the last layer. `pair` holds whole models.
 
     Only a direct reading: what layers above the hook point would make of the direction is left out.
     """
@@ -23,9 +23,8 @@ def logit_lens(
     tokenizer: Any = pair.info.tokenizer
     found: dict[str, dict[str, list[str]]] = {str(latent): {} for latent in latents}
     for m, (name, model) in enumerate(zip(MODELS, pair.models, strict=True)):
-        reader = ResumableModel(model, pair.hook_points[0])
-        for latent, direction in zip(latents, decoder[:, m], strict=True):
-            logits = reader.logits(direction[None].to(reader.device, next(model.parameters()).dtype))[0]
-            best = logits[: len(tokenizer)].topk(n_tokens).indices
+        weight = next(model.parameters())
+        logits = read_out(model, decoder[:, m].to(weight.device, weight.dtype))
+        for latent, best in zip(latents, logits[:, : len(tokenizer)].topk(n_tokens).indices, strict=True):
             found[str(latent)][name] = [tokenizer.decode([int(token)]) for token in best]
     return found

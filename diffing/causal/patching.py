@@ -7,13 +7,12 @@ For each direction, source s into target t, the target's upper layers run on a p
     share closed  = 1 - KL(set) / KL(none)
 
 over all response tokens and over the first K of each response. The prediction of a token is made one position before
-it. Tokens that are not scored (the beginning of sequence) keep the target's own activation. `measure_run` is what
-`diffing causal` does: `measure` runs the models, causal_summary divides and resamples.
+it. Tokens that are not scored (the beginning of sequence) keep the target's own activation. `measure` runs the models;
+causal.summary divides and resamples.
 Source: Minder et al. 2025 (arXiv 2504.02922), section on causality. Differs: docs/math.md, "Causal patching".
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -22,20 +21,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from crosscoders.activations.cache import ActivationCache
-from crosscoders.activations.settings import CacheConfig
-from crosscoders.common.devices import choose_device
 from crosscoders.common.errors import InputError
 from crosscoders.common.progress import Progress, say
 from crosscoders.dictionary.crosscoder import Crosscoder
-from crosscoders.formats.load import load_crosscoder
 from crosscoders.models import predictions
 from crosscoders.models.pair import ModelPair, PairInfo, inspect_pair, load_pair
 from crosscoders.models.resume import ResumableModel, State
-from crosscoders.text.chats import Chat, ChatBatch, batches, read_chats
-from crosscoders.text.settings import DataSource
-from diffing.causal.sets import Exchange, Parts, PatchSet, choose_sets
-from diffing.causal.settings import CausalSettings
-from diffing.latents.table import read_table, require_fit
+from crosscoders.text.chats import Chat, ChatBatch, batches
+from crosscoders.text.padding import padding_id
+from diffing.causal.sets import Exchange, Parts, PatchSet
 
 DIRECTIONS = {"base_to_tuned": 1, "tuned_to_base": 0}
 """Direction -> the target, whose upper layers run."""
@@ -56,50 +50,15 @@ class Measured(NamedTuple):
     n_tokens: Int[np.ndarray, "windows documents"]
 
 
-def measure_run(run: Path, cache: ActivationCache, settings: CausalSettings) -> dict[str, Measured]:
-    """Measure a finished run on the chats behind `cache`, or on other chats that the settings name.
-
-    Raises:
-        InputError: anything that the settings, the run or the data get wrong, before a model loads.
-    """
-    table = read_table(run)
-    crosscoder = load_crosscoder(run, device=str(choose_device(settings.device)))
-    require_fit(crosscoder, cache)
-    sets = {
-        direction: choose_sets(
-            table,
-            target,
-            n_latents=settings.top(),
-            draws=settings.random_draws,
-            seed=settings.seed,
-            match_frequency=settings.match_frequency,
-            latents=settings.latents,
-        )
-        for direction, target in DIRECTIONS.items()
-    }
-    config = cached_config(cache, settings.data)
-    info = inspect_cached(cache)
-    chats = read_chats(config, info.tokenizer, settings.n_documents)
-    pair = load_whole(info, cache.manifest["hook_point"], settings.device, settings.model_dtype)
-    return measure(crosscoder, pair, chats, sets, batch_rows=settings.batch_rows, first_tokens=settings.first_tokens)
-
-
 def inspect_cached(cache: ActivationCache) -> PairInfo:
-    """The pair that a cache was made with, checked without its weights."""
-    config = cached_config(cache)
+    """Check the pair that a cache was made with, without its weights."""
+    config = cache.config
     return inspect_pair(config.base, config.tuned, [cache.manifest["hook_point"]], tokenizer=config.tokenizer)
 
 
 def load_whole(info: PairInfo, hook_point: str, device: str, dtype: str) -> ModelPair:
     """Both models with their unembedding."""
     return load_pair(info.base, info.tuned, hook_point, device=device, dtype=dtype, info=info, whole=True)
-
-
-def cached_config(cache: ActivationCache, data: str | None = None) -> CacheConfig:
-    """The settings that a cache was made with, with other documents where they are named."""
-    settings = dict(cache.manifest["config"])
-    settings["data"] = [DataSource(**source) for source in settings["data"]] if data is None else data
-    return CacheConfig(**settings)
 
 
 def measure(
@@ -120,20 +79,19 @@ def measure(
     if unknown or not sets or not chats:
         raise InputError(f"measure needs chats and sets for {' or '.join(DIRECTIONS)}; it got {unknown or 'none'}.")
     models = [ResumableModel(model, pair.hook_points[0]) for model in pair.models]
-    if not all(model.can_skip for model in models):
+    if not all(model.prefix for model in models):
         say("the layers below the hook point cannot be left out in this architecture; every patch runs them")
     exchange = Exchange(crosscoder.to(pair.device))
     sums = {name: _Sums([p.name for p in listed], len(chats), first_tokens) for name, listed in sets.items()}
-    pad = pair.info.tokenizer.pad_token_id
     progress = Progress("causal", total=len(chats), unit="chat")
-    for batch in batches(chats, batch_rows, 0 if pad is None else int(pad)):
-        states = [model.run(batch.ids.to(pair.device), batch.attention_mask.to(pair.device)) for model in models]
-        scored = batch.scored.to(pair.device)
-        x = torch.stack([state.activation[scored] for state in states], dim=1)
-        parts = exchange.take_apart(x, batch.is_template[batch.scored])
+    for batch in batches(chats, batch_rows, padding_id(pair.info.tokenizer)):
+        tokens = batch.tokens.to(pair.device)
+        states = [model.run(tokens) for model in models]
+        x = torch.stack([state.activation[tokens.scored] for state in states], dim=1)
+        parts = exchange.take_apart(x, batch.is_template[batch.tokens.scored])
         for name, patches in sets.items():
             _one_direction(sums[name], models, states, batch, exchange, parts, patches, DIRECTIONS[name])
-        progress.update(len(batch.documents))
+        progress.update(len(batch.place))
     progress.close()
     return {name: found.result() for name, found in sums.items()}
 
@@ -150,7 +108,7 @@ def _one_direction(
 ) -> None:
     """Add one batch: the residuals of all patches at the predicting positions, then logits in chunks."""
     model, state, other = models[target], states[target], states[1 - target]
-    scored = batch.scored.to(model.device)
+    scored = state.batch.scored
     predicted = batch.place[:, 1:] > 0
     at = predicted.to(model.device)
     finals = []
@@ -159,8 +117,8 @@ def _one_direction(
         activation[scored] = exchange.patched(parts, patch, target).to(activation.dtype)
         finals.append(model.resume(state, activation)[:, :-1][at])
     own, source = state.final[:, :-1][at], other.final[:, :-1][at]
-    token_ids, place = batch.ids[:, 1:][predicted], batch.place[:, 1:][predicted]
-    documents = batch.documents[:, None].expand(predicted.shape)[predicted]
+    token_ids, place = batch.tokens.ids[:, 1:][predicted], batch.place[:, 1:][predicted]
+    documents = torch.from_numpy(batch.tokens.numbers)[:, None].expand(predicted.shape)[predicted]
     vocabulary = model.logits(own[:1]).shape[1]
     for span in torch.arange(len(own)).split(max(1, _LOGITS // vocabulary)):
         tokens = token_ids[span].to(model.device)

@@ -2,7 +2,8 @@ r"""Steering: a latent's decoder added at the hook point while the model writes.
 
     x <- x + strength * max_activation_j * D_j^m       at every position, D_j^m = d_j^m / input_scale_m
 
-A constant is added once to every position, so that generation with and without a cache of keys and values is the same.
+A constant is added once to every position, so that generation with and without a cache of keys and values is the same;
+a TransformerBridge generates without one.
 """
 
 import contextlib
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from crosscoders.dictionary.crosscoder import Crosscoder
 from crosscoders.models import hooks
+from crosscoders.text.tokens import tokenize_prompt
 
 
 def steering_vector(crosscoder: Crosscoder, latent: int, *, side: int, activation: float) -> Float[Tensor, " d_model"]:
@@ -30,16 +32,14 @@ def steered(model: Any, hook_point: str, vector: Float[Tensor, " d_model"]) -> I
 
 
 @torch.inference_mode()
-def answer(model: Any, tokenizer: Any, prompt: str, *, max_new_tokens: int, use_cache: bool = True) -> str:
+def answer(model: Any, tokenizer: Any, prompt: str, *, max_new_tokens: int) -> str:
     """Greedy answer to one user message in the tokenizer's chat template, or the continuation of plain text where it
     has none."""
-    if tokenizer.chat_template:
-        chat = [{"role": "user", "content": prompt}]
-        inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    else:
-        inputs = tokenizer(prompt, return_tensors="pt")
-    model = getattr(model, "original_model", model)  # in a TransformerBridge, whose own generate has other settings
-    inputs = inputs.to(model.device)
+    core = hooks.core_model(model)  # in a TransformerBridge, whose own generate has other settings
+    ids = torch.tensor([tokenize_prompt(tokenizer, prompt)], device=core.device)
     settings = {"max_new_tokens": max_new_tokens, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
-    tokens = model.generate(**inputs, **settings, use_cache=use_cache)
-    return str(tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
+    # transformer-lens 3.9 hands its attention no cache of transformers 5.24: each token would see itself alone.
+    tokens = core.generate(
+        ids, attention_mask=torch.ones_like(ids), **settings, use_cache=not hasattr(model, "hook_dict")
+    )
+    return str(tokenizer.decode(tokens[0, ids.shape[1] :], skip_special_tokens=True)).strip()

@@ -4,7 +4,8 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from crosscoders.text.tokens import ROLES, Batch, Rows
+from crosscoders.text.padding import Batch
+from crosscoders.text.tokens import ROLES, Rows
 from sae_lora.evaluation.classes import roles_of
 
 CLASSES = {"template": ("template",), "response": ("assistant",), "prompt": ("user", "system"), "text": ("text",)}

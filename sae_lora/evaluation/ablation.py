@@ -22,7 +22,7 @@ from crosscoders.common.results import row
 from crosscoders.common.statistics import wilson
 from crosscoders.models import predictions
 from crosscoders.models.resume import ToLogits, final_states, head_alone
-from crosscoders.text.tokens import Batch
+from crosscoders.text.padding import Batch
 from sae_lora.dictionaries.frozen import FrozenDictionary
 from sae_lora.evaluation.cells import RESAMPLES
 from sae_lora.fitting.correctors import Fitted
@@ -105,7 +105,7 @@ def effects(
         whole = [run(batch, None, None) for run in runs] if pairs else []
         for start in range(0, len(pairs), len(batch.ids)):
             r, j = torch.tensor(pairs[start : start + len(batch.ids)], device=device).T
-            part = Batch(batch.ids[r], batch.attention_mask[r], batch.scored[r], batch.numbers[r.cpu().numpy()])
+            part = batch.take(r)
             for kind, pushed in enumerate((None, directions[j])):
                 for when, run in enumerate(runs):
                     changed = run(part, chosen[j], pushed)

@@ -20,7 +20,7 @@ from crosscoders.common.results import row
 from crosscoders.dictionary import metrics
 from crosscoders.models import predictions
 from crosscoders.models.resume import ToLogits, final_states, head_alone, require_head
-from crosscoders.text.tokens import Batch
+from crosscoders.text.padding import Batch
 from sae_lora.dictionaries.frozen import Constant, FrozenDictionary
 from sae_lora.evaluation.classes import Classes
 from sae_lora.lora.adapter import lora_off

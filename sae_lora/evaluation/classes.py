@@ -15,7 +15,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from crosscoders.text.tokens import ROLES, Batch, Rows
+from crosscoders.text.padding import Batch
+from crosscoders.text.tokens import ROLES, Rows
 
 N_FIRST = 9
 

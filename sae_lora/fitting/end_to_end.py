@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from crosscoders.common.errors import CorruptData, InputError
 from crosscoders.dictionary.losses import auxiliary_loss
 from crosscoders.models import resume
-from crosscoders.text.tokens import Batch
+from crosscoders.text.padding import Batch
 from sae_lora.dictionaries.frozen import DictionaryInfo, SaeLens
 from sae_lora.fitting import objective
 

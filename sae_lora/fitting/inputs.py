@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -14,7 +13,8 @@ from crosscoders.common.errors import CorruptData, InputError
 from crosscoders.models import hooks
 from crosscoders.models.names import hash_model, load_auto, quiet_transformers, require_no_lost_path
 from crosscoders.models.skeleton import skeleton
-from crosscoders.text.tokens import Batch, Rows, pad_rows, read_template, tokenize_documents
+from crosscoders.text.padding import Batch, padding_id
+from crosscoders.text.tokens import Rows, pad_rows, tokenize_documents
 from sae_lora.dictionaries.frozen import DictionaryInfo, FrozenDictionary, Side, require_fit
 from sae_lora.dictionaries.loading import inspect_dictionary, read_dictionary
 from sae_lora.fitting.settings import TextConfig
@@ -40,12 +40,7 @@ class Plan(NamedTuple):
         """All sequences once, in an order that is a pure function of the plan; or the batches of these numbers."""
         batches = self.rows.batches(batch_rows)
         for number in range(len(batches)) if order is None else order:
-            numbers = batches[number]
-            found = pad_rows(self.rows, numbers, self.pad_id)
-            ids, mask, scored = (
-                torch.from_numpy(array).to(device) for array in (found.ids, found.attention_mask, found.scored)
-            )
-            yield Batch(ids, mask, scored, numbers)
+            yield pad_rows(self.rows, batches[number], self.pad_id).to(device)
 
     def token_hash(self) -> str:
         """sha256 over the checksums of the token ids and of the borders of sequences."""
@@ -94,14 +89,13 @@ def make_plan(
     if len({info.hook_point for info in infos}) < len(infos):
         raise InputError(f"two dictionaries sit at {infos[0].hook_point!r}. Give one for each hook point.")
     tokenizer = load_auto(config.tokenizer or model, "tokenizer")
-    rows = tokenize_documents(config.cache_config(model), tokenizer, read_template(config.chat_template))
+    rows = tokenize_documents(config.data_config(), tokenizer)
     if config.pack:
-        rows = packed(rows, config.n_tokens // config.context_length, config.context_length)
-    pad = tokenizer.pad_token_id
+        rows = rows.packed(config.n_tokens // config.context_length, config.context_length)
     infos.sort(key=lambda info: hooks.place(info.hook_point))
     return Plan(
         model, model_hash, modules, text.num_hidden_layers, infos, rows, special_ids(tokenizer),
-        0 if pad is None else int(pad), beside,
+        padding_id(tokenizer), beside,
     )  # fmt: skip
 
 
@@ -118,15 +112,6 @@ def _beside(other: str, infos: list[DictionaryInfo], model_hash: str) -> dict[st
     if found == model_hash:
         raise InputError(f"other_model {other!r} is the model itself. Give the other one of the crosscoder's pair.")
     return {"name": other, "hash": found}
-
-
-def packed(rows: Rows, n_rows: int, length: int) -> Rows:
-    """All documents end to end, each with its BOS, cut into `n_rows` sequences of `length` tokens."""
-    n = n_rows * length
-    return rows._replace(
-        ids=rows.ids[:n], roles=rows.roles[:n], scored=rows.scored[:n], offsets=np.arange(0, n + 1, length),
-        groups=np.zeros(n_rows, dtype=np.int64), n_scored=int(rows.scored[:n].sum()),
-    )  # fmt: skip
 
 
 def load_dictionaries(plan: Plan, config: TextConfig, device: torch.device) -> list[FrozenDictionary]:

@@ -21,7 +21,7 @@ from crosscoders.common.progress import Progress, say
 from crosscoders.common.provenance import environment
 from crosscoders.models import hooks, resume
 from crosscoders.models.hooks import first_layer_after
-from crosscoders.text.tokens import Batch
+from crosscoders.text.padding import Batch
 from crosscoders.training import checkpoint
 from crosscoders.training.loop import StopRequested, stop_requests
 from sae_lora.dictionaries.controls import with_control

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from crosscoders.models import hooks, predictions
 from crosscoders.models.resume import Prefix, ToLogits, activations, final_states, head_alone, start_at
-from crosscoders.text.tokens import Batch
+from crosscoders.text.padding import Batch
 from sae_lora.dictionaries.frozen import FrozenDictionary
 from sae_lora.lora.adapter import lora_off
 from sae_lora.splicing import Observe, splice

@@ -3,10 +3,9 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from crosscoders.activations.settings import CacheConfig
 from crosscoders.common.checks import require_positive, require_range
 from crosscoders.common.errors import InputError
-from crosscoders.text.settings import DataSource
+from crosscoders.text.settings import DataConfig, DataSource
 from sae_lora.dictionaries.settings import WITHOUT_LATENTS, ControlKind
 
 CorrectorKind = Literal["lora", "mean-scale", "affine", "sae"]
@@ -44,14 +43,17 @@ class TextConfig:
             raise InputError(
                 f"n_tokens = {self.n_tokens} is less than one packed sequence of {self.context_length}. Raise n_tokens."
             )
+        self.data_config()
 
-    def cache_config(self, model: str) -> CacheConfig:
-        """The settings of `crosscoders.text.tokens.tokenize_documents` that read these documents."""
-        return CacheConfig(
-            base=model, tuned=model, hook_point="blocks.0.hook_resid_post", data=self.data, out="-",
-            n_tokens=self.n_tokens, context_length=self.n_tokens + 1 if self.pack else self.context_length,
-            chat_template=self.chat_template, batch_rows=self.batch_rows, seed=self.seed,
-        )  # fmt: skip
+    def data_config(self) -> DataConfig:
+        """Return the settings that say which documents are read, and how; to be packed, they are not cut."""
+        return DataConfig(
+            data=self.data,
+            n_tokens=self.n_tokens,
+            context_length=self.n_tokens + 1 if self.pack else self.context_length,
+            chat_template=self.chat_template,
+            seed=self.seed,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_places import archive, both  # noqa: F401
+from fits import archive, pair_crosscoder
 
 from crosscoders import Crosscoder, CrosscoderConfig, InputError
 from crosscoders.models import hooks
@@ -30,6 +30,11 @@ def settings(pair: Any, dictionary: Path | str, **changes: object) -> SaeGapSett
         "n_tokens": 400, "eval_tokens": 500, "context_length": 60, "batch_rows": 4, "rank": 2, "lr": 1e-2, "out": "-",
     }  # fmt: skip
     return SaeGapSettings(**{**found, **changes})  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def both(pair: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pair_crosscoder(tmp_path_factory.mktemp("cc") / "cc", pair)
 
 
 def sae(folder: Path, model: str) -> Path:
@@ -174,7 +179,7 @@ def test_a_control_stands_in_every_model_in_the_fit_and_in_what_is_measured(pair
 
 def test_a_crosscoder_gives_each_model_its_side_with_the_other_beside_it(
     pair: Any,
-    both: Path,  # noqa: F811
+    both: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -190,7 +195,7 @@ def test_a_crosscoder_gives_each_model_its_side_with_the_other_beside_it(
     assert "sae-gap.tuned_minus_base.all.kl.left" in names
 
 
-def test_wrong_dictionaries_are_one_line_before_any_fit(pair: Any, both: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_wrong_dictionaries_are_one_line_before_any_fit(pair: Any, both: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="has no side for a placebo"):
         roles_of(settings(pair, both, placebo=pair.base))
     with pytest.raises(InputError, match="was not trained on the base model"):

@@ -147,7 +147,10 @@ def test_effects_equal_a_plain_loop_over_single_sequences(pair: Any, scope: Path
 
         with torch.no_grad(), fitted.model.disable_adapter(), hooks.capture(fitted.model, [POINT]) as seen:
             fitted.model(input_ids=one)
-        fires = (dictionary.encode(seen[POINT][~kept[..., 0]]) > 0).sum(dim=0)
+        used = seen[POINT][~kept[..., 0]]
+        distance = (used @ dictionary.W_enc + dictionary.b_enc - dictionary.threshold)[:, latents]
+        assert float(distance.abs().min()) > 1e-5  # a batch of another shape counts the same tokens
+        fires = (dictionary.encode(used) > 0).sum(dim=0)
         for j, latent in enumerate(latents):
             if fires[latent]:
                 n_firing[j] += int(fires[latent])

@@ -109,7 +109,8 @@ def test_noise_is_a_function_of_the_token_and_looks_isotropic() -> None:
     u = unit_noise(x, 3)
     torch.testing.assert_close(u.norm(dim=1), torch.ones(len(x)))
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(1))
-    assert torch.equal(unit_noise(x[order], 3), u[order]) and torch.equal(unit_noise(x[:1], 3), u[:1])
+    torch.testing.assert_close(unit_noise(x[order], 3), u[order])
+    torch.testing.assert_close(unit_noise(x[:1], 3), u[:1])
     # Means have standard error 1 / sqrt(6 * 20,000) = .003, entries of the covariance and of E[u x] less than .007.
     assert u.mean(dim=0).abs().max() < 0.015
     assert (u.T @ u / len(u) - torch.eye(6) / 6).abs().max() < 0.01

@@ -1,55 +1,19 @@
 """Dictionaries: each layout computes what its publisher's code computes, and wrong files are refused by one line."""
 
 import io
-import json
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from dictionaries import POINT, D, F, X, arrays, gemma_scope, sae_lens
 from safetensors.torch import load_file, save_file
 
 from crosscoders import CorruptData, Crosscoder, CrosscoderConfig, InputError
 from sae_lora import inspect_dictionary, load_dictionary
 from sae_lora.dictionaries import gemma_scope as gemma_scope_files
 from sae_lora.dictionaries.frozen import require_fit
-
-D, F = 6, 10
-POINT = "blocks.1.hook_resid_post"
-
-
-def arrays(seed: int = 0, d_model: int = D, dict_size: int = F) -> dict[str, np.ndarray]:
-    draw = np.random.default_rng(seed)
-    return {
-        "W_enc": draw.normal(size=(d_model, dict_size)).astype(np.float32),
-        "W_dec": draw.normal(size=(dict_size, d_model)).astype(np.float32),
-        "b_enc": draw.normal(size=dict_size).astype(np.float32),
-        "b_dec": draw.normal(size=d_model).astype(np.float32),
-        "threshold": np.abs(draw.normal(size=dict_size)).astype(np.float32),
-    }
-
-
-def gemma_scope(root: Path, content: dict[str, np.ndarray] | None = None, layer: int = 1) -> Path:
-    folder = root / "gemma-scope-2b-pt-res" / f"layer_{layer}" / "width_16k" / "average_l0_71"
-    folder.mkdir(parents=True)
-    np.savez(folder / "params.npz", **(content or arrays()))
-    return folder
-
-
-def sae_lens(folder: Path, **changes: object) -> Path:
-    """A folder of SAELens 6, written by hand; None removes a key."""
-    folder.mkdir()
-    tensors = {name: torch.from_numpy(value) for name, value in arrays(1).items()}
-    save_file(tensors, folder / "sae_weights.safetensors")
-    config: dict[str, object] = {
-        "architecture": "jumprelu", "d_in": D, "d_sae": F, "dtype": "float32", "device": "cpu",
-        "apply_b_dec_to_input": False, "normalize_activations": "none", "reshape_activations": "none",
-        "metadata": {"sae_lens_version": "6.54.0", "hook_name": POINT, "model_name": "tiny"},
-    }  # fmt: skip
-    config = {key: value for key, value in (config | changes).items() if value is not None}
-    (folder / "cfg.json").write_text(json.dumps(config))
-    return folder
 
 
 def crosscoder(folder: Path, n_models: int) -> Crosscoder:
@@ -61,9 +25,6 @@ def crosscoder(folder: Path, n_models: int) -> Crosscoder:
     cache = {"hook_point": POINT, "base": {"name": "b", "hash": "1"}, "tuned": {"name": "t", "hash": "2"}}
     made.requires_grad_(False).save(folder, provenance={"cache": cache})
     return made
-
-
-X = torch.randn(7, D, generator=torch.Generator().manual_seed(9))
 
 
 def test_a_gemma_scope_folder_gives_the_published_jumprelu_and_its_hook_point(tmp_path: Path) -> None:
@@ -80,9 +41,12 @@ def test_a_gemma_scope_folder_gives_the_published_jumprelu_and_its_hook_point(tm
 
 def test_gemma_scope_equals_sae_lens_on_the_same_weights(tmp_path: Path) -> None:
     other = load_dictionary(sae_lens(tmp_path / "sae"))
-    tensors = {k: v.numpy() for k, v in load_file(tmp_path / "sae" / "sae_weights.safetensors").items()}
-    ours = load_dictionary(gemma_scope(tmp_path, tensors))
-    assert torch.equal(ours.encode(X), other.encode(X))
+    w = load_file(tmp_path / "sae" / "sae_weights.safetensors")
+    ours = load_dictionary(gemma_scope(tmp_path, {name: value.numpy() for name, value in w.items()}))
+    distance = X @ w["W_enc"] + w["b_enc"] - w["threshold"]
+    assert float(distance.abs().min()) > 1e-4  # no pre-activation so near its threshold that rounding decides
+    assert torch.equal(ours.encode(X) > 0, other.encode(X) > 0)
+    torch.testing.assert_close(ours.encode(X), other.encode(X))  # the bias is added inside or after the product
     torch.testing.assert_close(ours(X), other(X))
     assert ours.content_hash() != other.content_hash()  # another layout is another program
 
@@ -104,7 +68,7 @@ def test_a_sae_lens_folder_computes_what_sae_lens_computes(tmp_path: Path, chang
         tensors = load_file(folder / "sae_weights.safetensors")
         tensors.pop("threshold")
         save_file(tensors, folder / "sae_weights.safetensors")
-    assert torch.equal(load_dictionary(folder)(X), SAE.load_from_disk(folder)(X))
+    torch.testing.assert_close(load_dictionary(folder)(X), SAE.load_from_disk(folder)(X))
 
 
 def test_the_hook_name_survives_metadata_without_a_version(tmp_path: Path) -> None:
@@ -121,11 +85,11 @@ def test_sides_of_a_crosscoder_share_latents_and_both_is_their_mean(tmp_path: Pa
     made = crosscoder(tmp_path / "cc", 2)
     base, tuned, both = (load_dictionary(tmp_path / "cc", side=side) for side in ("base", "tuned", "both"))
     x_hat = made(torch.stack([X, X], dim=1))
-    assert torch.equal(base(X), x_hat[:, 0]) and torch.equal(tuned(X), x_hat[:, 1])
+    torch.testing.assert_close(torch.stack([base(X), tuned(X)], dim=1), x_hat)
     torch.testing.assert_close(both(X), (base(X) + tuned(X)) / 2)
     assert len({d.content_hash() for d in (base, tuned, both)}) == 3 and both.hook_point == POINT
     single = crosscoder(tmp_path / "one", 1)
-    assert torch.equal(load_dictionary(tmp_path / "one")(X), single(X[:, None])[:, 0])
+    torch.testing.assert_close(load_dictionary(tmp_path / "one")(X), single(X[:, None])[:, 0])
 
 
 def test_the_hash_is_of_the_content_not_of_the_place(tmp_path: Path) -> None:

@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from test_splice import BOS, EOS, IDS, MASK, Shift
+from fits import POINT, D, F, archive, fit_config, pair_crosscoder
+from splices import BOS, EOS, IDS, MASK, Shift
 from transformers import AutoModelForCausalLM
 
 from crosscoders import Crosscoder, CrosscoderConfig, InputError
@@ -22,32 +22,12 @@ from sae_lora.fitting.inputs import load_dictionaries, load_model, make_plan
 from sae_lora.lora.adapter import add_lora
 from sae_lora.lora.sidecar import read_sidecar
 
-D, F = 16, 24
-POINT = "blocks.1.hook_resid_post"
 CPU = torch.device("cpu")
-
-
-def archive(path: Path) -> Path:
-    draw = np.random.default_rng(0)
-    W_dec = draw.normal(size=(F, D)) / D**0.5
-    arrays = {
-        "W_enc": W_dec.T, "W_dec": W_dec, "b_enc": np.zeros(F), "b_dec": np.zeros(D), "threshold": np.full(F, 0.05),
-    }  # fmt: skip
-    np.savez(path, **{name: value.astype(np.float32) for name, value in arrays.items()})
-    return path
 
 
 @pytest.fixture(scope="module")
 def both(pair: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A crosscoder with a record of the pair."""
-    folder = tmp_path_factory.mktemp("cc") / "cc"
-    made = Crosscoder(CrosscoderConfig(dict_size=F, activation="relu", d_model=D)).requires_grad_(False)
-    generator = torch.Generator().manual_seed(3)
-    for weight in made.parameters():
-        weight.copy_(0.3 * torch.randn(weight.shape, generator=generator))
-    names = {name: {"name": model, "hash": hash_model(model)} for name, model in pairs(pair)}
-    made.save(folder, provenance={"cache": {"hook_point": POINT, **names}})
-    return folder
+    return pair_crosscoder(tmp_path_factory.mktemp("cc") / "cc", pair)
 
 
 def pairs(pair: Any) -> list[tuple[str, str]]:
@@ -55,11 +35,7 @@ def pairs(pair: Any) -> list[tuple[str, str]]:
 
 
 def config(pair: Any, dictionary: Path, **changes: object) -> FitConfig:
-    settings: dict[str, object] = {
-        "model": pair.tuned, "dictionary": str(dictionary), "data": pair.data, "n_tokens": 300, "context_length": 40,
-        "batch_rows": 4, "rank": 2, "lr": 1e-2,
-    }  # fmt: skip
-    return FitConfig(**{**settings, **changes})  # type: ignore[arg-type]
+    return fit_config(pair, dictionary, **{"n_tokens": 300, "rank": 2, **changes})
 
 
 @pytest.mark.parametrize("point", ["blocks.1.hook_mlp_out", "blocks.1.hook_attn_out", "blocks.1.attn.hook_z"])

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from caches import file_bytes
 from conftest import Pair, failing_write
 
 from crosscoders import ActivationCache, CorruptData, EnvironmentFault, InputError, cache_activations, load_pair
@@ -21,14 +22,10 @@ from crosscoders.models.hooks import run_to
 from crosscoders.text.tokens import ROLES, tokenize_documents
 
 
-def file_bytes(folder: Path) -> dict[str, bytes]:
-    return {f.name: f.read_bytes() for f in sorted(folder.iterdir()) if f.name != ".lock"}
-
-
 def test_each_stored_token_is_the_models_own_activation_of_its_document(pair: Pair, cache_folder: Path) -> None:
     cache = ActivationCache(cache_folder)
     loaded = load_pair(pair.base, pair.tuned, "blocks.1.hook_resid_post")
-    rows = tokenize_documents(pair.config(cache_folder), loaded.info.tokenizer, None)
+    rows = tokenize_documents(pair.config(cache_folder).data_config(), loaded.info.tokenizer)
     tokens = cache.read(0, len(cache))
     for t in range(0, len(cache), 37):
         document, position = int(tokens.document_ids[t]), int(tokens.positions[t])
@@ -120,7 +117,7 @@ def test_a_cache_killed_and_resumed_has_the_bytes_of_an_uninterrupted_one(
 
 def test_a_live_source_gives_the_bytes_of_the_cache(pair: Pair, cache_folder: Path) -> None:
     loaded = load_pair(pair.base, pair.tuned, "blocks.1.hook_resid_post")
-    rows = tokenize_documents(pair.config(cache_folder), loaded.info.tokenizer, None)
+    rows = tokenize_documents(pair.config(cache_folder).data_config(), loaded.info.tokenizer)
     source = ActivationSource(loaded, rows, hook_point="blocks.1.hook_resid_post", batch_rows=4, dtype=torch.float32)
     cache = ActivationCache(cache_folder)
     for start, stop in ((0, 600), (130, 131), (200, 390)):

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from caches import file_bytes
 from conftest import Pair, failing_write
-from test_cache import file_bytes
 
 from crosscoders import ActivationCache, CorruptData, EnvironmentFault, InputError, cache_activations, run_cache
 from crosscoders import cli as crosscoders_cli
@@ -20,7 +20,7 @@ from crosscoders.activations.settings import Part, parse_part
 from crosscoders.activations.writer import write_caches
 from crosscoders.common import files
 from crosscoders.models.pair import ModelPair
-from crosscoders.text.tokens import PaddedBatch
+from crosscoders.text.padding import Batch
 
 POINTS = ["blocks.0.hook_resid_post", "blocks.1.hook_resid_post", "blocks.2.hook_resid_pre", "blocks.1.hook_mlp_out"]
 
@@ -30,8 +30,8 @@ def counted_passes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     passes: list[tuple[int, ...]] = []
     real = ModelPair.activations_at
 
-    def counting(self: ModelPair, batch: PaddedBatch) -> object:
-        passes.append(tuple(batch.rows.tolist()))
+    def counting(self: ModelPair, batch: Batch) -> object:
+        passes.append(tuple(batch.numbers.tolist()))
         return real(self, batch)
 
     monkeypatch.setattr(ModelPair, "activations_at", counting)

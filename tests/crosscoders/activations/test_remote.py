@@ -6,9 +6,9 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from caches import file_bytes
 from conftest import Pair
 from fsspec.implementations.memory import MemoryFileSystem
-from test_cache import file_bytes
 
 from crosscoders import ActivationCache, CorruptData, EnvironmentFault, InputError, cache_activations, run_cache
 from crosscoders import cli as crosscoders_cli

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from caches import file_bytes
 from conftest import Pair
-from test_cache import file_bytes
 
 from crosscoders import EnvironmentFault, run_cache
 from crosscoders import cli as crosscoders_cli

@@ -7,11 +7,11 @@ import pytest
 import reference
 import torch
 from safetensors.torch import load_file
+from small_crosscoders import PARITY, make, sample
 
-from crosscoders import CorruptData, Crosscoder, CrosscoderConfig, InputError, load_crosscoder
+from crosscoders import CorruptData, InputError, load_crosscoder
 from crosscoders.dictionary.crosscoder import batch_top_k
 
-PARITY = Path(__file__).parents[2] / "data" / "parity"
 PEERS = [
     "dictionary_learning_relu",
     "dictionary_learning_batchtopk",
@@ -19,27 +19,6 @@ PEERS = [
     "dictionary_learning_batchtopk_saenorm",
     "ckkissane",
 ]
-
-
-def make(activation: str = "batchtopk", code_norm: str = "sum", seed: int = 0, n_models: int = 2) -> Crosscoder:
-    """3 wide, 7 latents, everything different from 0 and 1."""
-    g = torch.Generator().manual_seed(seed)
-    config = CrosscoderConfig(
-        dict_size=7, d_model=3, n_models=n_models, activation=activation, k=2 if activation == "batchtopk" else None,
-        code_norm=code_norm,
-    )  # type: ignore[arg-type]  # fmt: skip
-    cc = Crosscoder(config)
-    with torch.no_grad():
-        for p in cc.parameters():
-            p.copy_(torch.randn(p.shape, generator=g))
-        cc.input_scale.copy_(torch.tensor([0.5, 2.0, 1.5])[:n_models])
-        cc.input_mean.copy_(torch.randn(n_models, 3, generator=g))
-        cc.threshold.fill_(1.5)
-    return cc.requires_grad_(False)
-
-
-def sample(n: int = 20, n_models: int = 2) -> torch.Tensor:
-    return torch.randn(n, n_models, 3, generator=torch.Generator().manual_seed(9))
 
 
 @pytest.mark.parametrize("code_norm", ["sum", "concat", "none"])

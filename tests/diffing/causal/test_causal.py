@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from crosscoders.models import hooks, predictions
 from crosscoders.models.pair import ModelPair, inspect_pair, load_pair
 from crosscoders.models.resume import ResumableModel
 from crosscoders.text.chats import batches, read_chats, response_places
+from crosscoders.text.padding import Batch
 from crosscoders.training.feed import cache_inputs
 from diffing import cli
-from diffing.causal.patching import DIRECTIONS, Measured, cached_config, measure
+from diffing.causal.patching import DIRECTIONS, Measured, measure
 from diffing.causal.sets import Exchange, PatchSet, choose_sets, orders, random_sets
 from diffing.causal.summary import rows, summary
 from diffing.latents.table import latent_table, scale_cache, write_table
@@ -38,6 +40,7 @@ SETS = (
     "worst_half.scaling top_2.scaling top_4.norm top_4.random"
 ).split()
 MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+BATCH = Batch(IDS, MASK, MASK.bool(), np.arange(2))
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +64,7 @@ def crosscoder(cache_folder: Path) -> Crosscoder:
 
 @pytest.fixture(scope="module")
 def chats(pair: Pair, cache_folder: Path) -> list[Any]:
-    return read_chats(cached_config(ActivationCache(cache_folder)), tokenizer_of(pair), 6)
+    return read_chats(ActivationCache(cache_folder).config.data_config(), tokenizer_of(pair), 6)
 
 
 def tokenizer_of(pair: Pair) -> Any:
@@ -101,8 +104,8 @@ def test_resumed_models_equal_a_full_forward_with_a_handwritten_hook(pair: Pair,
     from transformers import AutoModelForCausalLM
 
     model = ResumableModel(load_pair(pair.base, pair.tuned, point, whole=True).models[1], point)
-    assert model.can_skip
-    state = model.run(IDS, MASK)
+    assert model.prefix
+    state = model.run(BATCH)
     patched = state.activation + torch.randn(state.activation.shape, generator=torch.Generator().manual_seed(1))
 
     plain = AutoModelForCausalLM.from_pretrained(pair.tuned)
@@ -119,8 +122,8 @@ def test_resumed_models_equal_a_full_forward_with_a_handwritten_hook(pair: Pair,
 
 def test_a_model_whose_layers_cannot_be_left_out_gives_the_same_by_full_passes(whole: ModelPair) -> None:
     fast, slow = (ResumableModel(whole.models[1], POST) for _ in range(2))
-    slow.can_skip = False
-    state = fast.run(IDS, MASK)
+    slow.prefix = None
+    state = fast.run(BATCH)
     assert torch.equal(fast.resume(state, state.activation * 2), slow.resume(state, state.activation * 2))
 
 
@@ -130,28 +133,11 @@ def test_an_architecture_in_which_skipping_is_wrong_is_noticed(whole: ModelPair)
     lower = model.model.layers[0].register_forward_hook(lambda _m, args, out: kept.append(out - args[0]))
     upper = model.model.layers[2].register_forward_hook(lambda _m, _a, out: out + kept[-1])  # reads a layer below
     try:
-        assert not ResumableModel(model, POST).can_skip
+        assert ResumableModel(model, POST).prefix is None
     finally:
         lower.remove()
         upper.remove()
-    assert ResumableModel(model, POST).can_skip
-
-
-def test_layers_that_return_tuples_are_left_out_too(tmp_path: Path) -> None:
-    from transformers import GPTJConfig, GPTJForCausalLM
-
-    torch.manual_seed(0)
-    plain = GPTJForCausalLM(
-        GPTJConfig(
-            vocab_size=60, n_positions=32, n_embd=16, n_layer=3, n_head=2, rotary_dim=4, bos_token_id=1, eos_token_id=1
-        )
-    ).eval()
-    model = ResumableModel(plain, POST)
-    assert model.can_skip and model.as_tuple
-    state = model.run(IDS, MASK)
-    with torch.no_grad(), hooks.replace(plain, POST, lambda x: x * 2):
-        expected = plain(input_ids=IDS, attention_mask=MASK).logits
-    torch.testing.assert_close(model.logits(model.resume(state, state.activation * 2)[0]), expected[0])
+    assert ResumableModel(model, POST).prefix
 
 
 def other_pair(folder: Path, config: Any) -> tuple[str, str]:
@@ -187,8 +173,8 @@ def test_points_of_the_bridge_resume_as_a_full_forward_with_a_handwritten_hook(t
     base, tuned = other_pair(tmp_path, opt_config())
     loaded = load_pair(base, tuned, f"blocks.1.{point}", whole=True)
     model = ResumableModel(loaded.models[1], f"blocks.1.{point}")
-    assert model.can_skip
-    state = model.run(IDS, MASK)
+    assert model.prefix
+    state = model.run(BATCH)
     patched = state.activation + torch.randn(state.activation.shape, generator=torch.Generator().manual_seed(1))
     plain = AutoModelForCausalLM.from_pretrained(tuned).eval()
     layer = plain.model.decoder.layers[1]
@@ -368,12 +354,12 @@ def test_chats_are_those_of_the_data_and_batches_hold_each_once(pair: Pair, chat
         assert response.startswith("Return the") and response.endswith("must not be empty.")
         assert not chat.scored[0] and chat.scored[1:].all()  # the beginning of sequence
     made = batches(chats, 4, 0)
-    assert sorted(torch.cat([batch.documents for batch in made]).tolist()) == list(range(6))
+    assert sorted(np.concatenate([batch.tokens.numbers for batch in made]).tolist()) == list(range(6))
     for batch in made:
-        for row, number in enumerate(batch.documents.tolist()):
+        for row, number in enumerate(batch.tokens.numbers.tolist()):
             n = len(chats[number].ids)
-            assert batch.attention_mask[row].sum() == n and not batch.scored[row, n:].any()
-            assert batch.ids[row, :n].tolist() == chats[number].ids.tolist()
+            assert batch.tokens.attention_mask[row].sum() == n and not batch.tokens.scored[row, n:].any()
+            assert batch.tokens.ids[row, :n].tolist() == chats[number].ids.tolist()
             assert batch.place[row, :n].tolist() == response_places(chats[number].roles).tolist()
 
 
@@ -381,14 +367,14 @@ def test_data_without_responses_is_refused(pair: Pair, cache_folder: Path, tmp_p
     cache = ActivationCache(cache_folder)
     (tmp_path / "raw.jsonl").write_text('{"text": "no chat"}\n')
     with pytest.raises(InputError, match=r"no document of .*raw.jsonl has a response"):
-        read_chats(cached_config(cache, str(tmp_path / "raw.jsonl")), tokenizer_of(pair), 5)
+        read_chats(replace(cache.config.data_config(), data=str(tmp_path / "raw.jsonl")), tokenizer_of(pair), 5)
     (tmp_path / "asked.jsonl").write_text('{"messages": [{"role": "user", "content": "Hi"}]}\n')
     with pytest.raises(InputError, match="has a response"):
-        read_chats(cached_config(cache, str(tmp_path / "asked.jsonl")), tokenizer_of(pair), 5)
+        read_chats(replace(cache.config.data_config(), data=str(tmp_path / "asked.jsonl")), tokenizer_of(pair), 5)
     make_tokenizer(tmp_path / "plain", template=False)
     plain = inspect_pair(pair.base, pair.tuned, [POST], tokenizer=str(tmp_path / "plain")).tokenizer
     with pytest.raises(InputError, match="no chat template"):
-        read_chats(cached_config(cache), plain, 5)
+        read_chats(cache.config.data_config(), plain, 5)
 
 
 # ---------------------------------------------------------------------------------------------------------- measuring

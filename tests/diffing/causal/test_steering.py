@@ -2,12 +2,16 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import Pair
+from generation import stepwise_and_whole
+from torch import Tensor
 
 from crosscoders import ActivationCache, Crosscoder, CrosscoderConfig, cache_activations
+from crosscoders.models import hooks
 from crosscoders.models.pair import ModelPair, load_pair
 from crosscoders.training.feed import cache_inputs
 from diffing import cli
@@ -48,18 +52,38 @@ def test_the_vector_is_in_the_units_of_x(crosscoder: Crosscoder) -> None:
             torch.testing.assert_close(steering_vector(cc, 5, side=side, activation=3.0), expected)
 
 
-def test_steered_answers_are_the_same_with_and_without_a_cache(whole: ModelPair) -> None:
-    model, tokenizer = whole.models[1], whole.info.tokenizer
-    vector = torch.randn(16, generator=torch.Generator().manual_seed(2)) * 5
-    plain = answer(model, tokenizer, "Return the sum.", max_new_tokens=12)
-    with steered(model, POST, vector):
-        cached, full = (
-            answer(model, tokenizer, "Return the sum.", max_new_tokens=12, use_cache=c) for c in (True, False)
-        )
-    assert cached == full != plain
-    with steered(model, POST, 0 * vector):
-        assert answer(model, tokenizer, "Return the sum.", max_new_tokens=12) == plain
-    assert answer(model, tokenizer, "Return the sum.", max_new_tokens=12) == plain
+def steered_logits(model: Any, ids: Tensor, point: str, *, use_cache: bool) -> Tensor:
+    """Of a steered greedy answer, after checking that both routes to them agree and that steering moves them."""
+    vector, mask = torch.randn(16, generator=torch.Generator().manual_seed(2)) * 5, torch.ones_like(ids)
+    plain, _ = stepwise_and_whole(model, ids, mask, 1)
+    with steered(model, point, vector):
+        stepwise, whole = stepwise_and_whole(model, ids, mask, 12, use_cache=use_cache)
+    torch.testing.assert_close(stepwise, whole, rtol=1e-4, atol=1e-5)  # sums in another order
+    assert float((stepwise[:, 0] - plain[:, 0]).abs().max()) > 0.1
+    return whole
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_steered_answers_are_the_same_with_and_without_a_cache(whole: ModelPair, use_cache: bool) -> None:
+    steered_logits(whole.models[1], torch.tensor([[2, 10, 20, 30]]), POST, use_cache=use_cache)
+
+
+@pytest.mark.parametrize("point", [POST, "blocks.1.hook_mlp_out"])
+def test_an_answer_is_the_greedy_text_that_no_cache_gives_and_strength_0_changes_nothing(
+    pair: Pair, point: str
+) -> None:
+    """The second point needs a bridge."""
+    loaded = load_pair(pair.base, pair.tuned, point, whole=True)
+    model, tokenizer = loaded.models[1], loaded.info.tokenizer
+    chat = [{"role": "user", "content": "Return the sum."}]
+    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    ids = inputs["input_ids"]
+    with torch.no_grad():
+        for _ in range(12):
+            ids = torch.cat([ids, hooks.core_model(model)(input_ids=ids).logits[:, -1:].argmax(dim=-1)], dim=1)
+    expected = tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    with steered(model, point, torch.zeros(16)):
+        assert answer(model, tokenizer, "Return the sum.", max_new_tokens=12) == expected != ""
 
 
 def test_each_position_is_steered_exactly_once(whole: ModelPair) -> None:
@@ -106,21 +130,16 @@ def test_wrong_latents_are_one_line(run: Path, cache_folder: Path, capsys: pytes
     assert "strengths is an empty list" in capsys.readouterr().err
 
 
-def test_a_bridge_is_steered_off_the_residual_stream_with_and_without_a_cache(
+def test_a_bridge_is_steered_off_the_residual_stream_as_the_model_in_it_is(
     pair: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     point = "blocks.1.hook_mlp_out"
-    model = load_pair(pair.base, pair.tuned, point, whole=True).models[1]
-    tokenizer = load_pair(pair.base, pair.tuned, POST).info.tokenizer
-    vector = torch.randn(16, generator=torch.Generator().manual_seed(2)) * 5
-    plain = answer(model, tokenizer, "Return the sum.", max_new_tokens=12)
-    with steered(model, point, vector):
-        cached, full = (
-            answer(model, tokenizer, "Return the sum.", max_new_tokens=12, use_cache=c) for c in (True, False)
-        )
-    with_hook = load_pair(pair.base, pair.tuned, POST, whole=True).models[1]
-    with steered(with_hook, point, vector):  # the Hugging Face model has this point too
-        assert cached == full == answer(with_hook, tokenizer, "Return the sum.", max_new_tokens=12) != plain
+    bridge, model = (load_pair(pair.base, pair.tuned, name, whole=True).models[1] for name in (point, POST))
+    # The Hugging Face model has this point too, and caches; a bridge generates token by token from the whole text.
+    ids = torch.tensor([[2, 10, 20, 30]])
+    by_bridge = steered_logits(bridge.original_model, ids, point, use_cache=False)
+    by_model = steered_logits(model, ids, point, use_cache=True)
+    torch.testing.assert_close(by_bridge[:, 0], by_model[:, 0], rtol=1e-4, atol=1e-5)
     cache = cache_activations(pair.config(tmp_path / "cache", hook_point=point, n_tokens=100))
     made = Crosscoder(CrosscoderConfig(dict_size=12, activation="relu", d_model=16)).requires_grad_(False)
     made.init_weights_(norm=1.0, generator=torch.Generator().manual_seed(0))

@@ -8,7 +8,7 @@ import pytest
 import reference
 import torch
 from safetensors.torch import load_file
-from test_model import PARITY, make, sample
+from small_crosscoders import PARITY, make, sample
 
 from crosscoders import Crosscoder, CrosscoderConfig, InputError, load_crosscoder
 from diffing import Thresholds, latent_table, scale_latents
