@@ -22,12 +22,11 @@ from crosscoders.common.errors import InputError
 from crosscoders.common.progress import say
 from crosscoders.formats.load import load_crosscoder
 from crosscoders.text.chats import read_chats
-from crosscoders.training.command import train_run
 from diffing.causal.patching import inspect_cached, load_whole, measure
 from diffing.causal.sets import choose_sets
 from diffing.causal.summary import rows
 from diffing.demo import model_folder
-from diffing.demo.command import HELDOUT_TOKENS, cache_config, train_settings
+from diffing.demo.command import HELDOUT_TOKENS, cache_config, train_config, train_on
 from diffing.latents.table import read_table, require_fit, scale_run
 
 VARIANTS = ("l1", "batchtopk")
@@ -104,13 +103,11 @@ def trained(parent: Path, name: str, seed: int, cache: ActivationCache, heldout:
         InputError: the folder holds a run with other settings.
     """
     out = parent / f"seed-{seed}"
-    settings = train_settings(out, cache, heldout or cache, seed)
-    if heldout is None:
-        settings = replace(settings, eval_cache=None)
+    config = train_config(seed)
     if name.startswith("l1-"):
-        shape = replace(settings.crosscoder, activation="relu", k=None)
-        settings = replace(settings, crosscoder=shape, l1_coefficient=float(name[3:]), aux_coefficient=0.0)
-    train_run(settings)
+        shape = replace(config.crosscoder, activation="relu", k=None)
+        config = replace(config, crosscoder=shape, l1_coefficient=float(name[3:]), aux_coefficient=0.0)
+    train_on(cache, heldout, config, out)
     return out
 
 

@@ -7,7 +7,7 @@ r"""What is reported of the crosscoders of one variant.
                     within_shared: share of the group inside the central 95% of the class `shared` by norm
     causal          KL and share closed by set, of `diffing.causal.summary.rows`
 
-A latent is alive when it is active on at least `Thresholds.min_active` tokens; groups and classes hold alive ones only.
+Groups and classes hold alive latents only (`diffing.latents.verdict.is_alive`).
 """
 
 from collections.abc import Sequence
@@ -24,11 +24,11 @@ from crosscoders.common.results import row
 from crosscoders.formats.load import load_crosscoder
 from diffing.causal.sets import orders
 from diffing.latents.table import read_table
-from diffing.latents.verdict import VERDICTS, Thresholds, verdicts
+from diffing.latents.verdict import VERDICTS, Thresholds, is_alive, verdicts
 from diffing.null.calibration import calibrated_row
-from diffing.null.command import result_rows
 from diffing.null.rates import SCORES, effective_number, rate_interval
 from diffing.null.runs import Scaled
+from diffing.null.summary import result_rows
 
 Summary = dict[str, tuple[float | None, str]]
 """Value, None where it is undefined, and unit, by row name without `chat-pair.<variant>.`."""
@@ -55,13 +55,9 @@ def judged(table: pandas.DataFrame) -> pandas.DataFrame:
     return table.assign(verdict=verdicts(table))
 
 
-def alive(table: pandas.DataFrame) -> Bool[np.ndarray, " dict_size"]:
-    return np.asarray(table["n_active"] >= Thresholds().min_active)
-
-
 def groups(table: pandas.DataFrame) -> dict[str, Bool[np.ndarray, " dict_size"]]:
     """Which latents each count is of, by name."""
-    bounds, living, norm_class = Thresholds(), alive(table), table["norm_class"].to_numpy()
+    bounds, living, norm_class = Thresholds(), is_alive(table["n_active"]), table["norm_class"].to_numpy()
     small = np.asarray(
         (table["nu_error"].abs() < bounds.nu_error) & (table["nu_reconstruction"].abs() < bounds.nu_reconstruction)
     )

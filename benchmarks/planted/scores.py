@@ -16,9 +16,8 @@ from typing import NamedTuple
 import numpy as np
 import pandas
 
-from diffing.latents.verdict import Thresholds, verdicts
+from diffing.latents.verdict import Thresholds, is_alive, verdicts
 
-MIN_ACTIVE = 30
 WEAK_GAIN = 0.2
 """Rescaled features below this gain are left out of precision and recall."""
 
@@ -54,9 +53,9 @@ SCORES = {
 }
 
 
-def alive(table: pandas.DataFrame) -> pandas.DataFrame:
-    """Latents that fire on at least 30 evaluation tokens."""
-    return table[table["n_active"] >= MIN_ACTIVE]
+def alive_rows(table: pandas.DataFrame) -> pandas.DataFrame:
+    """Return the rows of the alive latents."""
+    return table[is_alive(table["n_active"])]
 
 
 def weak(table: pandas.DataFrame) -> pandas.Series:
@@ -66,7 +65,7 @@ def weak(table: pandas.DataFrame) -> pandas.Series:
 
 def counted(table: pandas.DataFrame) -> pandas.DataFrame:
     """The latents that count in precision, recall, AUROC and AP."""
-    return alive(table[~weak(table)])
+    return alive_rows(table[~weak(table)])
 
 
 def judge(table: pandas.DataFrame, score: Score, n_features: int) -> dict[str, float]:

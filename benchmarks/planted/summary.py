@@ -5,7 +5,7 @@ import math
 import pandas
 
 from benchmarks.planted.runs import Run
-from benchmarks.planted.scores import SCORES, Score, alive, judge, weak
+from benchmarks.planted.scores import SCORES, Score, alive_rows, judge, weak
 
 COMPOSED = ("norm", "published_verdict", "verdict")
 """Scores whose flagged latents are counted by what they match."""
@@ -34,7 +34,7 @@ def summarise(run: Run) -> Summary:
     for name, score in SCORES.items():
         for measure, value in judge(run.table, score, run.truth.config.n_tuned_only).items():
             found[f"{name}.{measure}"] = (None if math.isnan(value) else value, "fraction")
-    latents = alive(run.table)
+    latents = alive_rows(run.table)
     for name in COMPOSED:
         found |= composition(name, SCORES[name], latents)
     found |= verdicts_by_class(run.truth.table, latents)

@@ -22,14 +22,14 @@ from diffing.causal.settings import CausalSettings, LensSettings, SteerSettings
 from diffing.causal.steering import answer, steered, steering_vector
 from diffing.causal.summary import rows, summary
 from diffing.latents.latent_scaling import MODELS
-from diffing.latents.runs import _opened
+from diffing.latents.runs import open_run_and_cache
 from diffing.latents.table import read_table, require_fit
 
 
 def causal(settings: CausalSettings) -> dict[str, Any]:
     """`diffing causal`"""
     started = time.perf_counter()
-    run, cache = _opened(settings.run, settings.cache)
+    run, cache = open_run_and_cache(settings.run, settings.cache)
     say(f"causal {run} at {cache.manifest['hook_point']} of the models of {cache.path}")
     table = read_table(run)
     crosscoder = load_crosscoder(run, device=str(choose_device(settings.device)))
@@ -65,7 +65,7 @@ def causal(settings: CausalSettings) -> dict[str, Any]:
 
 def steer(settings: SteerSettings) -> dict[str, Any]:
     """`diffing steer`"""
-    run, cache = _opened(settings.run, settings.cache)
+    run, cache = open_run_and_cache(settings.run, settings.cache)
     hook_point = cache.manifest["hook_point"]
     table, crosscoder = read_table(run), load_crosscoder(run)
     template = read_template(cache.config.chat_template)
@@ -94,7 +94,7 @@ def steer(settings: SteerSettings) -> dict[str, Any]:
 
 def lens(settings: LensSettings) -> dict[str, Any]:
     """`diffing lens`"""
-    run, cache = _opened(settings.run, settings.cache)
+    run, cache = open_run_and_cache(settings.run, settings.cache)
     table, crosscoder = read_table(run), load_crosscoder(run)
     chosen = table.nsmallest(32, "rank").index.tolist() if settings.latents is None else settings.latents
     latents = list(checked(chosen, len(table)))

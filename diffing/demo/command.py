@@ -10,22 +10,30 @@ from typing import Any
 
 import pandas
 
-from crosscoders.activations.cache import ActivationCache
-from crosscoders.activations.caching import cache_activations
-from crosscoders.activations.settings import CacheConfig
+from crosscoders import (
+    ActivationCache,
+    CacheConfig,
+    CrosscoderConfig,
+    TrainConfig,
+    cache_activations,
+    cached_stream,
+    train,
+)
 from crosscoders.common import files, results
 from crosscoders.common.checks import to_dict
-from crosscoders.common.command_line import parse
 from crosscoders.common.progress import say
 from crosscoders.common.provenance import peak_memory_gib
 from crosscoders.common.results import row
 from crosscoders.text.settings import DataSource
-from crosscoders.training import command
-from crosscoders.training.settings import TrainSettings
+from crosscoders.training.feed import EVAL_TOKENS, cache_inputs
+from crosscoders.training.settings import PRESETS
 from diffing.demo import document_file, model_folder
 from diffing.demo.settings import DemoSettings
 from diffing.latents.table import scale_run
+from diffing.null.pipeline import calibrate_run
 from diffing.null.settings import NullSettings
+from diffing.null.summary import result_rows
+from diffing.null.summary import summary as null_summary
 from diffing.report.publishing import write_report
 
 HOOK_POINT = "blocks.2.hook_resid_post"
@@ -42,7 +50,10 @@ def run_demo(settings: DemoSettings) -> dict[str, Any]:
     train_cache = cache_activations(cache_config(out / "cache", "train", settings.n_tokens, settings.seed))
     heldout = cache_activations(cache_config(out / "cache-heldout", "heldout", HELDOUT_TOKENS, settings.seed))
     run = out / "run"
-    found = command.train_run(train_settings(run, train_cache, heldout, settings.seed))
+    config = train_config(settings.seed)
+    train_on(train_cache, heldout, config, run)
+    rows = files.read_object(run / "eval.json", "rows")["rows"]
+    rows.append(row("train.tokens", config.n_tokens, "tokens", config.n_tokens))
     if not (run / "latents.json").is_file():
         say(f"scale {len(train_cache):,} tokens")
         scale_run(run, train_cache)
@@ -50,14 +61,12 @@ def run_demo(settings: DemoSettings) -> dict[str, Any]:
     nulls = calibrate_demo(out, run, train_cache, settings.null_seeds) if settings.null_seeds else ("", [])
     written = write_report(run)
     text = summary(table, files.read_json(run / "examples.json")["latents"])
-    text += nulls[0] + "\n" + closing_words(written.html, found["rows"], time.perf_counter() - started)
-    return results.result("demo", to_dict(settings), [*found["rows"], *demo_rows(table), *nulls[1]]) | {"text": text}
+    text += nulls[0] + "\n" + closing_words(written.html, rows, time.perf_counter() - started)
+    return results.result("demo", to_dict(settings), [*rows, *demo_rows(table), *nulls[1]]) | {"text": text}
 
 
 def calibrate_demo(out: Path, run: Path, cache: ActivationCache, n_seeds: int) -> tuple[str, list[dict[str, Any]]]:
     """`diffing null` on the embedded null models and a rounded base: its text and its rows."""
-    from diffing.null import command
-
     settings = NullSettings(
         run=str(run),
         out=str(out / "null"),
@@ -66,8 +75,8 @@ def calibrate_demo(out: Path, run: Path, cache: ActivationCache, n_seeds: int) -
         rounded_bits=8,
         n_seeds=n_seeds,
     )
-    found = command.calibrate_run(settings, cache)
-    return "\n" + command.summary(found), command.result_rows(found)
+    calibration = calibrate_run(settings, cache)
+    return "\n" + null_summary(calibration), result_rows(calibration)
 
 
 def cache_config(out: Path, split: str, n_tokens: int, seed: int) -> CacheConfig:
@@ -85,14 +94,23 @@ def cache_config(out: Path, split: str, n_tokens: int, seed: int) -> CacheConfig
     )
 
 
-def train_settings(run: Path, cache: ActivationCache, heldout: ActivationCache, seed: int) -> TrainSettings:
-    """The preset `demo`, as `crosscoders train --preset demo` would take it."""
-    from crosscoders.cli import COMMANDS
+def train_config(seed: int) -> TrainConfig:
+    """Return the preset `demo`."""
+    preset = PRESETS["demo"]
+    shape = {name.split(".")[1]: value for name, value in preset.items() if "." in name}
+    others = {name: value for name, value in preset.items() if "." not in name}
+    return TrainConfig(crosscoder=CrosscoderConfig(**shape), **others, seed=seed)
 
-    command = next(command for command in COMMANDS if command.name == "train")
-    argv = ["--preset", "demo", "--cache", str(cache.path), "--eval_cache", str(heldout.path), "--out", str(run)]
-    settings: TrainSettings = parse("crosscoders", command, [*argv, "--seed", str(seed)]).settings
-    return settings
+
+def train_on(cache: ActivationCache, heldout: ActivationCache | None, config: TrainConfig, out: Path) -> None:
+    """Train a crosscoder on a cache and evaluate it on another, in `out`; a run that is finished stays as it is."""
+    stream = cached_stream(cache, batch_size=config.batch_size, buffer_tokens=config.buffer_tokens, seed=config.seed)
+    inputs = cache_inputs(cache)
+    if heldout is None:
+        train(config, stream, out, inputs=inputs)
+        return
+    inputs |= {"eval_cache": {"hash": heldout.manifest_hash}}
+    train(config, stream, out, holdout=lambda: (t.activations for t in heldout.batches(EVAL_TOKENS)), inputs=inputs)
 
 
 def demo_rows(table: pandas.DataFrame) -> list[dict[str, Any]]:

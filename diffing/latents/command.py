@@ -9,7 +9,7 @@ from crosscoders.common.checks import to_dict
 from crosscoders.common.progress import say
 from crosscoders.common.results import closing, result, row
 from diffing.latents.nulls import NULL, counts_beside, read_nulls
-from diffing.latents.runs import _opened
+from diffing.latents.runs import open_run_and_cache
 from diffing.latents.settings import ScaleSettings, StabilitySettings
 from diffing.latents.stability import read_runs
 from diffing.latents.stability import stability as survival_rows
@@ -20,7 +20,7 @@ from diffing.latents.verdict import VERDICTS
 def scale(settings: ScaleSettings) -> dict[str, Any]:
     """`diffing scale`"""
     started = time.perf_counter()
-    run, cache = _opened(settings.run, settings.cache)
+    run, cache = open_run_and_cache(settings.run, settings.cache)
     say(f"scale {run} on {min(settings.n_tokens or len(cache), len(cache)):,} tokens of {cache.path}")
     table = scale_run(run, cache, n_tokens=settings.n_tokens, n_examples=settings.n_examples, device=settings.device)
     counts = {verdict: int((table["verdict"] == verdict).sum()) for verdict in VERDICTS}

@@ -15,6 +15,7 @@ from crosscoders.dictionary.crosscoder import Crosscoder
 
 BASE_ONLY, SHARED, TUNED_ONLY = 0.1, (0.4, 0.6), 0.9
 """Bounds of the published classes: Minder et al. 2025, arXiv 2504.02922."""
+NORM_CLASSES = ("base-only", "shared", "tuned-only", "other")
 
 
 def norm_class(relative_decoder_norm: Sequence[float]) -> list[str]:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from crosscoders.dictionary.crosscoder import Crosscoder
 from diffing.latents.contexts import ChosenLatents
-from diffing.latents.verdict import Thresholds, verdicts
+from diffing.latents.verdict import is_alive, verdicts
 
 OTHER_SIDE = 0.25
 """Largest relative decoder norm of a partner on the base side: its tuned norm is at most half of its base norm."""
@@ -36,7 +36,7 @@ class _Side(NamedTuple):
 def _sides(table: pandas.DataFrame) -> list[_Side]:
     """Those with anything to look for."""
     norm, verdict = table["relative_decoder_norm"], table["verdict"]
-    alive = table["n_active"] >= Thresholds().min_active
+    alive = is_alive(table["n_active"])
     found = [
         _Side(np.flatnonzero(verdict == word).tolist(), np.flatnonzero(alive & other).tolist())
         for word, other in (("tuned-specific", norm <= OTHER_SIDE), ("base-specific", norm >= 1 - OTHER_SIDE))

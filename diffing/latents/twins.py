@@ -21,7 +21,7 @@ from torch import Tensor
 
 from crosscoders.dictionary.crosscoder import Crosscoder
 from diffing.latents.contexts import ChosenLatents
-from diffing.latents.verdict import Thresholds
+from diffing.latents.verdict import Thresholds, is_alive
 
 COSINE, FALSE_COSINE = 0.9, 0.5
 HIGH, LOW = 0.4, 0.1
@@ -38,7 +38,7 @@ class Pairs(NamedTuple):
 def _sides(table: pandas.DataFrame) -> tuple[Int[Tensor, " tuned"], Int[Tensor, " base"]]:
     """Alive tuned-only and base-only latents."""
     bounds, norm = Thresholds(), table["relative_decoder_norm"].to_numpy()
-    alive = table["n_active"].to_numpy() >= bounds.min_active
+    alive = is_alive(table["n_active"])
     tuned, base = alive & (norm >= bounds.tuned_only), alive & (norm <= bounds.base_only)
     return torch.from_numpy(np.flatnonzero(tuned)), torch.from_numpy(np.flatnonzero(base))
 

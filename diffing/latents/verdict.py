@@ -8,7 +8,7 @@ relative norms of 0.78 to 0.87; the benchmark with planted features says what th
 calibrated on a null of your pair: `diffing.null` gives the rate that makes a count a finding.
 
     dead               active on no token
-    undetermined       active on fewer than `min_active` tokens
+    undetermined       active on fewer than `min_active` tokens: not alive
     rotated            relative norm between 0.1 and 0.9, decoder cosine < 0.5, not specific as below
     shared             relative norm between 0.1 and 0.9, otherwise
     shrunk             relative norm >= 0.9 or <= 0.1, |nu_error| above 0.2: Complete Shrinkage
@@ -27,9 +27,37 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas
-from jaxtyping import Int
+from jaxtyping import Bool, Int
+from numpy.typing import ArrayLike
 
-VERDICTS = ("tuned-specific", "base-specific", "shared", "rotated", "shrunk", "decoupled", "dead", "undetermined")
+VERDICTS = {
+    "tuned-specific": (
+        "Tuned-only by norm, or leaning to the tuned side (relative norm from {tuned_leaning}) along another direction "
+        "(decoder_cosine below {rotated_cosine}); nu_error below {nu_error} and nu_reconstruction below "
+        "{nu_reconstruction}: the base model has nothing of it."
+    ),
+    "base-specific": "The mirror image (relative norm up to {base_leaning}), with the mirror ratios.",
+    "rotated": (
+        "Neither tuned-only nor base-only by norm, and decoder_cosine below {rotated_cosine}: both decoder norms are "
+        "alive, and each model writes the latent in a direction of its own; not specific to a model."
+    ),
+    "shrunk": (
+        "Tuned-only or base-only by norm, yet the other model's error holds it (ratio from {nu_error}): the sparsity "
+        "penalty took its decoder towards 0 (Complete Shrinkage)."
+    ),
+    "decoupled": (
+        "Tuned-only or base-only by norm, yet the other model's reconstruction holds it (ratio from "
+        "{nu_reconstruction}): other latents carry it there (Latent Decoupling). Or specific by both ratios, yet a "
+        "latent of the other model, its partner, fires together with it (correlation from {partner_correlation})."
+    ),
+    "shared": "Neither tuned-only nor base-only by norm, and not rotated.",
+    "undetermined": (
+        "Active on fewer than {min_active} tokens, which is not alive; or tuned-only or base-only by norm, and a ratio "
+        "lies within two standard errors of its bound. More tokens would decide."
+    ),
+    "dead": "Active on no token.",
+}
+"""What each verdict says, in words for readers; the names in braces are fields of `Thresholds`."""
 
 
 class Thresholds(NamedTuple):
@@ -98,9 +126,7 @@ def specificity(table: pandas.DataFrame) -> np.ndarray:
 def ranks(table: pandas.DataFrame, thresholds: Thresholds | None = None) -> np.ndarray:
     """1 = most specific to the tuned model: by `specificity`, among latents that are alive and at least as strong in
     the tuned model as in the base (relative norm >= 0.5); all others come after them."""
-    bounds = thresholds or Thresholds()
-    eligible = (table["n_active"] >= bounds.min_active) & (table["relative_decoder_norm"] >= 0.5)
-    order = np.lexsort((-specificity(table), ~eligible))
+    order = np.lexsort((-specificity(table), ~eligible(table, thresholds)))
     found = np.empty(len(table), dtype=np.int64)
     found[order] = np.arange(1, len(table) + 1)
     return found
@@ -109,6 +135,18 @@ def ranks(table: pandas.DataFrame, thresholds: Thresholds | None = None) -> np.n
 # --------------------------------------------------------------------------------------------------- sets of latents
 
 
+def is_alive(n_active: ArrayLike, min_active: float = Thresholds().min_active) -> Bool[np.ndarray, " latents"]:
+    """Tell which latents are alive: active on at least `min_active` tokens of the table."""
+    return np.asarray(n_active) >= min_active
+
+
 def alive_latents(table: pandas.DataFrame) -> Int[np.ndarray, " alive"]:
-    """Latents that are active on at least `Thresholds.min_active` tokens of the table."""
-    return np.flatnonzero(table["n_active"].to_numpy() >= Thresholds().min_active)
+    """Return the numbers of the alive latents of a table."""
+    return np.flatnonzero(is_alive(table["n_active"]))
+
+
+def eligible(table: pandas.DataFrame, thresholds: Thresholds | None = None) -> Bool[np.ndarray, " latents"]:
+    """Tell which latents may be called specific to the tuned model: alive, and at least as strong there as in the
+    base model (relative decoder norm from 0.5)."""
+    alive = is_alive(table["n_active"], (thresholds or Thresholds()).min_active)
+    return alive & np.asarray(table["relative_decoder_norm"] >= 0.5)

@@ -12,7 +12,8 @@ import numpy as np
 import pandas
 from jaxtyping import Bool
 
-from diffing.null.rates import SCORES, alive, chance, evidence, rate_interval, score_values, threshold_at
+from diffing.latents.verdict import is_alive
+from diffing.null.rates import SCORES, chance, evidence, rate_interval, score_values, threshold_at
 from diffing.null.runs import Scaled
 
 Tables = dict[str, dict[int, Scaled]]
@@ -48,7 +49,7 @@ def calibrate(tables: Tables, rates: list[float]) -> dict[str, Any]:
     nulls = [kind for kind in tables if kind not in ("tuned", "rounded")]
     return {
         "crosscoders": [
-            {"kind": kind, "seed": seed, "n_alive": int(alive(made.table).sum()), "n_effective": made.n_effective}
+            {"kind": kind, "seed": seed, "n_alive": n_alive(made.table), "n_effective": made.n_effective}
             for kind, seeds in tables.items()
             for seed, made in seeds.items()
         ],
@@ -68,8 +69,8 @@ def calibrated_row(tables: Tables, null: str, score: str, rate: float) -> dict[s
     """
     first, *others = tables[null]
     made = tables[null][first]
-    n_alive, best = int(alive(made.table).sum()), SCORES[score].sign * SCORES[score].best
-    threshold = threshold_at(evidence(made.table, score), n_alive, rate, best)
+    n, best = n_alive(made.table), SCORES[score].sign * SCORES[score].best
+    threshold = threshold_at(evidence(made.table, score), n, rate, best)
     counts = {
         kind: [
             {"seed": seed, **_counted(evidence(run.table, score) > threshold, run.table)} for seed, run in seeds.items()
@@ -82,7 +83,7 @@ def calibrated_row(tables: Tables, null: str, score: str, rate: float) -> dict[s
     specific = tuned[evidence(tuned, score) > threshold]
     n_tuned, share = counts["tuned"][0]["n"], measured["false_positive_rate"]
     if share is not None and not others:  # the count was fixed with the threshold
-        share = chance(n_alive, rate)
+        share = chance(n, rate)
     return {
         "null": null,
         "score": score,
@@ -102,7 +103,10 @@ def calibrated_row(tables: Tables, null: str, score: str, rate: float) -> dict[s
 def fixed_row(tables: Tables, words: str, test: Test) -> dict[str, Any]:
     """Counts of one threshold that no null decided, for every crosscoder."""
     counts = {
-        kind: [{"seed": seed, **_counted(alive(run.table) & test(run.table), run.table)} for seed, run in seeds.items()]
+        kind: [
+            {"seed": seed, **_counted(is_alive(run.table["n_active"]) & test(run.table), run.table)}
+            for seed, run in seeds.items()
+        ]
         for kind, seeds in tables.items()
     }
     rates = {
@@ -128,7 +132,7 @@ def curves(tables: Tables, score: str) -> dict[str, Any]:
     # Ranks in equal ratios: most points where few latents are left, and none in the long tail of senseless ratios.
     ranks = np.unique(np.geomspace(1, max(1, len(pooled)), CURVE_POINTS).astype(int)) - 1
     grid = pooled[ranks] if len(pooled) else pooled
-    n = {kind: max(1, int(alive(next(iter(seeds.values())).table).sum())) for kind, seeds in tables.items()}
+    n = {kind: max(1, n_alive(next(iter(seeds.values())).table)) for kind, seeds in tables.items()}
     return {
         "score": score,
         "thresholds": (SCORES[score].sign * grid).tolist(),
@@ -137,4 +141,9 @@ def curves(tables: Tables, score: str) -> dict[str, Any]:
 
 
 def _counted(chosen: Bool[np.ndarray, " dict_size"], table: pandas.DataFrame) -> dict[str, int]:
-    return {"count": int(chosen.sum()), "n": int(alive(table).sum())}
+    return {"count": int(chosen.sum()), "n": n_alive(table)}
+
+
+def n_alive(table: pandas.DataFrame) -> int:
+    """Count the alive latents of a table, over which rates are taken."""
+    return int(is_alive(table["n_active"]).sum())

@@ -16,11 +16,11 @@ from typing import NamedTuple
 import numpy as np
 import pandas
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 
 from crosscoders.common.statistics import beta_quantile
 from crosscoders.dictionary.crosscoder import Crosscoder
-from diffing.latents.verdict import Thresholds, specificity
+from diffing.latents.verdict import alive_latents, eligible, specificity
 
 ALIGNED = 0.3
 """Cosine of tuned decoders from which two latents count as one in `effective_number`. Random directions of width 128
@@ -51,16 +51,6 @@ SCORES = {
     "specificity": Score("specificity above {}", 1, 1.0),
 }
 """The first, the larger of |nu_error| and |nu_reconstruction|, is the main one: its counts are shown first."""
-
-
-def alive(table: pandas.DataFrame) -> Bool[np.ndarray, " dict_size"]:
-    """Latents that a rate is taken over: active on at least `min_active` tokens."""
-    return np.asarray(table["n_active"] >= Thresholds().min_active)
-
-
-def eligible(table: pandas.DataFrame) -> Bool[np.ndarray, " dict_size"]:
-    """Alive latents that are at least as strong in the tuned model as in the base, as for the rank."""
-    return alive(table) & np.asarray(table["relative_decoder_norm"] >= 0.5)
 
 
 def score_values(table: pandas.DataFrame, score: str) -> Float[np.ndarray, " dict_size"]:
@@ -128,7 +118,7 @@ def effective_number(crosscoder: Crosscoder, table: pandas.DataFrame) -> float:
     unaligned decoders, and whatever moves all latents of one crosscoder together; only other seeds show that.
     Source: Kish 1965, Survey Sampling, 8.2 (design effect); the neighbourhood form is ours.
     """
-    kept = np.flatnonzero(alive(table))
+    kept = alive_latents(table)
     if not len(kept):
         return 0.0
     directions = crosscoder.decoder().detach().float()[torch.from_numpy(kept), 1]

@@ -16,10 +16,10 @@ from jaxtyping import Bool, Float
 
 from crosscoders.common.errors import InputError, nearest
 from crosscoders.common.files import read_json
+from diffing.latents.decoder_norms import NORM_CLASSES
+from diffing.latents.verdict import VERDICTS, Thresholds, is_alive
 
-VERDICTS = ("tuned-specific", "base-specific", "rotated", "shrunk", "decoupled", "shared", "undetermined", "dead")
-NORM_CLASSES = ("base-only", "shared", "tuned-only", "other")
-WORDS = {"verdict": VERDICTS, "norm_class": NORM_CLASSES}
+WORDS: dict[str, tuple[str, ...]] = {"verdict": tuple(VERDICTS), "norm_class": NORM_CLASSES}
 NUMBERS = (
     "latent", "rank", "specificity", "nu_error", "nu_error_stderr", "nu_reconstruction", "nu_reconstruction_stderr",
     "relative_decoder_norm", "decoder_cosine", "n_active", "frequency", "max_activation", "template_share",
@@ -32,10 +32,6 @@ TYPES: dict[str, tuple[set[type] | None, str]] = {
     "main_context": ({str, type(None)}, "text"),
 }
 PLAIN = {int, str, bool, type(None)}
-THRESHOLDS = (
-    "nu_error", "nu_reconstruction", "tuned_only", "base_only", "rotated_cosine", "min_active", "tuned_leaning",
-    "base_leaning", "partner_correlation",
-)  # fmt: skip
 SCALE = "diffing scale {run} --cache CACHE"
 MADE_BY = {
     "run.json": "crosscoders train --cache CACHE --out {run}",
@@ -86,8 +82,8 @@ class Latents:
 
     @cached_property
     def alive(self) -> Bool[np.ndarray, " latents"]:
-        """Every latent whose verdict is not `dead`."""
-        return ~self.is_word("verdict", "dead")
+        """Which latents are alive, by the run's own threshold."""
+        return is_alive(self.numbers("n_active"), self.thresholds["min_active"])
 
     @cached_property
     def order(self) -> list[int]:
@@ -187,7 +183,7 @@ def read_latents(path: Path) -> Latents:
     columns, thresholds = table.get("columns"), table.get("thresholds") or {}
     if not isinstance(columns, dict):
         raise InputError(f"{path} has no 'columns'. {again}")
-    for name in THRESHOLDS:
+    for name in Thresholds._fields:
         if not (isinstance(thresholds, dict) and is_number(thresholds.get(name))):
             raise InputError(f"{path} has no threshold {name!r}. {again}")
     for name in ("n_tokens", "n_blocks"):

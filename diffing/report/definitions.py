@@ -1,5 +1,7 @@
-"""What each column and each verdict of the report means, in a sentence. `definitions` fills in the run's thresholds."""
+"""What each column of the report means, in a sentence. `definitions` fills in the run's thresholds, here and in the
+definitions of the verdicts."""
 
+from diffing.latents.verdict import VERDICTS
 from diffing.report.data import Latents
 from diffing.report.text import number
 
@@ -53,34 +55,6 @@ FAMILIES = {
     "share_": "Share of the latent's summed activation in this group of documents, outside the chat template.",
 }
 """Further columns that begin alike."""
-
-VERDICTS = {
-    "tuned-specific": (
-        "Tuned-only by norm, or leaning to the tuned side (relative norm from {tuned_leaning}) along another direction "
-        "(decoder_cosine below {rotated_cosine}); nu_error below {nu_error} and nu_reconstruction below "
-        "{nu_reconstruction}: the base model has nothing of it."
-    ),
-    "base-specific": "The mirror image (relative norm up to {base_leaning}), with the mirror ratios.",
-    "rotated": (
-        "Neither tuned-only nor base-only by norm, and decoder_cosine below {rotated_cosine}: both decoder norms are "
-        "alive, and each model writes the latent in a direction of its own; not specific to a model."
-    ),
-    "shrunk": (
-        "Tuned-only or base-only by norm, yet the other model's error holds it (ratio from {nu_error}): the sparsity "
-        "penalty took its decoder towards 0 (Complete Shrinkage)."
-    ),
-    "decoupled": (
-        "Tuned-only or base-only by norm, yet the other model's reconstruction holds it (ratio from "
-        "{nu_reconstruction}): other latents carry it there (Latent Decoupling). Or specific by both ratios, yet a "
-        "latent of the other model, its partner, fires together with it (correlation from {partner_correlation})."
-    ),
-    "shared": "Neither tuned-only nor base-only by norm, and not rotated.",
-    "undetermined": (
-        "Active on fewer than {min_active} tokens; or tuned-only or base-only by norm, and a ratio lies within two "
-        "standard errors of its bound. More tokens would decide."
-    ),
-    "dead": "Active on none of the {n_tokens} tokens. Left out of every figure and of alive counts.",
-}
 
 
 def definitions(latents: Latents) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:

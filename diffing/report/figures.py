@@ -10,7 +10,8 @@ import numpy as np
 import plotly.graph_objects as go
 from jaxtyping import Bool, Float
 
-from diffing.report.data import NORM_CLASSES, VERDICTS, Latents
+from diffing.latents.decoder_norms import NORM_CLASSES
+from diffing.report.data import Latents
 from diffing.report.text import amount, counted, number
 
 MAX_SCATTER_POINTS = 5_000
@@ -120,10 +121,11 @@ def cosine_figure(latents: Latents) -> Figure:
 
 
 def left_out(latents: Latents, kept: Bool[np.ndarray, " latents"]) -> str:
-    dead = int((~latents.alive).sum())
+    others = int((~latents.alive).sum())
     undefined = int((latents.alive & ~kept).sum())
     more = f", and {number(undefined)} where it is undefined" if undefined else ""
-    return f"Left out: {number(dead)} dead{more}."
+    bound = latents.thresholds["min_active"]
+    return f"Left out: {number(others)} not alive (active on fewer than {bound:g} tokens){more}."
 
 
 def bars(values: Float[np.ndarray, " values"], ends: tuple[float, float], name: str, colour: str) -> dict[str, Any]:
@@ -166,7 +168,7 @@ def nu_figure(latents: Latents) -> Figure:
         chosen[best] = True
         traces.append(heatmap(x[kept], y[kept]))
         words = f" Shading counts all of them in 64 x 64 cells (log scale); points are the {len(best)} best-ranked."
-    for verdict in VERDICTS:
+    for verdict in VERDICT_STYLES:
         picked = chosen & latents.is_word("verdict", verdict)
         if picked.any():
             traces.append(points(latents, x, y, verdict, picked))

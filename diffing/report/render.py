@@ -16,9 +16,10 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from diffing.latents.nulls import NULL, counts_beside, kinds_of
+from diffing.latents.verdict import VERDICTS
 from diffing.report import causes, figures, nulls, summary
 from diffing.report.curves import training_figures
-from diffing.report.data import MADE_BY, VERDICTS, Example, Run, command_for
+from diffing.report.data import MADE_BY, Example, Run, command_for
 from diffing.report.definitions import COLUMNS, definitions
 from diffing.report.text import NONE, Part, clip, fixed, flat, highlight, html_length, number, numbers, visible
 
@@ -127,7 +128,7 @@ def render_html(run: Run, rows: list[Row]) -> bytes:
         verdict_definitions=verdicts,
         flat=flat,
         number=number,
-        verdicts=VERDICTS,
+        verdicts=list(VERDICTS),
     )
     return page.encode()
 

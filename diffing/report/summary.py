@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from crosscoders.activations.outliers import MULTIPLE, TOP
-from diffing.report.data import NORM_CLASSES, VERDICTS, Run
+from diffing.latents.decoder_norms import NORM_CLASSES
+from diffing.latents.verdict import VERDICTS
+from diffing.report.data import Run
 from diffing.report.text import amount, counted, number
 
 MEASURES = {
@@ -55,14 +57,14 @@ def class_counts(run: Run) -> dict[str, int]:
 
 
 def result_rows(run: Run) -> list[dict[str, Any]]:
-    """The rows of report.json. n counts the alive latents, all latents for `dead` and `alive`, or tokens."""
+    """The rows of report.json. n counts all latents, alive latents for norm classes, or tokens."""
     alive, everything = int(run.latents.alive.sum()), len(run.latents)
     counts = {"alive": alive}
     counts |= {f"verdict.{word}": count for word, count in verdict_counts(run).items()}
     counts |= {f"norm_class.{word}": count for word, count in class_counts(run).items()}
     rows: list[dict[str, Any]] = [
         {"name": f"report.{name}.count", "value": count, "unit": "latents",
-         "n": everything if name in ("alive", "verdict.dead") else alive, "low": None, "high": None}
+         "n": alive if name.startswith("norm_class") else everything, "low": None, "high": None}
         for name, count in counts.items()
     ]  # fmt: skip
     for name, measure in measures(run).items():

@@ -16,7 +16,7 @@ from benchmarks.planted import interval, over_seeds
 from crosscoders import ActivationCache, CacheConfig, CrosscoderConfig, InputError, TrainConfig, cache_activations
 from crosscoders.common.checks import to_dict
 from crosscoders.common.results import row
-from crosscoders.training.settings import TrainSettings
+from diffing.demo.command import train_on
 from diffing.latents.table import scale_run
 from diffing.null.runs import Scaled
 
@@ -49,19 +49,25 @@ def test_variants_differ_in_gate_and_sparsity_and_nulls_in_the_tuned_model_alone
     cache_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caches: list[CacheConfig] = []
-    trained: list[TrainSettings] = []
+    trained: list[TrainConfig] = []
+    evaluated: list[bool] = []
     opened = ActivationCache(cache_folder)
     monkeypatch.setattr(runs, "cache_activations", lambda config: caches.append(config) or opened)  # type: ignore[func-returns-value]
-    monkeypatch.setattr(runs, "train_run", trained.append)
+
+    def train_on(cache: ActivationCache, heldout: ActivationCache | None, config: TrainConfig, out: Path) -> None:
+        trained.append(config)
+        evaluated.append(heldout is not None)
+
+    monkeypatch.setattr(runs, "train_on", train_on)
     for name, heldout in (("batchtopk", opened), ("l1-0.5", opened), ("l1-0.5", None)):
         runs.trained(tmp_path, name, 2, opened, heldout)
     for pair in ("tuned", "placebo"):
         runs.pair_cache(tmp_path, pair)
-    bounded, l1, null = (to_dict(settings) for settings in trained)
+    bounded, l1, null = (to_dict(config) for config in trained)
     shapes = [found.pop("crosscoder") for found in (bounded, l1, null)]
     assert {key for key in bounded if bounded[key] != l1[key]} == {"l1_coefficient", "aux_coefficient"}
     assert {key for key in shapes[0] if shapes[0][key] != shapes[1][key]} == {"activation", "k"}
-    assert {key for key in l1 if l1[key] != null[key]} == {"eval_cache"} and shapes[1] == shapes[2]
+    assert l1 == null and shapes[1] == shapes[2] and evaluated == [True, True, False]
     assert (l1["l1_coefficient"], l1["seed"], shapes[1]["activation"]) == (0.5, 2, "relu")
     pair_cache, null_cache = map(to_dict, caches)
     assert {key for key in pair_cache if pair_cache[key] != null_cache[key]} == {"tuned", "tokenizer", "out"}
@@ -183,8 +189,6 @@ def test_intervals_are_cut_at_zero_except_for_signed_units() -> None:
 @pytest.fixture(scope="module")
 def scaled_runs(pair: Pair, cache_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path]]:
     """Tiny runs on the tiny pair: one of L1, two of BatchTopK."""
-    from crosscoders.training.command import train_run
-
     made: dict[str, list[Path]] = {}
     for variant in runs.VARIANTS:
         for seed in range(1 if variant == "l1" else 2):
@@ -192,11 +196,13 @@ def scaled_runs(pair: Pair, cache_folder: Path, tmp_path_factory: pytest.TempPat
             shape = CrosscoderConfig(dict_size=96, k=24)
             gate: dict[str, object] = {"threshold_start_step": 2}
             if variant == "l1":
-                shape, gate = CrosscoderConfig(dict_size=96, activation="relu", k=None), {"l1_coefficient": 0.01}
+                shape = CrosscoderConfig(dict_size=96, activation="relu", k=None)
+                gate = {"l1_coefficient": 0.01, "l1_warmup_steps": 2}
+            gate |= {"lr_warmup_steps": 2}
             config = TrainConfig(crosscoder=shape, n_tokens=1920, batch_size=64, lr=3e-3, seed=seed, **gate)  # type: ignore[arg-type]
-            values = {name: getattr(config, name) for name in config.__dataclass_fields__}
-            train_run(TrainSettings(**values, cache=str(cache_folder), eval_cache=str(cache_folder), out=str(out)))
-            scale_run(out, ActivationCache(cache_folder), n_examples=1)
+            cache = ActivationCache(cache_folder)
+            train_on(cache, cache, config, out)
+            scale_run(out, cache, n_examples=1)
             made.setdefault(variant, []).append(out)
     return made
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_report import HARMLESS, PAYLOADS, page_of, rows_of, write_run
+from report_pages import HARMLESS, PAYLOADS, page_of, rows_of, write_run
 
 from crosscoders import CorruptData, InputError
 from crosscoders.common.files import hash_file

@@ -1,0 +1,86 @@
+"""A scaled run and its null models -> RUN/null.json.
+
+Reading order: `calibrate_run` is the whole path; `require_scaled_on` checks the run, `null_models` says which nulls
+there are. Everything that is finished in OUT is used again:
+
+    OUT/<null>/model/       made here: rounded, or a placebo
+    OUT/<null>/cache/       the tokens of the run's cache, base and null model
+    OUT/<null>/seed-<n>/    crosscoder and latents.json; OUT/tuned/seed-<n>/ for the pair itself
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from crosscoders.activations.cache import ActivationCache
+from crosscoders.common import files
+from crosscoders.common.errors import InputError
+from crosscoders.models.names import hash_model
+from diffing.null.calibration import Tables, calibrate
+from diffing.null.models import round_model, train_placebo
+from diffing.null.runs import null_cache, null_run, read_config, read_scaled, require_null
+from diffing.null.settings import NullSettings
+
+FORMAT_VERSION = 1
+
+
+def calibrate_run(settings: NullSettings, opened: ActivationCache) -> dict[str, Any]:
+    """Calibrate the counts of a scaled run on the nulls that `settings` names, write RUN/null.json, return it.
+
+    Raises:
+        InputError: the run was not scaled on this cache, or a null does not fit the pair.
+    """
+    run, out = Path(settings.run), Path(settings.out)
+    config = read_config(run, settings.device)
+    n_tokens = require_scaled_on(run, opened)
+    base = str(opened.manifest["config"]["base"])
+    for model in (settings.placebo, settings.format_only):
+        if model is not None:
+            require_null(base, model, opened)
+    models = null_models(settings, opened, config.seed)
+    caches = {kind: null_cache(opened, model, out / kind / "cache", settings.device) for kind, model in models.items()}
+    tables: Tables = {"tuned": {config.seed: read_scaled(run)}, **{kind: {} for kind in models}}
+    for seed in range(config.seed, config.seed + settings.n_seeds):
+        for kind, cache in {**caches, "tuned": opened}.items():
+            # A rounded copy barely differs from the base: one crosscoder says whether any latent passes.
+            if seed not in tables[kind] and not (kind == "rounded" and seed > config.seed):
+                here = out / kind / f"seed-{seed}"
+                tables[kind][seed] = null_run(replace(config, seed=seed), cache, here, n_tokens)
+    found = {
+        "format_version": FORMAT_VERSION,
+        "latents": files.hash_file(run / "latents.json"),
+        "n_tokens": n_tokens,
+        "seed": config.seed,
+        "nulls": {kind: {"name": model, "hash": hash_model(model)} for kind, model in models.items()},
+        **calibrate(tables, settings.rates),
+    }
+    files.write_json(run / "null.json", found)
+    return found
+
+
+def require_scaled_on(run: Path, opened: ActivationCache) -> int:
+    """The tokens that the run was scaled on; raises InputError unless they are the first ones of `opened`."""
+    found = files.read_object(run / "latents.json", "n_tokens", "cache")
+    if found["cache"]["hash"] != opened.manifest_hash:
+        raise InputError(
+            f"{run} was scaled on cache {found['cache']['path']!r}, not on {str(opened.path)!r}. Name that one with "
+            "--cache, or run diffing scale again."
+        )
+    return int(found["n_tokens"])
+
+
+def null_models(settings: NullSettings, opened: ActivationCache, seed: int) -> dict[str, str]:
+    """The model of each null that is asked for, made where that is needed."""
+    config = opened.manifest["config"]
+    found: dict[str, str] = {}
+    if settings.placebo is not None:
+        found["placebo"] = settings.placebo
+    if settings.train_placebo is not None:
+        folder = Path(settings.out) / "placebo" / "model"
+        found["placebo"] = str(train_placebo(config["base"], folder, settings, config["context_length"], seed))
+    if settings.format_only is not None:
+        found["format_only"] = settings.format_only
+    if settings.rounded_bits is not None:
+        folder = Path(settings.out) / "rounded" / "model"
+        found["rounded"] = str(round_model(config["base"], folder, settings.rounded_bits))
+    return found
