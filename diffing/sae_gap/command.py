@@ -20,6 +20,7 @@ from crosscoders.common.devices import choose_device
 from crosscoders.common.errors import InputError
 from crosscoders.common.progress import say
 from crosscoders.common.results import closing, result, row
+from crosscoders.common.statistics import bootstrap_interval, resample
 from crosscoders.models.names import hash_model
 from diffing.sae_gap.measure import CELLS, CLASSES, QUANTITIES, Gaps, measure
 from diffing.sae_gap.settings import SaeGapSettings
@@ -29,8 +30,6 @@ from sae_lora.fitting.inputs import Plan, load_dictionaries, load_model, make_pl
 from sae_lora.fitting.loop import fit
 from sae_lora.fitting.settings import FitConfig
 from sae_lora.lora.adapter import choose_layers, load_adapter
-
-RESAMPLES = 2000
 
 
 def gap_run(settings: SaeGapSettings) -> dict[str, Gaps]:
@@ -103,8 +102,7 @@ def rows(found: Mapping[str, Gaps], seed: int = 0) -> list[dict[str, Any]]:
     """
     n_tokens = next(iter(found.values())).n_tokens
     n = n_tokens.shape[1]
-    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
-    weights = np.concatenate([np.ones((1, n)), drawn])
+    weights = resample(n, seed)
     entries = [row("sae-gap.sequences", n, "sequences", n)]
     for number, name in enumerate(CLASSES):
         n_class = int(n_tokens[number].sum())
@@ -118,7 +116,7 @@ def rows(found: Mapping[str, Gaps], seed: int = 0) -> list[dict[str, Any]]:
             of_models["tuned_minus_placebo"] = _difference(of_models["tuned"], of_models["placebo"])
         for role, quantities in of_models.items():
             for quantity, values in quantities.items():
-                low, high = np.percentile(values[1:], [2.5, 97.5]).tolist() if n > 1 else (None, None)
+                low, high = bootstrap_interval(values) if n > 1 else (None, None)
                 unit = "fraction" if quantity.endswith("closed") else "nats/token"
                 entries.append(row(f"sae-gap.{role}.{name}.{quantity}", float(values[0]), unit, n_class, low, high))
     return entries
