@@ -102,6 +102,19 @@ def test_settings_come_from_the_file_then_from_flags(
 
 
 @pytest.mark.parametrize(
+    "argv, force",
+    [
+        ([], False), (["--force"], True), (["--force", "--lr", "1"], True), (["--force", "false"], False),
+        (["--force=false"], False), (["--force", "true"], True),
+    ],
+)  # fmt: skip
+def test_a_switch_may_stand_alone(argv: list[str], force: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        crosscoders_cli.main(["train", "--cache", "x", "--out", "y", *argv, "--print-config"])
+    assert yaml.safe_load(capsys.readouterr().out)["force"] is force
+
+
+@pytest.mark.parametrize(
     "yaml_text, argv, line",
     [
         ("", ["--crosscoder.dictsize", "3"], r"unknown key 'dictsize' in [crosscoder]; did you mean 'dict_size'?"),

@@ -19,7 +19,7 @@ def cache(settings: CacheSettings) -> dict[str, Any]:
     """`crosscoders cache`"""
     started = time.perf_counter()
     part = settings.chosen_part()
-    made = run_cache(_only(CacheConfig, settings), part=part, devices=settings.chosen_devices())
+    made = run_cache(_only(CacheConfig, settings), part=part, devices=settings.chosen_devices(), force=settings.force)
     rates = made.rates
     if rates.n_tokens:
         say(f"cached {rates.n_tokens:,} tokens  {rates.text()}")

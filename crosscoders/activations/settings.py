@@ -122,6 +122,8 @@ class CacheSettings(CacheConfig):
     """i/n: make only the i-th of n parts, for job arrays; `crosscoders merge` puts them together."""
     devices: str | None = None
     """Several devices that work at once, each on a part that is merged at the end: cuda:0,cuda:1."""
+    force: bool = False
+    """Go on where the estimate of memory is above what the machine has."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

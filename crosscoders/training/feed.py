@@ -68,7 +68,9 @@ def _from_cache(settings: TrainSettings) -> Feed:
     opened = ActivationCache(str(settings.cache))
     n_train = _n_train(settings, len(opened))
     _require_same_pair(settings, opened.manifest)
-    needed = memory.require([_train_need(settings, opened.d_model, opened.manifest["dtype"])], MEND)
+    needed = memory.require(
+        [_train_need(settings, opened.d_model, opened.manifest["dtype"])], MEND, force=settings.force
+    )
     stream = cached_stream(
         opened, batch_size=settings.batch_size, buffer_tokens=settings.buffer_tokens, seed=settings.seed,
         n_tokens=n_train,
@@ -101,6 +103,7 @@ def _from_models(settings: TrainSettings) -> Feed:
             needs.cache_need(config, plan, n_points=1, device=choose_device(config.device), shards=False),
         ],
         f"{MEND} Or store a cache first.",
+        force=settings.force,
     )
     source = open_source(config, plan)
     stream = live_stream(

@@ -42,7 +42,7 @@ def gap_run(settings: SaeGapSettings) -> dict[str, Gaps]:
     plans = {role: _plan(settings, config) for role, config in configs.items()}
     found = {}
     for role, config in configs.items():
-        folder = fit(config, Path(settings.out) / role)
+        folder = fit(config, Path(settings.out) / role, force=settings.force)
         plan, device = plans[role], choose_device(settings.device)
         dictionaries = with_control(load_dictionaries(plan, config, device), config.control, config.seed)
         adapted = load_adapter(load_model(plan, config, device), folder, dictionaries)

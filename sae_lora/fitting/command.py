@@ -18,7 +18,7 @@ def fit_command(settings: FitSettings) -> dict[str, Any]:
     """`sae-lora fit`"""
     started = time.perf_counter()
     config = FitConfig(**{field.name: getattr(settings, field.name) for field in fields(FitConfig)})
-    folder = fit(config, settings.out)
+    folder = fit(config, settings.out, force=settings.force)
     closing(started, f"adapter in {folder}")
     say(f"next: sae-lora eval {shlex.quote(settings.out)} --data HELD_OUT")
     n_tokens = files.read_object(Path(settings.out) / "run.json", "inputs")["inputs"]["tokens"]["n"]
