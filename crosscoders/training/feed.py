@@ -4,7 +4,6 @@ Held-out tokens are the last ones of the plan, or a cache of their own.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +20,7 @@ from crosscoders.activations.source import open_source
 from crosscoders.activations.stream import BufferedStream, cached_stream, live_stream
 from crosscoders.cli import COMMANDS
 from crosscoders.common import files, memory
+from crosscoders.common.checks import config_of
 from crosscoders.common.command_line import parse
 from crosscoders.common.devices import choose_device
 from crosscoders.common.errors import InputError
@@ -163,7 +163,7 @@ def read_cache_config(path: str) -> CacheConfig:
             raise InputError(f"{name} in {path!r} has no effect with --live. Remove it.")
     if not isinstance(found.hook_point, str):
         raise InputError(f"{path!r} names {len(found.hook_point)} hook points; --live trains on one. Name one.")
-    return CacheConfig(**{field.name: getattr(found, field.name) for field in fields(CacheConfig)})
+    return config_of(CacheConfig, found)
 
 
 def _mean_norm_of_run(out: Path) -> list[float] | None:
