@@ -14,7 +14,7 @@ from conftest import Pair
 from crosscoders import cli as crosscoders_cli
 from diffing import cli as diffing_cli
 
-HEAVY = ("torch", "transformers", "transformer_lens", "sae_lens", "peft", "datasets", "pandas", "plotly")
+HEAVY = ("torch", "transformers", "transformer_lens", "sae_lens", "peft", "datasets", "pandas", "plotly", "scipy")
 TRAIN = (
     "--crosscoder.dict-size 24 --crosscoder.k 4 --n-tokens 3200 --batch-size 64 --lr 1e-2 --lr-warmup-steps 5 "
     "--log-every 10 --checkpoint-every 20 --threshold-start-step 5 --input-norm sqrt_d"
@@ -100,6 +100,19 @@ def test_settings_come_from_the_file_then_from_flags(
     with pytest.raises(SystemExit):
         crosscoders_cli.main(["train", "--config", str(file), "--print-config"])
     assert yaml.safe_load(capsys.readouterr().out)["lr"] == 3e-4
+
+
+@pytest.mark.parametrize(
+    "argv, force",
+    [
+        ([], False), (["--force"], True), (["--force", "--lr", "1"], True), (["--force", "false"], False),
+        (["--force=false"], False), (["--force", "true"], True),
+    ],
+)  # fmt: skip
+def test_a_switch_may_stand_alone(argv: list[str], force: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        crosscoders_cli.main(["train", "--cache", "x", "--out", "y", *argv, "--print-config"])
+    assert yaml.safe_load(capsys.readouterr().out)["force"] is force
 
 
 @pytest.mark.parametrize(

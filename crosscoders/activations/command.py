@@ -10,7 +10,7 @@ from crosscoders.activations.merge import merge_parts
 from crosscoders.activations.outliers import outlier_text
 from crosscoders.activations.settings import CacheConfig, CacheSettings, MergeSettings
 from crosscoders.activations.writer import Rates
-from crosscoders.common.checks import _only, to_dict
+from crosscoders.common.checks import config_of, to_dict
 from crosscoders.common.errors import InputError
 from crosscoders.common.progress import say
 from crosscoders.common.results import closing, result, row
@@ -20,7 +20,9 @@ def cache(settings: CacheSettings) -> dict[str, Any]:
     """`crosscoders cache`"""
     started = time.perf_counter()
     part = settings.chosen_part()
-    made = run_cache(_only(CacheConfig, settings), part=part, devices=settings.chosen_devices())
+    made = run_cache(
+        config_of(CacheConfig, settings), part=part, devices=settings.chosen_devices(), force=settings.force
+    )
     rates = made.rates
     if rates.n_tokens:
         say(f"cached {rates.n_tokens:,} tokens  {rates.text()}")

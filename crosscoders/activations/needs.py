@@ -1,6 +1,6 @@
 """How much memory a command will need, before anything loads; docs/log.md compares the estimates with measured peaks.
 
-`cache_need` and `train_need` estimate, `require` compares with what the machine has free (`free_ram`, `free_gpu`) and
+`cache_need` and `train_need` estimate, `require` compares with what the machine has (`ram_room`, `gpu_room`) and
 returns words for the opening line. Parameters are counted on PyTorch's meta device, from configurations alone.
 """
 

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
-from crosscoders.common.checks import _only, require_positive, require_range
+from crosscoders.common.checks import config_of, require_positive, require_range
 from crosscoders.common.command_line import Command
 from crosscoders.common.errors import InputError
 from crosscoders.text.settings import TEMPLATE_DATE, DataConfig, DataSource
@@ -115,7 +115,7 @@ class CacheConfig:
 
     def data_config(self) -> DataConfig:
         """Return the settings that say which documents are read, and how."""
-        return _only(DataConfig, self)
+        return config_of(DataConfig, self)
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,8 @@ class CacheSettings(CacheConfig):
     """i/n: make only the i-th of n parts, for job arrays; `crosscoders merge` puts them together."""
     devices: str | None = None
     """Several devices that work at once, each on a part that is merged at the end: cuda:0,cuda:1."""
+    force: bool = False
+    """Go on where the estimate of memory is above what the machine has."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

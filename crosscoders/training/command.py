@@ -7,7 +7,7 @@ from typing import Any
 
 from crosscoders.activations.cache import ActivationCache
 from crosscoders.common import files
-from crosscoders.common.checks import _only, to_dict
+from crosscoders.common.checks import config_of, to_dict
 from crosscoders.common.devices import choose_device
 from crosscoders.common.errors import EnvironmentFault, InputError
 from crosscoders.common.memory import keep_large_blocks
@@ -35,7 +35,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
 def train_run(settings: TrainSettings) -> dict[str, Any]:
     """Open the cache or the models, train, and return the JSON object."""
     started = time.perf_counter()
-    config = _only(TrainConfig, settings)
+    config = config_of(TrainConfig, settings)
     if config.adam_bits == 8:
         require_torchao()
     keep_large_blocks()

@@ -4,7 +4,6 @@ Held-out tokens are the last ones of the plan, or a cache of their own.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +19,7 @@ from crosscoders.activations.settings import CACHE, CacheConfig
 from crosscoders.activations.source import open_source
 from crosscoders.activations.stream import BufferedStream, cached_stream, live_stream
 from crosscoders.common import files, memory
+from crosscoders.common.checks import config_of
 from crosscoders.common.command_line import parse
 from crosscoders.common.devices import choose_device
 from crosscoders.common.errors import InputError
@@ -68,7 +68,9 @@ def _from_cache(settings: TrainSettings) -> Feed:
     opened = ActivationCache(str(settings.cache))
     n_train = _n_train(settings, len(opened))
     _require_same_pair(settings, opened.manifest)
-    needed = memory.require([_train_need(settings, opened.d_model, opened.manifest["dtype"])], MEND)
+    needed = memory.require(
+        [_train_need(settings, opened.d_model, opened.manifest["dtype"])], MEND, force=settings.force
+    )
     stream = cached_stream(
         opened, batch_size=settings.batch_size, buffer_tokens=settings.buffer_tokens, seed=settings.seed,
         n_tokens=n_train,
@@ -108,6 +110,7 @@ def _from_models(settings: TrainSettings) -> Feed:
             needs.cache_need(config, plan, n_points=1, device=choose_device(config.device), shards=False),
         ],
         f"{MEND} Or store a cache first.",
+        force=settings.force,
     )
     source = open_source(config, plan)
     stream = live_stream(
@@ -166,7 +169,7 @@ def read_cache_config(path: str) -> CacheConfig:
             raise InputError(f"{name} in {path!r} has no effect with --live, which has no shards. Remove it.")
     if not isinstance(settings.hook_point, str):
         raise InputError(f"{path!r} names {len(settings.hook_point)} hook points; --live trains on one. Name one.")
-    return CacheConfig(**{field.name: getattr(settings, field.name) for field in fields(CacheConfig)})
+    return config_of(CacheConfig, settings)
 
 
 def _known_moments(settings: TrainSettings, d_model: int) -> Moments | None:

@@ -37,8 +37,10 @@ PLACES = ("model", "dictionary", "data", "store_folder")
 """Settings that say where something is, of which the run records hashes."""
 
 
-def fit(config: FitConfig, out: str | Path) -> Path:
+def fit(config: FitConfig, out: str | Path, *, force: bool = False) -> Path:
     """Fit an adapter, or go on with an interrupted run in `out`, and return the adapter's folder.
+
+    force: as in `memory.require`.
 
     Raises:
         InputError: anything that the settings, the dictionaries or the data get wrong; `out` holds another run.
@@ -52,7 +54,7 @@ def fit(config: FitConfig, out: str | Path) -> Path:
     )
     layers = choose_layers(config.layers, plan.infos, plan.n_layers) if config.corrector == "lora" else []
     device = choose_device(config.device)
-    needed = memory.require([fit_need(config, plan, layers, device)], MEND)
+    needed = memory.require([fit_need(config, plan, layers, device)], MEND, force=force)
     with files.exclusive(out), stop_requests() as stop:
         dictionaries = with_control(load_dictionaries(plan, config, device), config.control, config.seed)
         inputs = {

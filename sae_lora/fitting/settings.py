@@ -207,3 +207,5 @@ class FitSettings(FitConfig):
 
     out: str
     """Run folder; an interrupted run there goes on."""
+    force: bool = False
+    """Go on where the estimate of memory is above what the machine has."""
