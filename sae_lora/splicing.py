@@ -139,6 +139,6 @@ def _edit(
 
 
 def special_ids(tokenizer: Any) -> list[int]:
-    """Ids of BOS, EOS and padding, as far as the tokenizer has them: what `keep_ids` normally is."""
-    found = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
-    return sorted({int(i) for i in found if i is not None})
+    """Return the ids of BOS, EOS and padding, as far as the tokenizer has them: what `keep_ids` normally is."""
+    ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    return sorted({int(i) for i in ids if i is not None})

@@ -16,23 +16,23 @@ from crosscoders.common.results import closing, result, row
 
 
 def cache(settings: CacheSettings) -> dict[str, Any]:
-    """`crosscoders cache`"""
+    """Run `crosscoders cache`."""
     started = time.perf_counter()
     part = settings.chosen_part()
-    made = run_cache(_only(CacheConfig, settings), part=part, devices=settings.chosen_devices())
-    rates = made.rates
+    run = run_cache(_only(CacheConfig, settings), part=part, devices=settings.chosen_devices())
+    rates = run.rates
     if rates.n_tokens:
         say(f"cached {rates.n_tokens:,} tokens  {rates.text()}")
     if part:
         closing(started, f"part {part} in {settings.out}")
         say(f"next: crosscoders merge, with the folders of all {part.of} parts and --out CACHE")
         return result("cache", to_dict(settings), _rate_rows(rates))
-    rows = _describe_caches(started, list(made.folders.values())) + _rate_rows(rates)
+    rows = _describe_caches(started, list(run.folders.values())) + _rate_rows(rates)
     return result("cache", to_dict(settings), rows)
 
 
 def _rate_rows(rates: Rates) -> list[dict[str, Any]]:
-    """Of this run; none when everything was there already."""
+    """Return the rates of this run as rows; none when everything was there already."""
     if not rates.n_tokens:
         return []
     n = rates.n_tokens
@@ -44,7 +44,7 @@ def _rate_rows(rates: Rates) -> list[dict[str, Any]]:
 
 
 def merge(settings: MergeSettings) -> dict[str, Any]:
-    """`crosscoders merge`"""
+    """Run `crosscoders merge`."""
     started = time.perf_counter()
     if not settings.parts:
         raise InputError("parts is empty. Name the folders of all parts.")
@@ -57,13 +57,15 @@ def _describe_caches(started: float, folders: list[str]) -> list[dict[str, Any]]
     """Say what was made, and the rows of `--json`; those of several hook points carry their names."""
     rows = []
     for folder in folders:
-        made = ActivationCache(folder)
-        norms = made.mean_norm
-        closing(started, f"{len(made):,} tokens, mean norm base {norms[0]:.2f} tuned {norms[1]:.2f}, in {made.path}")
-        where = f".{made.manifest['hook_point']}" if len(folders) > 1 else ""
-        rows.append(row(f"cache{where}.tokens", len(made), "tokens", len(made)))
+        opened = ActivationCache(folder)
+        norms = opened.mean_norm
+        closing(
+            started, f"{len(opened):,} tokens, mean norm base {norms[0]:.2f} tuned {norms[1]:.2f}, in {opened.path}"
+        )
+        where = f".{opened.manifest['hook_point']}" if len(folders) > 1 else ""
+        rows.append(row(f"cache{where}.tokens", len(opened), "tokens", len(opened)))
         rows += [
-            row(f"cache{where}.mean_norm.{name}", value, "activation", len(made))
+            row(f"cache{where}.mean_norm.{name}", value, "activation", len(opened))
             for name, value in zip(("base", "tuned"), norms, strict=True)
         ]
     say(f"next: crosscoders train --cache {shlex.quote(folders[0])} --out RUN --preset paper-batchtopk")

@@ -43,7 +43,7 @@ class PairInfo:
     n_layers: int
 
     def hashes(self) -> dict[str, Any]:
-        """Content hashes for a manifest: local weights and configuration files, or the hub's commit."""
+        """Return the content hashes for a manifest: local weights and configuration files, or the hub's commit."""
         vocabulary = json.dumps(sorted(self.tokenizer.get_vocab().items()))
         return {
             "base": {"name": self.base, "hash": hash_model(self.base)},
@@ -64,11 +64,11 @@ class ModelPair:
     device: torch.device
 
     def activations(self, batch: Batch, hook_point: str) -> Float[Tensor, "rows seq n_models d_model"]:
-        """Activations of both models on one padded batch, base first."""
+        """Return the activations of both models on one padded batch, base first."""
         return self.activations_at(batch)[hook_point]
 
     def activations_at(self, batch: Batch) -> dict[str, Float[Tensor, "rows seq n_models d_model"]]:
-        """The same at every hook point, from one forward pass of each model."""
+        """Return the activations of both models at every hook point, from one forward pass of each."""
         ids, mask, *_ = batch.to(self.device)
         base, tuned = (hooks.run_to(model, self.hook_points, ids, mask) for model in self.models)
         return {name: torch.stack([base.pop(name), tuned.pop(name)], dim=2) for name in self.hook_points}
@@ -177,7 +177,7 @@ def _load_model(
 
 
 def _with_adapter(model: Any, adapter: str) -> Any:
-    """The base model with the adapter's modules inside it, unmerged."""
+    """Return the base model with the adapter's modules inside it, unmerged."""
     import peft
 
     return peft.PeftModel.from_pretrained(model, adapter).get_base_model()

@@ -32,7 +32,7 @@ class Document(NamedTuple):
 def read_documents(
     sources: list[DataSource], *, shuffle_window: int, seed: int, count_tokens: Callable[[Document], int]
 ) -> Iterator[Document]:
-    """All documents of all sources; next comes always the source with the fewest tokens for its weight.
+    """Yield all documents of all sources; next comes always the source with the fewest tokens for its weight.
 
     `count_tokens` is called once for each document, in order, and returns its scored tokens.
     """
@@ -50,7 +50,7 @@ def read_documents(
 
 
 def shuffled(documents: Iterable[Document], window: int, key: str) -> Iterator[Document]:
-    """The documents, permuted within consecutive windows; window 0 keeps the order."""
+    """Yield the documents, permuted within consecutive windows; window 0 keeps the order."""
     generator = random.Random(key)
     held: list[Document] = []
     for document in documents:
@@ -64,7 +64,7 @@ def shuffled(documents: Iterable[Document], window: int, key: str) -> Iterator[D
 
 
 def read_source(source: DataSource) -> Iterator[Document]:
-    """The documents of one source; empty ones are passed over.
+    """Yield the documents of one source; empty ones are passed over.
 
     Raises:
         InputError: nothing is at that path, or rows have neither the text nor the messages column.
@@ -86,7 +86,7 @@ def read_source(source: DataSource) -> Iterator[Document]:
 
 
 def _readable(rows: Iterable[dict[str, Any]], file: Path) -> Iterator[dict[str, Any]]:
-    """The rows, with one line for a file that is not what its name says."""
+    """Yield the rows, with one line for a file that is not what its name says."""
     try:
         yield from rows
     except InputError:

@@ -48,19 +48,19 @@ class Rows(NamedTuple):
     """documents, empty_documents, tokens, scored_tokens, cut_tokens."""
 
     def batches(self, batch_rows: int) -> list[Int[np.ndarray, " _"]]:
-        """Row numbers of each forward pass: rows of similar length together, so that padding is rare.
+        """Return the row numbers of each forward pass: rows of similar length together, so that padding is rare.
 
         Rows are sorted by length within windows of 64 batches, and the batches of a window are permuted, so that no
         stretch of the cache holds only short or only long documents.
         """
         lengths = np.diff(self.offsets)
         window = 64 * batch_rows
-        found: list[Int[np.ndarray, " _"]] = []
+        shuffled: list[Int[np.ndarray, " _"]] = []
         for start in range(0, len(lengths), window):
             order = start + np.argsort(lengths[start : start + window], kind="stable")
             batches = [order[i : i + batch_rows] for i in range(0, len(order), batch_rows)]
-            found.extend(batches[i] for i in np.random.default_rng(start).permutation(len(batches)))
-        return found
+            shuffled.extend(batches[i] for i in np.random.default_rng(start).permutation(len(batches)))
+        return shuffled
 
     def packed(self, n_rows: int, length: int) -> "Rows":
         """Return all documents end to end, each with its BOS, cut into `n_rows` sequences of `length` tokens."""
@@ -71,17 +71,18 @@ class Rows(NamedTuple):
         )  # fmt: skip
 
     def scored_in_row(self) -> Int[np.ndarray, " rows"]:
-        """Scored tokens of each row."""
+        """Count the scored tokens of each row."""
         return np.add.reduceat(self.scored.astype(np.int64), self.offsets[:-1])
 
 
 def special_ids(tokenizer: Any, *, drop_bos: bool) -> list[int]:
-    """Ids that are never scored. Padding is known by the attention mask, since some models pad with another token."""
+    """Return the ids that are never scored. Padding is known by the attention mask, since some models pad with another
+    token."""
     return [tokenizer.bos_token_id] if drop_bos and tokenizer.bos_token_id is not None else []
 
 
 def tokenize_text(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
-    """Ids and roles of plain text, with exactly one beginning-of-sequence token where the tokenizer has one."""
+    """Return the ids and roles of plain text, with exactly one beginning-of-sequence token where there is one."""
     ids = list(tokenizer(text, verbose=False)["input_ids"])
     bos = tokenizer.bos_token_id
     if bos is not None and ids[:1] != [bos]:
@@ -102,7 +103,8 @@ def tokenize_prompt(tokenizer: Any, prompt: str) -> list[int]:
 def tokenize_chat(
     tokenizer: Any, messages: list[dict[str, str]], template: str | None = None
 ) -> tuple[list[int], list[int]]:
-    """Ids and roles of a chat in the tuned model's template; every token outside a message's content is template.
+    """Return the ids and roles of a chat in the tuned model's template; every token outside a message's content is
+    template.
 
     The template itself writes the beginning-of-sequence token, so none is added.
 
@@ -142,7 +144,7 @@ def _one_bos(tokenizer: Any, ids: list[int]) -> list[int]:
 def _content_spans(
     render: Callable[[list[dict[str, str]]], str], messages: list[dict[str, str]], rendered: str
 ) -> list[tuple[int, int]]:
-    """Where each message's content stands in the rendered chat.
+    """Return where each message's content stands in the rendered chat.
 
     The chat is rendered once more with a mark in place of every content, so that a content such as "user" is not taken
     for the template's own word. Templates either trim contents or do not; one that changes them otherwise is refused.
@@ -268,7 +270,7 @@ def pad_rows(rows: Rows, numbers: Int[np.ndarray, " rows_of_batch"], pad_id: int
 
 
 def read_template(path: str | None) -> str | None:
-    """The text of a chat template file."""
+    """Read the text of a chat template file."""
     if path is None:
         return None
     if not Path(path).is_file():
@@ -280,7 +282,7 @@ def read_template(path: str | None) -> str | None:
 
 
 def iterate_scored(rows: Rows, batches: list[Int[np.ndarray, " _"]]) -> Iterator[tuple[int, int]]:
-    """(first, last + 1) scored token of each batch in the order in which they are cached."""
+    """Yield the (first, last + 1) scored token of each batch in the order in which they are cached."""
     per_row = rows.scored_in_row()
     start = 0
     for numbers in batches:

@@ -20,21 +20,21 @@ from crosscoders.text.tokens import tokenize_prompt
 
 
 def steering_vector(crosscoder: Crosscoder, latent: int, *, side: int, activation: float) -> Float[Tensor, " d_model"]:
-    """`activation` times the latent's decoder of model `side` (0 base, 1 tuned), in the units of x."""
+    """Return `activation` times the latent's decoder of model `side` (0 base, 1 tuned), in the units of x."""
     return activation * crosscoder.fold().W_dec[latent, side].detach()
 
 
 @contextlib.contextmanager
 def steered(model: Any, hook_point: str, vector: Float[Tensor, " d_model"]) -> Iterator[None]:
-    """`vector` is added at every position of the hook point; also under `generate`."""
+    """Add `vector` at every position of the hook point; also under `generate`."""
     with hooks.replace(model, hook_point, lambda x: x + vector.to(x.device, x.dtype)):
         yield
 
 
 @torch.inference_mode()
 def answer(model: Any, tokenizer: Any, prompt: str, *, max_new_tokens: int) -> str:
-    """Greedy answer to one user message in the tokenizer's chat template, or the continuation of plain text where it
-    has none."""
+    """Return the greedy answer to one user message in the tokenizer's chat template, or the continuation of plain text
+    where it has none."""
     core = hooks.core_model(model)  # in a TransformerBridge, whose own generate has other settings
     ids = torch.tensor([tokenize_prompt(tokenizer, prompt)], device=core.device)
     settings = {"max_new_tokens": max_new_tokens, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}

@@ -15,7 +15,7 @@ from sae_lora.fitting.settings import FitConfig, FitSettings
 
 
 def fit_command(settings: FitSettings) -> dict[str, Any]:
-    """`sae-lora fit`"""
+    """Run `sae-lora fit`."""
     started = time.perf_counter()
     config = FitConfig(**{field.name: getattr(settings, field.name) for field in fields(FitConfig)})
     folder = fit(config, settings.out)
