@@ -17,7 +17,7 @@ from crosscoders.common.results import closing, result, row
 
 
 def cache(settings: CacheSettings) -> dict[str, Any]:
-    """`crosscoders cache`"""
+    """Run `crosscoders cache`."""
     started = time.perf_counter()
     part = settings.chosen_part()
     made = run_cache(
@@ -30,12 +30,12 @@ def cache(settings: CacheSettings) -> dict[str, Any]:
         closing(started, f"part {part} in {settings.out}")
         say(f"next: crosscoders merge, with the folders of all {part.of} parts and --out CACHE")
         return result("cache", to_dict(settings), _rate_rows(rates))
-    rows = _describe_caches(started, list(made.folders.values())) + _rate_rows(rates)
+    rows = _describe_caches(started, list(run.folders.values())) + _rate_rows(rates)
     return result("cache", to_dict(settings), rows)
 
 
 def _rate_rows(rates: Rates) -> list[dict[str, Any]]:
-    """Of this run; none when everything was there already."""
+    """Return the rates of this run as rows; none when everything was there already."""
     if not rates.n_tokens:
         return []
     n = rates.n_tokens
@@ -47,7 +47,7 @@ def _rate_rows(rates: Rates) -> list[dict[str, Any]]:
 
 
 def merge(settings: MergeSettings) -> dict[str, Any]:
-    """`crosscoders merge`"""
+    """Run `crosscoders merge`."""
     started = time.perf_counter()
     if not settings.parts:
         raise InputError("parts is empty. Name the folders of all parts.")
@@ -74,7 +74,7 @@ def _describe_caches(started: float, folders: list[str]) -> list[dict[str, Any]]
         where = f".{made.manifest['hook_point']}" if len(folders) > 1 else ""
         rows.append(row(f"cache{where}.tokens", len(made), "tokens", len(made)))
         rows += [
-            row(f"cache{where}.mean_norm.{name}", value, "activation", len(made))
+            row(f"cache{where}.mean_norm.{name}", value, "activation", len(opened))
             for name, value in zip(("base", "tuned"), norms, strict=True)
         ]
     say(f"next: crosscoders train --cache {shlex.quote(folders[0])} --out RUN --preset paper-batchtopk")
