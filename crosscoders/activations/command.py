@@ -30,7 +30,7 @@ def cache(settings: CacheSettings) -> dict[str, Any]:
         closing(started, f"part {part} in {settings.out}")
         say(f"next: crosscoders merge, with the folders of all {part.of} parts and --out CACHE")
         return result("cache", to_dict(settings), _rate_rows(rates))
-    rows = _describe_caches(started, list(run.folders.values())) + _rate_rows(rates)
+    rows = _describe_caches(started, list(made.folders.values())) + _rate_rows(rates)
     return result("cache", to_dict(settings), rows)
 
 
@@ -74,7 +74,7 @@ def _describe_caches(started: float, folders: list[str]) -> list[dict[str, Any]]
         where = f".{made.manifest['hook_point']}" if len(folders) > 1 else ""
         rows.append(row(f"cache{where}.tokens", len(made), "tokens", len(made)))
         rows += [
-            row(f"cache{where}.mean_norm.{name}", value, "activation", len(opened))
+            row(f"cache{where}.mean_norm.{name}", value, "activation", len(made))
             for name, value in zip(("base", "tuned"), norms, strict=True)
         ]
     say(f"next: crosscoders train --cache {shlex.quote(folders[0])} --out RUN --preset paper-batchtopk")

@@ -44,7 +44,7 @@ def read_chats(config: DataConfig, tokenizer: Any, n_documents: int) -> list[Cha
         InputError: no document has a response, there is no chat template, or too many rows cannot be read.
     """
     template = read_template(config.chat_template)
-    found: list[Chat] = []
+    chats: list[Chat] = []
     refusals = Refusals(config.max_refused)
     documents = read_documents(
         config.sources(), shuffle_window=config.shuffle_documents, seed=config.seed, count_tokens=lambda _: 1
@@ -63,11 +63,11 @@ def read_chats(config: DataConfig, tokenizer: Any, n_documents: int) -> list[Cha
             scored = scored_positions(
                 ids, tokenizer.bos_token_id, drop_bos=config.drop_bos, skip_first=config.skip_first
             )
-            found.append(Chat(ids, roles, scored))
-        if len(found) == n_documents:
+            chats.append(Chat(ids, roles, scored))
+        if len(chats) == n_documents:
             break
     refusals.finish()
-    if not found:
+    if not chats:
         raise InputError(
             f"no document of {config.paths()} has a response, a message of the role assistant within the context "
             "length. Name chats with --data."
