@@ -17,7 +17,7 @@ from crosscoders.common.results import closing, result, row
 
 
 def cache(settings: CacheSettings) -> dict[str, Any]:
-    """`crosscoders cache`"""
+    """Run `crosscoders cache`."""
     started = time.perf_counter()
     part = settings.chosen_part()
     made = run_cache(
@@ -35,7 +35,7 @@ def cache(settings: CacheSettings) -> dict[str, Any]:
 
 
 def _rate_rows(rates: Rates) -> list[dict[str, Any]]:
-    """Of this run; none when everything was there already."""
+    """Return the rates of this run as rows; none when everything was there already."""
     if not rates.n_tokens:
         return []
     n = rates.n_tokens
@@ -47,7 +47,7 @@ def _rate_rows(rates: Rates) -> list[dict[str, Any]]:
 
 
 def merge(settings: MergeSettings) -> dict[str, Any]:
-    """`crosscoders merge`"""
+    """Run `crosscoders merge`."""
     started = time.perf_counter()
     if not settings.parts:
         raise InputError("parts is empty. Name the folders of all parts.")

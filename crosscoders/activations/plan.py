@@ -20,7 +20,7 @@ class Plan(NamedTuple):
     """What decides the bytes of the cache at any hook point; `hook_point` only keeps its place among the keys."""
 
     def fingerprint(self, hook_point: str) -> dict[str, Any]:
-        """Everything that decides the bytes of the cache at that hook point."""
+        """Return everything that decides the bytes of the cache at that hook point."""
         return {**self.shared, "hook_point": hook_point}
 
 

@@ -21,7 +21,7 @@ class Part(NamedTuple):
         return f"{self.number}/{self.of}"
 
     def shards(self, n_shards: int) -> range:
-        """The numbers of this part's shards.
+        """Return the numbers of this part's shards.
 
         Raises:
             InputError: there are more parts than shards.
@@ -35,13 +35,13 @@ class Part(NamedTuple):
 
 
 def parse_part(text: str) -> Part:
-    """`2/4` as a Part.
+    """Return `2/4` as a Part.
 
     Raises:
         InputError: not of that form, or out of range.
     """
-    found = re.fullmatch(r"(\d+)/(\d+)", text)
-    part = Part(int(found[1]), int(found[2])) if found else None
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    part = Part(int(match[1]), int(match[2])) if match else None
     if part is None or not 1 <= part.number <= part.of:
         raise InputError(f"part {text!r} is not i/n with i from 1 to n. Write 1/4 for the first of four parts.")
     return part
@@ -108,7 +108,7 @@ class CacheConfig:
                 raise InputError(f"hook_point names {name!r} twice. Name each hook point once.")
 
     def points(self) -> list["CacheConfig"]:
-        """The config of each hook point alone; of a list, each has a folder of its own in `out`."""
+        """Return the config of each hook point alone; of a list, each has a folder of its own in `out`."""
         if isinstance(self.hook_point, str):
             return [self]
         return [replace(self, hook_point=name, out=f"{self.out.rstrip('/')}/{name}") for name in self.hook_point]
@@ -139,11 +139,11 @@ class CacheSettings(CacheConfig):
                 raise InputError(f"device {self.device!r} has no effect with devices. Give one of the two.")
 
     def chosen_devices(self) -> list[str] | None:
-        """The setting `devices` as a list."""
+        """Return the setting `devices` as a list."""
         return self.devices.replace(" ", "").split(",") if self.devices is not None else None
 
     def chosen_part(self) -> Part | None:
-        """The setting `part`, read."""
+        """Return the setting `part`, read."""
         return parse_part(self.part) if self.part is not None else None
 
 

@@ -29,7 +29,7 @@ SUMS = ("sum", "norm_sum", "square_sum")
 
 
 def bytes_per_token(config: CacheConfig, d_model: int) -> int:
-    """On disk, at one hook point."""
+    """Return the bytes of a token on disk, at one hook point."""
     return 2 * DTYPES[config.dtype].itemsize * d_model + COLUMN_BYTES
 
 
@@ -54,14 +54,14 @@ class ShardWriter:
         wanted = self._identity()
         for name in (*FINAL, "progress.json"):
             if name in there:
-                found = self.folder.read_object(name, "format_version", "shards")
-                key = first_difference(found, wanted)
+                recorded = self.folder.read_object(name, "format_version", "shards")
+                key = first_difference(recorded, wanted)
                 if key:
                     raise InputError(
-                        f"{self.folder} holds a cache with another {key} ({found.get(key)!r}, now {wanted[key]!r}). "
+                        f"{self.folder} holds a cache with another {key} ({recorded.get(key)!r}, now {wanted[key]!r}). "
                         "Choose another --out, or remove that folder."
                     )
-                self.shards = list(found["shards"])
+                self.shards = list(recorded["shards"])
                 self.is_complete = name in FINAL
                 return
 
@@ -110,13 +110,13 @@ def shard_name(number: int) -> str:
     return f"shard-{number:05d}.safetensors"
 
 
-def first_difference(found: dict[str, Any], wanted: dict[str, Any]) -> str | None:
-    """The first key of `wanted` whose recorded value is another one."""
-    return next((key for key, value in wanted.items() if identity(found.get(key)) != identity(value)), None)
+def first_difference(recorded: dict[str, Any], wanted: dict[str, Any]) -> str | None:
+    """Return the first key of `wanted` whose recorded value is another one."""
+    return next((key for key, value in wanted.items() if identity(recorded.get(key)) != identity(value)), None)
 
 
 def build_manifest(header: dict[str, Any], settings: dict[str, Any], shards: list[dict[str, Any]]) -> dict[str, Any]:
-    """The manifest of a finished cache from its shards with their sums."""
+    """Return the manifest of a finished cache from its shards with their sums."""
     n = sum(shard["n_tokens"] for shard in shards)
     sums = {key: np.sum([shard[key] for shard in shards], axis=0) for key in SUMS}
     statistics = {
@@ -128,12 +128,12 @@ def build_manifest(header: dict[str, Any], settings: dict[str, Any], shards: lis
         "max_norm": np.max([shard["norm_max"] for shard in shards], axis=0).tolist(),
         **outlier_statistics(shards),
     }
-    kept = [{key: shard[key] for key in ("name", "n_tokens", "n_bytes", "checksum")} for shard in shards]
-    return {**header, "statistics": statistics, "config": settings, "shards": kept}
+    entries = [{key: shard[key] for key in ("name", "n_tokens", "n_bytes", "checksum")} for shard in shards]
+    return {**header, "statistics": statistics, "config": settings, "shards": entries}
 
 
 def _sums(activations: torch.Tensor) -> dict[str, Any]:
-    """Sums in float64, added over shards at the end: running means in bfloat16 stop moving after 256 tokens."""
+    """Return sums in float64, added over shards at the end: running means in bfloat16 stop moving after 256 tokens."""
     x = activations.double()
     norms = x.norm(dim=-1)
     return {

@@ -49,13 +49,14 @@ class ActivationSource:
         self.is_checked = False
 
     def read(self, start: int, stop: int) -> Iterator[Tokens]:
-        """Scored tokens start to stop at the (first) hook point, forward pass by forward pass."""
-        for found in self.read_points(start, stop):
-            yield found[self.hook_points[0]]
+        """Yield the scored tokens start to stop at the (first) hook point, forward pass by forward pass."""
+        for tokens in self.read_points(start, stop):
+            yield tokens[self.hook_points[0]]
 
     def read_points(self, start: int, stop: int) -> Iterator[dict[str, Tokens]]:
-        """The same at every hook point. A pass is started before the one before it is handed out, so that a GPU
-        computes while its results are copied and written; passes without such tokens are not run."""
+        """Yield the scored tokens start to stop at every hook point. A pass is started before the one before it is
+        handed out, so that a GPU computes while its results are copied and written; passes without such tokens are not
+        run."""
         running: _Pass | None = None
         for numbers, (first, last) in zip(self.batches, self.spans, strict=True):
             if last > start and first < stop:
@@ -73,9 +74,9 @@ class ActivationSource:
         # Numbers instead of a mask: a mask on the GPU would have to wait for it to count them.
         chosen = scored.flatten().nonzero()[:, 0].to(self.pair.device, non_blocking=True)
         activations, finite = {}, {}
-        found = self.pair.activations_at(batch)
+        at_points = self.pair.activations_at(batch)
         for name in self.hook_points:
-            x = found.pop(name).flatten(0, 1)[chosen].to(self.dtype)
+            x = at_points.pop(name).flatten(0, 1)[chosen].to(self.dtype)
             finite[name] = torch.isfinite(x).all(dim=-1).to("cpu", non_blocking=True)
             activations[name] = x.to("cpu", non_blocking=True)
         copied = torch.cuda.Event() if on_gpu else None

@@ -51,7 +51,7 @@ class PairInfo:
         return [self.base] if self.adapter else [self.base, self.tuned]
 
     def hashes(self) -> dict[str, Any]:
-        """Content hashes for a manifest: local weights and configuration files, or the hub's commit."""
+        """Return the content hashes for a manifest: local weights and configuration files, or the hub's commit."""
         vocabulary = json.dumps(sorted(self.tokenizer.get_vocab().items()))
         return {
             "base": {"name": self.base, "hash": hash_model(self.base)},
@@ -72,11 +72,11 @@ class ModelPair:
     device: torch.device
 
     def activations(self, batch: Batch, hook_point: str) -> Float[Tensor, "rows seq n_models d_model"]:
-        """Activations of both models on one padded batch, base first."""
+        """Return the activations of both models on one padded batch, base first."""
         return self.activations_at(batch)[hook_point]
 
     def activations_at(self, batch: Batch) -> dict[str, Float[Tensor, "rows seq n_models d_model"]]:
-        """The same at every hook point, from one forward pass of each model."""
+        """Return the activations of both models at every hook point, from one forward pass of each."""
         ids, mask, *_ = batch.to(self.device)
         base, tuned = (hooks.run_to(model, self.hook_points, ids, mask) for model in self.models)
         return {name: torch.stack([base.pop(name), tuned.pop(name)], dim=2) for name in self.hook_points}

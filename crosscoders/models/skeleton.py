@@ -11,12 +11,12 @@ from crosscoders.models.loading import auto_class, read_config
 
 
 def parameter_count(name: str, n_layers: int | None) -> int:
-    """Parameters of a decoder, cut off above n_layers; None: the whole language model."""
+    """Count the parameters of a decoder, cut off above n_layers; None: the whole language model."""
     return sum(parameter.numel() for parameter in skeleton(name, n_layers).parameters())
 
 
 def skeleton(name: str, n_layers: int | None = None) -> nn.Module:
-    """The modules of a decoder without weights, cut off above n_layers; None: the whole language model.
+    """Return the modules of a decoder without weights, cut off above n_layers; None: the whole language model.
 
     Raises:
         InputError: the configuration makes no such model.

@@ -41,7 +41,7 @@ class Document(NamedTuple):
 def read_documents(
     sources: list[DataSource], *, shuffle_window: int, seed: int, count_tokens: Callable[[Document], int]
 ) -> Iterator[Document]:
-    """All documents of all sources; next comes always the source with the fewest tokens for its weight.
+    """Yield all documents of all sources; next comes always the source with the fewest tokens for its weight.
 
     `count_tokens` is called once for each document, in order, and returns its scored tokens.
     """
@@ -59,7 +59,7 @@ def read_documents(
 
 
 def shuffled(documents: Iterable[Document], window: int, key: str) -> Iterator[Document]:
-    """The documents, permuted within consecutive windows; window 0 keeps the order."""
+    """Yield the documents, permuted within consecutive windows; window 0 keeps the order."""
     generator = random.Random(key)
     held: list[Document] = []
     for document in documents:

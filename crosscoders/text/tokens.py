@@ -55,19 +55,19 @@ class Rows(NamedTuple):
     """Rows of the data that were left out, by reason."""
 
     def batches(self, batch_rows: int) -> list[Int[np.ndarray, " _"]]:
-        """Row numbers of each forward pass: rows of similar length together, so that padding is rare.
+        """Return the row numbers of each forward pass: rows of similar length together, so that padding is rare.
 
         Rows are sorted by length within windows of 64 batches, and the batches of a window are permuted, so that no
         stretch of the cache holds only short or only long documents.
         """
         lengths = np.diff(self.offsets)
         window = 64 * batch_rows
-        found: list[Int[np.ndarray, " _"]] = []
+        shuffled: list[Int[np.ndarray, " _"]] = []
         for start in range(0, len(lengths), window):
             order = start + np.argsort(lengths[start : start + window], kind="stable")
             batches = [order[i : i + batch_rows] for i in range(0, len(order), batch_rows)]
-            found.extend(batches[i] for i in np.random.default_rng(start).permutation(len(batches)))
-        return found
+            shuffled.extend(batches[i] for i in np.random.default_rng(start).permutation(len(batches)))
+        return shuffled
 
     def packed(self, n_rows: int, length: int) -> "Rows":
         """Return all documents end to end, cut into `n_rows` sequences of `length` tokens."""
@@ -78,7 +78,7 @@ class Rows(NamedTuple):
         )  # fmt: skip
 
     def scored_in_row(self) -> Int[np.ndarray, " rows"]:
-        """Scored tokens of each row."""
+        """Count the scored tokens of each row."""
         return np.add.reduceat(self.scored.astype(np.int64), self.offsets[:-1])
 
 
@@ -272,7 +272,7 @@ def pad_rows(rows: Rows, numbers: Int[np.ndarray, " rows_of_batch"], pad_id: int
 
 
 def read_template(path: str | None) -> str | None:
-    """The text of a chat template file."""
+    """Read the text of a chat template file."""
     if path is None:
         return None
     if not Path(path).is_file():
@@ -284,7 +284,7 @@ def read_template(path: str | None) -> str | None:
 
 
 def iterate_scored(rows: Rows, batches: list[Int[np.ndarray, " _"]]) -> Iterator[tuple[int, int]]:
-    """(first, last + 1) scored token of each batch in the order in which they are cached."""
+    """Yield the (first, last + 1) scored token of each batch in the order in which they are cached."""
     per_row = rows.scored_in_row()
     start = 0
     for numbers in batches:

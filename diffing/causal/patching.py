@@ -57,7 +57,7 @@ def inspect_cached(cache: ActivationCache) -> PairInfo:
 
 
 def load_whole(info: PairInfo, hook_point: str, device: str, dtype: str) -> ModelPair:
-    """Both models with their unembedding."""
+    """Load both models with their unembedding."""
     return load_pair(info.base, info.tuned, hook_point, device=device, dtype=dtype, info=info, whole=True)
 
 
@@ -93,7 +93,7 @@ def measure(
             _one_direction(sums[name], models, states, batch, exchange, parts, patches, DIRECTIONS[name])
         progress.update(len(batch.place))
     progress.close()
-    return {name: found.result() for name, found in sums.items()}
+    return {name: total.result() for name, total in sums.items()}
 
 
 def _one_direction(

@@ -26,13 +26,13 @@ from crosscoders.text.tokens import tokenize_prompt
 
 
 def steering_vector(crosscoder: Crosscoder, latent: int, *, side: int, activation: float) -> Float[Tensor, " d_model"]:
-    """`activation` times the latent's decoder of model `side` (0 base, 1 tuned), in the units of x."""
+    """Return `activation` times the latent's decoder of model `side` (0 base, 1 tuned), in the units of x."""
     return activation * crosscoder.fold().W_dec[latent, side].detach()
 
 
 @contextlib.contextmanager
 def steered(model: Any, hook_point: str, vector: Float[Tensor, " d_model"]) -> Iterator[None]:
-    """`vector` is added at every position of the hook point; also under `generate`."""
+    """Add `vector` at every position of the hook point; also under `generate`."""
     with hooks.replace(model, hook_point, lambda x: x + vector.to(x.device, x.dtype)):
         yield
 

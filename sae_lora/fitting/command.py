@@ -14,7 +14,7 @@ from sae_lora.fitting.settings import FitConfig, FitSettings
 
 
 def fit_command(settings: FitSettings) -> dict[str, Any]:
-    """`sae-lora fit`"""
+    """Run `sae-lora fit`."""
     started = time.perf_counter()
     config = config_of(FitConfig, settings)
     folder = fit(config, settings.out, force=settings.force)

@@ -39,13 +39,14 @@ class Plan(NamedTuple):
     """Name and hash of the crosscoder's other model."""
 
     def batches(self, batch_rows: int, device: torch.device, order: Sequence[int] | None = None) -> Iterator[Batch]:
-        """All sequences once, in an order that is a pure function of the plan; or the batches of these numbers."""
+        """Yield all sequences once, in an order that is a pure function of the plan; or the batches of these
+        numbers."""
         batches = self.rows.batches(batch_rows)
         for number in range(len(batches)) if order is None else order:
             yield pad_rows(self.rows, batches[number], self.pad_id).to(device)
 
     def token_hash(self) -> str:
-        """sha256 over the checksums of the token ids and of the borders of sequences."""
+        """Return sha256 over the checksums of the token ids and of the borders of sequences."""
         return files.hash_json([files.checksum(array.tobytes()) for array in (self.rows.ids, self.rows.offsets)])
 
 
@@ -106,22 +107,23 @@ def make_plan(
 
 
 def _beside(other: str, infos: list[DictionaryInfo], model_hash: str) -> dict[str, str]:
-    """Name and hash of the other model, after checking that the one dictionary is a side of their crosscoder."""
+    """Return the name and hash of the other model, after checking that the one dictionary is a side of their
+    crosscoder."""
     if len(infos) > 1 or infos[0].side not in ("base", "tuned"):
         raise InputError(
             f"other_model {other!r} is for one crosscoder of two models with side base or tuned. Leave it out."
         )
     require_no_lost_path(other)
-    text, found = load_auto(other, "config").get_text_config(), hash_model(other)
+    text, other_hash = load_auto(other, "config").get_text_config(), hash_model(other)
     known = {"d_model": hooks.width(text, infos[0].hook_point), "n_layers": text.num_hidden_layers}
-    require_fit(infos[0], **known, model_name=other, model_hash=found)
-    if found == model_hash:
+    require_fit(infos[0], **known, model_name=other, model_hash=other_hash)
+    if other_hash == model_hash:
         raise InputError(f"other_model {other!r} is the model itself. Give the other one of the crosscoder's pair.")
-    return {"name": other, "hash": found}
+    return {"name": other, "hash": other_hash}
 
 
 def load_dictionaries(plan: Plan, config: TextConfig, device: torch.device) -> list[FrozenDictionary]:
-    """The dictionaries of a plan, from the lowest on."""
+    """Load the dictionaries of a plan, from the lowest on."""
     other = None
     if plan.other is not None:
         n_layers = hooks.layer_of(plan.infos[0].hook_point) + 1
@@ -130,7 +132,7 @@ def load_dictionaries(plan: Plan, config: TextConfig, device: torch.device) -> l
 
 
 def load_model(plan: Plan, config: TextConfig, device: torch.device) -> nn.Module:
-    """The whole model, frozen and in evaluation mode.
+    """Load the whole model, frozen and in evaluation mode.
 
     Raises:
         InputError, CorruptData: weights that do not load.

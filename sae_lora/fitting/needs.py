@@ -42,12 +42,13 @@ def fit_need(config: FitConfig, plan: Plan, layers: Sequence[int], device: torch
 
 
 def eval_need(config: TextConfig, plan: Plan, device: torch.device) -> Need:
-    """Weights, dictionaries, and the largest batch; logits exist of one sequence."""
+    """Return the memory for weights, dictionaries, and the largest batch; logits exist of one sequence."""
     return _need(config, plan, device, n_trained=0, n_kept=0, n_logits=config.context_length)
 
 
 def _need(config: TextConfig, plan: Plan, device: torch.device, *, n_trained: int, n_kept: int, n_logits: int) -> Need:
-    """n_kept: layers that keep what the backward pass reads. n_logits: positions that have logits at a time."""
+    """Return the memory of a run. n_kept: layers that keep what the backward pass reads. n_logits: positions that have
+    logits at a time."""
     dtype = devices.model_dtype(config.model_dtype, device)
     config_of: Any = plan.skeleton.config
     text = config_of.get_text_config()
@@ -76,7 +77,7 @@ def _need(config: TextConfig, plan: Plan, device: torch.device, *, n_trained: in
 
 
 def _largest(config: TextConfig, plan: Plan, n_heads: int) -> tuple[int, int]:
-    """Positions of the largest padded batch, and attention scores of one layer on it."""
+    """Return the positions of the largest padded batch, and attention scores of one layer on it."""
     lengths = np.diff(plan.rows.offsets)
     shapes = [(len(numbers), int(lengths[numbers].max())) for numbers in plan.rows.batches(config.batch_rows)]
     rows, width = max(shapes, key=lambda shape: shape[0] * shape[1])

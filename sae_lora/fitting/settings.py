@@ -152,21 +152,21 @@ class FitConfig(TextConfig):
             )
 
     def lr_at(self, step: int, n_steps: int) -> float:
-        """Constant, then a linear fall to 0 over the last lr_decay_fraction of the steps."""
+        """Return the rate of a step: constant, then a linear fall to 0 over the last lr_decay_fraction of the steps."""
         n_decay = int(self.lr_decay_fraction * n_steps)
         return self.lr * min(1.0, (n_steps - step) / n_decay) if n_decay else self.lr
 
     def chosen_chunk(self, device_type: str) -> int:
-        """The setting `chunk_tokens`, or its default on a device."""
+        """Return the setting `chunk_tokens`, or its default on a device."""
         return self.chunk_tokens or (64 if device_type == "cpu" else 512)
 
     def chosen_alpha(self) -> float:
-        """The setting `alpha`, or its default."""
+        """Return the setting `alpha`, or its default."""
         return self.rank / 2 if self.alpha is None else self.alpha
 
 
 def pair_up(dictionary: str | list[str], hook_point: str | list[str] | None) -> list[tuple[str, str | None]]:
-    """Each dictionary with its hook point, where one is given.
+    """Return each dictionary with its hook point, where one is given.
 
     Raises:
         InputError: none, or another number of hook points than of dictionaries.

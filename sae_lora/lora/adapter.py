@@ -24,7 +24,7 @@ from sae_lora.lora.targets import find_targets
 
 @contextlib.contextmanager
 def lora_off(model: Any) -> Iterator[None]:
-    """The model without its LoRA, if it has any.
+    """Run the model without its LoRA, if it has any.
 
     As PEFT's `disable_adapter`, which also reads the state of every weight of the model each time.
     """
@@ -45,7 +45,7 @@ def lora_off(model: Any) -> Iterator[None]:
 
 
 def choose_layers(layers: str | list[int], infos: Sequence[DictionaryInfo], n_layers: int) -> list[int]:
-    """Numbers of the layers that get LoRA.
+    """Return the numbers of the layers that get LoRA.
 
     Raises:
         InputError: no layer after the dictionary, or one that the model does not have.
@@ -87,7 +87,7 @@ def add_lora(
 
 
 def load_adapter(model: nn.Module, folder: str | Path, dictionaries: Sequence[FrozenDictionary]) -> Any:
-    """The model with a saved adapter, after checking that the dictionaries are those that it was fitted around.
+    """Load a saved adapter onto the model, after checking that the dictionaries are those that it was fitted around.
 
     Raises:
         InputError: as `read_sidecar` and `require_same_dictionaries`; the folder of another corrector.
