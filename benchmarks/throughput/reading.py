@@ -9,6 +9,7 @@ import torch
 
 from benchmarks.timing import interleaved, ratio_row
 from crosscoders import ActivationCache, cached_stream
+from crosscoders.activations.scored import moments_of
 from crosscoders.common.files import write_json, write_tensors
 
 
@@ -61,5 +62,7 @@ def write_plain_cache(folder: Path, x: torch.Tensor) -> ActivationCache:
     written = write_tensors(folder / "shard.safetensors", {"activations": x, **columns, "roles": zeros.to(torch.uint8)})
     entry = {"name": "shard.safetensors", "n_tokens": len(x), **written._asdict()}
     manifest = {"format_version": 1, "d_model": x.shape[2], "n_models": 2, "shards": [entry]}
-    write_json(folder / "manifest.json", manifest | {"statistics": {"mean_norm": [1.0, 1.0]}})
+    moments = moments_of(x)
+    statistics = {"mean": moments.mean, "mean_norm": moments.norm, "mean_squared_norm": moments.square}
+    write_json(folder / "manifest.json", manifest | {"statistics": statistics})
     return ActivationCache(folder)

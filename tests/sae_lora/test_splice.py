@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import Pair, make_tokenizer
 from generation import stepwise_and_whole
-from splices import BOS, EOS, IDS, KEPT, MASK, POINT, Shift
+from splices import BOS, EOS, IDS, KEPT, MASK, PAD, POINT, Shift
 from torch import Tensor, nn
 
 from crosscoders import InputError

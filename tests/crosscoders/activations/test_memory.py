@@ -93,7 +93,7 @@ def test_too_little_memory_is_one_line_before_anything_loads(
     (tmp_path / "live.yaml").write_text(
         f"base: {pair.base}\ntuned: {pair.tuned}\ndata: {pair.data}\nhook_point: {POINT}\nn_tokens: 600\n"
     )
-    train = ["train", "--crosscoder.k", "4", "--batch-size", "64", "--n-tokens", "6400", "--threshold-start-step", "5"]
+    train = ["train", "--crosscoder.k", "4", "--batch-size", "64", "--n-tokens", "6400", "--lr-warmup-steps", "5"]
     train += ["--out", str(tmp_path / "run")]
     for source in (["--cache", str(cache_folder)], ["--live", str(tmp_path / "live.yaml")]):
         assert crosscoders_cli.main([*train, *source]) == 3
@@ -144,7 +144,7 @@ def test_force_caches_and_trains_where_the_estimate_is_above_the_machine(
     argv = ["cache", "--base", pair.base, "--tuned", pair.tuned, "--data", pair.data, "--n-tokens", "600"]
     assert crosscoders_cli.main([*argv, "--hook-point", POINT, "--out", cache, "--force"]) == 0
     train = ["train", "--cache", cache, "--out", run, "--crosscoder.k", "4", "--crosscoder.dict-size", "24"]
-    train += ["--batch-size", "64", "--n-tokens", "640", "--threshold-start-step", "5", "--force"]
+    train += ["--batch-size", "64", "--n-tokens", "640", "--lr-warmup-steps", "5", "--force"]
     assert crosscoders_cli.main(train) == 0
     assert capsys.readouterr().err.count("warning: this needs about") == 2
 

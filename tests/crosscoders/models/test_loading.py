@@ -320,7 +320,7 @@ def test_the_language_model_inside_a_multimodal_one_is_read(
     layers[2].register_forward_hook(lambda _m, _a, out: seen.update(x=out))
     whole(input_ids=IDS)
     assert torch.equal(at(cut, point), seen["x"])
-    assert ResumableModel(whole, point).n_layers == 4
+    assert ResumableModel(whole, point).prefix is not None and len(hooks.decoder_layers(whole)) == 4
     require_head(whole, Batch(IDS, torch.ones_like(IDS), torch.ones_like(IDS).bool(), [0]))  # type: ignore[arg-type]
     config = pair.config(tmp_path / "cache", **names, hook_point=point)
     assert len(cache_activations(config)) == 600
@@ -391,7 +391,7 @@ def test_documents_beyond_computed_positions_are_said(
         (tmp_path / f"{length}.jsonl").write_text(json.dumps({"text": "\x01" * 400}) + "\n")
         config = pair.config(tmp_path / "c", data=str(tmp_path / f"{length}.jsonl"), context_length=length, n_tokens=9)
         tokenizer = inspect_pair(pair.base, pair.tuned, [POST]).tokenizer
-        require_readable(tokenize_documents(config, tokenizer, None), [pair.base], tokenizer)
+        require_readable(tokenize_documents(config.data_config(), tokenizer), [pair.base], tokenizer)
         assert (f"has {length} tokens, and {pair.base!r} was made for 256" in capsys.readouterr().err) == is_said
 
 

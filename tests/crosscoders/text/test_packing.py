@@ -32,7 +32,7 @@ def without_bos(pair: Pair) -> Any:
 def rows_of(tokenizer: Any, path: Path, texts: list[str]) -> Rows:
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     length = sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
-    return tokenize_documents(DataConfig(data=str(path), n_tokens=length, shuffle_documents=0), tokenizer)
+    return tokenize_documents(DataConfig(data=str(path), n_tokens=length, shuffle_documents=0, skip_first=0), tokenizer)
 
 
 def test_eos_stands_between_documents_where_there_is_no_bos(without_bos: Any, tmp_path: Path) -> None:

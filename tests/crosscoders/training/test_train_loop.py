@@ -91,7 +91,7 @@ def test_the_input_scale_makes_the_mean_norm_sqrt_d(tmp_path: Path) -> None:
 def test_cache_and_live_stream_train_the_same_weights(pair: Pair, cache_folder: Path, tmp_path: Path) -> None:
     cache, settings = ActivationCache(cache_folder), config()
     loaded = load_pair(pair.base, pair.tuned, "blocks.1.hook_resid_post")
-    rows = tokenize_documents(pair.config(cache_folder), loaded.info.tokenizer, None)
+    rows = tokenize_documents(pair.config(cache_folder).data_config(), loaded.info.tokenizer)
     source = ActivationSource(loaded, rows, hook_point="blocks.1.hook_resid_post", batch_rows=4, dtype=torch.float32)
     shared = {"batch_size": 32, "buffer_tokens": 256, "seed": 0}
     train(settings, cached_stream(cache, **shared), tmp_path / "cached")
