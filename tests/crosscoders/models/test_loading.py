@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -321,7 +322,7 @@ def test_the_language_model_inside_a_multimodal_one_is_read(
     whole(input_ids=IDS)
     assert torch.equal(at(cut, point), seen["x"])
     assert ResumableModel(whole, point).prefix is not None and len(hooks.decoder_layers(whole)) == 4
-    require_head(whole, Batch(IDS, torch.ones_like(IDS), torch.ones_like(IDS).bool(), [0]))  # type: ignore[arg-type]
+    require_head(whole, Batch(IDS, torch.ones_like(IDS), torch.ones_like(IDS).bool(), np.arange(len(IDS))))
     config = pair.config(tmp_path / "cache", **names, hook_point=point)
     assert len(cache_activations(config)) == 600
 
