@@ -13,7 +13,7 @@ CLASSES = {"template": ("template",), "response": ("assistant",), "prompt": ("us
 
 
 class RoleClasses:
-    """Which class each prediction of a batch is in."""
+    """Tells which class each prediction of a batch is in."""
 
     def __init__(self, rows: Rows) -> None:
         self.rows = rows
