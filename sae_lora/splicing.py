@@ -4,7 +4,8 @@ r"""Put frozen dictionaries into a running model, at one or many hook points, an
     error     x -> x_hat + (x - x_hat).detach()   the numbers of x, the gradients of x_hat
     off       x -> x                              counts only
 
-Kept positions (padding, and token ids such as BOS and EOS) have their own activation in every mode.
+Kept positions (padding, token ids such as BOS and EOS, the first position where there is no BOS) have their own
+activation in every mode.
 """
 
 import contextlib
@@ -25,28 +26,45 @@ Observe = Callable[[FrozenDictionary, Tensor, Tensor, Tensor], None]
 """Gets the dictionary, and x, latents and x_hat of the positions that are not kept."""
 
 
+FIRST_POSITION = -1
+"""Stands among kept ids for the first position of each sequence, whatever its id."""
+
+
+def kept_positions(
+    ids: Int[Tensor, "rows seq"], attention_mask: Tensor, keep_ids: Sequence[int]
+) -> Bool[Tensor, "rows seq"]:
+    """Return which positions keep their activation: padding, and those of `keep_ids`.
+
+    With a key-value cache the mask is longer than the ids, which are then its last.
+    """
+    kept = torch.isin(ids, torch.tensor(sorted(keep_ids), dtype=torch.int64, device=ids.device))
+    is_padding = attention_mask == 0
+    if FIRST_POSITION in keep_ids:
+        is_padding |= attention_mask.cumsum(dim=1) == 1  # the first token, and what padding follows it
+    return kept | is_padding[:, -ids.shape[1] :]
+
+
 class Spliced:
     """State of one `splice`: counts of what ran, and which positions of the running pass are kept."""
 
     def __init__(self, hook_points: Sequence[str], keep_ids: Sequence[int]) -> None:
         self.fired = dict.fromkeys(hook_points, 0)
         """Forward passes in which each hook point was reached."""
-        self.keep_ids = torch.tensor(sorted(set(keep_ids)), dtype=torch.int64)
+        self.keep_ids = list(keep_ids)
         self.kept: Bool[Tensor, "rows seq"] | None = None
 
-    def start(self, ids: Int[Tensor, "rows seq"] | None, attention_mask: Tensor | None) -> None:
-        """Find the kept positions of a pass; with a key-value cache the mask is longer than the ids."""
+    def start(self, ids: Int[Tensor, "rows seq"] | None, attention_mask: Tensor | None, n_past: int) -> None:
+        """Find the kept positions of a pass after `n_past` tokens of a key-value cache."""
         if not isinstance(ids, Tensor):
             raise InputError("splice needs the token ids to know BOS, EOS and padding. Call the model with input_ids.")
-        kept = torch.isin(ids, self.keep_ids.to(ids.device))
-        if attention_mask is not None:
-            if attention_mask.ndim != 2:
-                raise InputError(
-                    f"splice reads padding from an attention mask of shape (rows, seq), not "
-                    f"{tuple(attention_mask.shape)}. Pass the padding mask."
-                )
-            kept = kept | (attention_mask[:, -ids.shape[1] :] == 0)
-        self.kept = kept
+        if attention_mask is not None and attention_mask.ndim != 2:
+            raise InputError(
+                f"splice reads padding from an attention mask of shape (rows, seq), not "
+                f"{tuple(attention_mask.shape)}. Pass the padding mask."
+            )
+        if attention_mask is None:
+            attention_mask = ids.new_ones(len(ids), n_past + ids.shape[1])
+        self.kept = kept_positions(ids, attention_mask, self.keep_ids)
 
     def kept_at(self, hook_point: str, x: Tensor) -> Bool[Tensor, "rows seq"]:
         if self.kept is None or self.kept.shape != x.shape[:2]:
@@ -69,9 +87,10 @@ def splice(
 ) -> Iterator[Spliced]:
     """Run `model` with the dictionaries at their hook points; hooks are removed at the end, on errors too.
 
-    keep_ids: token ids whose positions keep their activation, normally BOS and EOS (`special_ids`). Padding, as the
-    attention mask says, is always kept. Activations are cast to the dictionary's type and back. `model` may be a
-    Hugging Face decoder, the same under PEFT, or a TransformerBridge. Splices nest.
+    keep_ids: token ids whose positions keep their activation, normally BOS and EOS (`special_ids`); `FIRST_POSITION`
+    among them keeps the first position of each sequence. Padding, as the attention mask says, is always kept.
+    Activations are cast to the dictionary's type and back. `model` may be a Hugging Face decoder, the same under PEFT,
+    or a TransformerBridge. Splices nest.
 
     Raises:
         InputError: no such hook point; two dictionaries at one; a model called without ids; a hook point that was never
@@ -88,7 +107,8 @@ def splice(
     def begin(_module: nn.Module, args: tuple[Any, ...], settings: dict[str, Any]) -> None:
         ids: Any = settings.get("input_ids", args[0] if args else None)
         attention_mask = settings.get("attention_mask")
-        state.start(ids, attention_mask)
+        past = settings.get("past_key_values") or settings.get("cache")  # by the version of transformers
+        state.start(ids, attention_mask, past.get_seq_length() if past else 0)
         for dictionary in chosen:
             dictionary.begin(ids, attention_mask)
 
@@ -139,6 +159,10 @@ def _edit(
 
 
 def special_ids(tokenizer: Any) -> list[int]:
-    """Ids of BOS, EOS and padding, as far as the tokenizer has them: what `keep_ids` normally is."""
-    found = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    """Return the ids of BOS, EOS and padding, as far as the tokenizer has them: what `keep_ids` normally is.
+
+    Where there is no BOS, `FIRST_POSITION` is among them: the first position is then what BOS is elsewhere.
+    """
+    bos = FIRST_POSITION if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    found = (bos, tokenizer.eos_token_id, tokenizer.pad_token_id)
     return sorted({int(i) for i in found if i is not None})

@@ -48,8 +48,9 @@ def failing_write(monkeypatch: pytest.MonkeyPatch, writer: str, when: Callable[[
         yield
 
 
-def make_tokenizer(folder: Path, *, template: bool = True, words: list[str] | None = None) -> None:
-    """A byte-level BPE tokenizer with Gemma's special tokens, saved to a folder."""
+def make_tokenizer(folder: Path, *, template: bool = True, words: list[str] | None = None, bos: bool = True) -> None:
+    """A byte-level BPE tokenizer with Gemma's special tokens, saved to a folder; without `bos` it puts nothing before a
+    text, as Qwen's do."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -62,10 +63,13 @@ def make_tokenizer(folder: Path, *, template: bool = True, words: list[str] | No
         vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
     raw.train_from_iterator(words or TEXTS, trainer)
-    raw.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
-    fast = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
+    special_tokens = {"eos_token": "<eos>", "pad_token": "<pad>"}
+    if bos:
+        special_tokens["bos_token"] = "<bos>"
+        raw.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=raw, **special_tokens)
     if template:
-        fast.chat_template = CHAT_TEMPLATE
+        fast.chat_template = CHAT_TEMPLATE if bos else CHAT_TEMPLATE.replace("{{ bos_token }}", "")
     fast.save_pretrained(folder)
 
 

@@ -62,9 +62,9 @@ def pair_crosscoder(folder: Path, pair: Any) -> Path:
     return folder
 
 
-def fit_config(pair: Any, dictionary: Path, **changes: object) -> FitConfig:
+def fit_config(pair: Any, scope: Path, **changes: object) -> FitConfig:
     settings: dict[str, object] = {
-        "model": pair.tuned, "dictionary": str(dictionary), "data": pair.data, "n_tokens": 500, "context_length": 40,
+        "model": pair.tuned, "dictionary": str(scope), "data": pair.data, "n_tokens": 500, "context_length": 40,
         "batch_rows": 4, "rank": 4, "lr": 1e-2, "log_every": 2, "checkpoint_every": 2,
     }  # fmt: skip
     return FitConfig(**{**settings, **changes})  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ from conftest import Pair
 from crosscoders import cli as crosscoders_cli
 from diffing import cli as diffing_cli
 
-HEAVY = ("torch", "transformers", "transformer_lens", "sae_lens", "peft", "datasets", "pandas", "plotly")
+HEAVY = ("torch", "transformers", "transformer_lens", "sae_lens", "peft", "datasets", "pandas", "plotly", "scipy")
 TRAIN = (
     "--crosscoder.dict-size 24 --crosscoder.k 4 --n-tokens 3200 --batch-size 64 --lr 1e-2 --lr-warmup-steps 5 "
     "--log-every 10 --checkpoint-every 20 --threshold-start-step 5 --input-norm sqrt_d"
@@ -55,7 +55,8 @@ def test_the_whole_path_from_models_to_report(pair: Pair, tmp_path: Path, capsys
     assert crosscoders_cli.main(["eval", run, "--cache", cache, "--json"]) == 0
     evaluated = json.loads(capsys.readouterr().out)
     assert set(evaluated) == {"name", "config", "environment", "rows"}
-    assert {r["name"] for r in evaluated["rows"]} == {"eval.fve.base", "eval.fve.tuned", "eval.l0", "eval.dead"}
+    names = {"fve.base", "fve.tuned", "fve_rest.base", "fve_rest.tuned", "l0", "dead"}
+    assert {r["name"] for r in evaluated["rows"]} == {f"eval.{name}" for name in names}
     assert all(r["n"] == 600 for r in evaluated["rows"])
     assert diffing_cli.main(["report", run]) == 0
     page = Path(run, "report.html").read_text()
@@ -99,6 +100,19 @@ def test_settings_come_from_the_file_then_from_flags(
     with pytest.raises(SystemExit):
         crosscoders_cli.main(["train", "--config", str(file), "--print-config"])
     assert yaml.safe_load(capsys.readouterr().out)["lr"] == 3e-4
+
+
+@pytest.mark.parametrize(
+    "argv, force",
+    [
+        ([], False), (["--force"], True), (["--force", "--lr", "1"], True), (["--force", "false"], False),
+        (["--force=false"], False), (["--force", "true"], True),
+    ],
+)  # fmt: skip
+def test_a_switch_may_stand_alone(argv: list[str], force: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        crosscoders_cli.main(["train", "--cache", "x", "--out", "y", *argv, "--print-config"])
+    assert yaml.safe_load(capsys.readouterr().out)["force"] is force
 
 
 @pytest.mark.parametrize(
@@ -231,7 +245,7 @@ def test_a_cache_of_another_pair_or_hook_point_is_not_scaled_or_evaluated(
     from crosscoders import cache_activations
 
     cache_activations(pair.config(tmp_path / "hook", hook_point="blocks.0.hook_resid_post", n_tokens=200))
-    cache_activations(pair.config(tmp_path / "pair", base=pair.tuned, n_tokens=200))
+    cache_activations(pair.config(tmp_path / "pair", base=pair.tuned, tuned=pair.base, n_tokens=200))
     for name, key in (("hook", "hook_point"), ("pair", "base")):
         for main, argv in ((crosscoders_cli.main, ["eval"]), (diffing_cli.main, ["scale"])):
             assert main([*argv, str(trained), "--cache", str(tmp_path / name)]) == 2

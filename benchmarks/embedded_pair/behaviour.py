@@ -70,6 +70,8 @@ def answers(model: Any, tokenizer: Any, questions: list[str]) -> list[str]:
     """Return greedy replies, without the template's tokens."""
     import torch
 
+    from crosscoders.models.generation import greedy
+
     replies: list[str] = []
     end = tokenizer.convert_tokens_to_ids("<end_of_turn>")
     for start in range(0, len(questions), BATCH):
@@ -77,10 +79,8 @@ def answers(model: Any, tokenizer: Any, questions: list[str]) -> list[str]:
         inputs = tokenizer.apply_chat_template(
             chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
         )
-        with torch.inference_mode():
-            tokens = model.generate(
-                **inputs, max_new_tokens=ANSWER_TOKENS, do_sample=False, eos_token_id=[tokenizer.eos_token_id, end]
-            )
+        with torch.inference_mode(), greedy(model):
+            tokens = model.generate(**inputs, max_new_tokens=ANSWER_TOKENS, eos_token_id=[tokenizer.eos_token_id, end])
         new = tokens[:, inputs["input_ids"].shape[1] :]
         replies.extend(reply.strip() for reply in tokenizer.batch_decode(new, skip_special_tokens=True))
     return replies

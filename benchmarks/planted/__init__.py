@@ -15,14 +15,12 @@ from typing import Any
 
 from benchmarks.planted.runs import SIZES, VARIANTS, Run, draw, run_one
 from benchmarks.planted.summary import summarise
+from crosscoders.common.statistics import t_interval
 
 SEEDS = range(5)
 OTHER_VARIANTS = ("l1", "batchtopk")
 """What is trained at other sizes than the standard one: the published pair."""
 QUICK_STEPS = 600
-
-T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-"""97.5% quantiles of Student's t for 1, 2, ... degrees of freedom."""
 
 
 def run(quick: bool) -> dict[str, Any]:
@@ -64,10 +62,8 @@ def over_seeds(
 def interval(
     values: list[float], *, lower: float | None = 0.0, upper: float | None
 ) -> tuple[float | None, float | None]:
-    """Mean -+ t stderr, not below `lower` nor above `upper`; None for a single value."""
+    """Return `t_interval`, not below `lower` nor above `upper`; None for a single value."""
     if len(values) < 2:
         return None, None
-    half = T_975[len(values) - 2] * statistics.stdev(values) / len(values) ** 0.5
-    mean = statistics.fmean(values)
-    low, high = mean - half, mean + half
+    low, high = t_interval(values)
     return low if lower is None else max(lower, low), high if upper is None else min(upper, high)

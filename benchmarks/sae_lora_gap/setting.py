@@ -18,6 +18,7 @@ from crosscoders.text.padding import Batch
 from diffing.demo import ASSETS, model_folder, read_rows
 from sae_lora.fitting.inputs import Plan, load_model, make_plan
 from sae_lora.fitting.settings import TextConfig
+from sae_lora.splicing import kept_positions
 
 HOOK_POINT = "blocks.1.hook_resid_post"
 CONTEXT, ROWS = 256, 16
@@ -73,10 +74,9 @@ def batches(plan: Plan) -> Iterator[Batch]:
 
 def activations(plan: Plan, model: nn.Module, hook_point: str = HOOK_POINT) -> Float[Tensor, "tokens d_model"]:
     """Return the activations at the hook point, of all tokens that a splice replaces."""
-    keep_ids = torch.tensor(plan.keep_ids)
     return torch.cat(
         [
-            resume.activations(model, hook_point, b)[b.attention_mask.bool() & ~torch.isin(b.ids, keep_ids)]
+            resume.activations(model, hook_point, b)[~kept_positions(b.ids, b.attention_mask, plan.keep_ids)]
             for b in batches(plan)
         ]
     )

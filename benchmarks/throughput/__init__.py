@@ -13,7 +13,9 @@ DEFAULT = PARTS[:-1]
 
 
 def run(quick: bool, only: tuple[str, ...] = (), peers: bool = False, checkout: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Rows `throughput.*` of the parts in `only`, or of all but the peers; `left_out` says which peers have none.
+    """Measure the rows `throughput.*` of the parts in `only`, or of all but the peers.
+
+    In the result, `left_out` says which peers have none.
 
     Args:
         quick: fewer rounds, small shapes only.
@@ -25,7 +27,7 @@ def run(quick: bool, only: tuple[str, ...] = (), peers: bool = False, checkout: 
         InputError: no such part or checkout.
         EnvironmentFault: a checkout needs a package that is not installed.
     """
-    from benchmarks.throughput import caching, gpu, growth, reading, scaling, steps
+    from benchmarks.throughput import caching, gpu, growth, loading, ours, reading, scaling
     from benchmarks.throughput import peers as others
     from crosscoders.common.memory import keep_large_blocks
 
@@ -33,11 +35,11 @@ def run(quick: bool, only: tuple[str, ...] = (), peers: bool = False, checkout: 
     for part in only:
         if part not in PARTS:
             raise InputError(f"--only: unknown part {part!r}{nearest(part, list(PARTS))} Parts: {', '.join(PARTS)}.")
-    folders = others.read_checkouts(list(checkout))
+    folders = loading.read_checkouts(list(checkout))
     chosen = {*(only or DEFAULT), *(("peers",) if peers else ())}
     rows: list[dict[str, Any]] = []
     measured = others.rows(quick, folders, installed="peers" in chosen)
-    homes = {"steps": steps, "cache": caching, "read": reading, "scaling": scaling, "growth": growth, "gpu": gpu}
+    homes = {"steps": ours, "cache": caching, "read": reading, "scaling": scaling, "growth": growth, "gpu": gpu}
     for part in homes:
         if part in chosen:
             rows += homes[part].rows(quick)

@@ -33,8 +33,11 @@ class Peer(NamedTuple):
 
 @contextlib.contextmanager
 def foreign_import() -> Iterator[None]:
-    """While others' code is imported: its prints go to stderr, its warnings are not ours, and what it replaces in
-    torch.Tensor and torch.nn.Module comes back (nnsight replaces Tensor.backward)."""
+    """Shield the process while others' code is imported.
+
+    Its prints go to stderr, its warnings are not ours, and what it replaces in torch.Tensor and torch.nn.Module comes
+    back (nnsight replaces Tensor.backward).
+    """
     before = {kind: dict(vars(kind)) for kind in (torch.Tensor, torch.nn.Module)}
     try:
         with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
@@ -73,7 +76,7 @@ def squared(err: Tensor) -> Tensor:
 
 
 def saelens(weights: Crosscoder, k: int) -> Peer:
-    """SAELens: BatchTopKTrainingSAE and one `SAETrainer.step` with its default Adam."""
+    """Build SAELens: BatchTopKTrainingSAE and one `SAETrainer.step` with its default Adam."""
     from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
     from sae_lens.config import SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
@@ -101,7 +104,7 @@ def saelens(weights: Crosscoder, k: int) -> Peer:
 
 
 def dictionary_learning(weights: Crosscoder, k: int) -> Peer:
-    """dictionary_learning: `BatchTopKTrainer.update`; its decoder bias is also taken off the input."""
+    """Build dictionary_learning: `BatchTopKTrainer.update`; its decoder bias is also taken off the input."""
     from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer
 
     trainer = BatchTopKTrainer(
@@ -121,7 +124,7 @@ def dictionary_learning(weights: Crosscoder, k: int) -> Peer:
 
 
 def sparsify(weights: Crosscoder, k: int) -> Peer:
-    """sparsify: `SparseCoder` in the order of `Trainer.fit`, which itself needs a language model; with default Adam.
+    """Build sparsify: `SparseCoder` in the order of `Trainer.fit`, which needs a language model; with default Adam.
 
     Its loss is divided by the variance of the batch, which the check puts back.
     """
@@ -149,15 +152,15 @@ def sparsify(weights: Crosscoder, k: int) -> Peer:
         return out.fvu.item() * variance.item() / len(flat)
 
     def look(x: Tensor) -> tuple[Tensor, Tensor]:
-        values, places, _ = sae.encode(x.flatten(1))
-        latents = torch.zeros(len(x), len(weights.W_dec)).scatter(1, places, values)
-        return latents, sae.decode(values, places).view_as(x)
+        values, indices, _ = sae.encode(x.flatten(1))
+        latents = torch.zeros(len(x), len(weights.W_dec)).scatter(1, indices, values)
+        return latents, sae.decode(values, indices).view_as(x)
 
     return Peer(step, look, squared)
 
 
 def crosscoder_learning(weights: Crosscoder, k: int) -> Peer:
-    """The crosscoder fork of dictionary_learning: `BatchTopKCrossCoderTrainer.update`."""
+    """Build the crosscoder fork of dictionary_learning: `BatchTopKCrossCoderTrainer.update`."""
     from dictionary_learning.trainers.crosscoder import BatchTopKCrossCoderTrainer
 
     dict_size, n_models, d_model = weights.W_dec.shape
@@ -181,8 +184,10 @@ def crosscoder_learning(weights: Crosscoder, k: int) -> Peer:
 
 
 def crosscode(weights: Crosscoder, k: int) -> Peer:
-    """crosscode: its acausal crosscoder and reconstruction loss in the order of its `Trainer.train`, which itself needs
-    models and a logging service; with default Adam."""
+    """Build crosscode: its acausal crosscoder and reconstruction loss in the order of its `Trainer.train`.
+
+    The trainer itself needs models and a logging service. Adam is the default one.
+    """
     from crosscode.models.acausal_crosscoder import ModelHookpointAcausalCrosscoder
     from crosscode.models.activations.topk import BatchTopkActivation
     from crosscode.utils import calculate_reconstruction_loss_summed_norm_MSEs
@@ -213,14 +218,14 @@ def crosscode(weights: Crosscoder, k: int) -> Peer:
 
 
 def copy_(target: Tensor, source: Tensor) -> None:
-    """Into the memory that is there, so that a parameter keeps its layout."""
+    """Copy into the memory that is there, so that a parameter keeps its layout."""
     with torch.no_grad():
         assert target.shape == source.shape, (target.shape, source.shape)
         target.copy_(source)
 
 
 def copy_linear_sae_(encoder: Any, b_dec: Tensor, weights: Crosscoder) -> None:
-    """Our encoder in one that takes the decoder bias off its input: (x - b_dec) W + (b_enc + b_dec W)."""
+    """Copy our encoder into one that takes the decoder bias off its input: (x - b_dec) W + (b_enc + b_dec W)."""
     copy_(encoder.weight, weights.W_enc.flatten(0, 1).T)
     copy_(encoder.bias, weights.b_enc + weights.b_dec.flatten() @ weights.W_enc.flatten(0, 1))
     copy_(b_dec, weights.b_dec.flatten())

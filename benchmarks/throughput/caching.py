@@ -62,7 +62,7 @@ class Pair(NamedTuple):
     """The first batch: `n_rows` rows, or 8 if there are more."""
 
     def read(self) -> Tensor:
-        """Activations of both models on all tokens, (tokens, 2, d_model) in bfloat16."""
+        """Return the activations of both models on all tokens, (tokens, 2, d_model) in bfloat16."""
         return self.read_all().activations
 
     def read_all(self) -> Any:
@@ -70,7 +70,7 @@ class Pair(NamedTuple):
 
 
 def make_pair(size: Size, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Pair:
-    """Random weights; the rows are full, so no token is padding."""
+    """Make a pair with random weights; the rows are full, so no token is padding."""
     import transformers
 
     config = transformers.Gemma2Config(
@@ -86,36 +86,36 @@ def make_pair(size: Size, device: str = "cpu", dtype: torch.dtype = torch.float3
         ids=np.random.default_rng(0).integers(3, size.vocabulary, n_tokens).astype(np.int32),
         roles=np.zeros(n_tokens, np.uint8), scored=np.ones(n_tokens, bool),
         offsets=np.arange(size.n_rows + 1) * size.n_positions, groups=np.zeros(size.n_rows, np.int64),
-        group_names=["x"], n_scored=n_tokens, counts={},
+        group_names=["x"], n_scored=n_tokens, counts={}, refused={},
     )  # fmt: skip
     tokenizer = type("Tokenizer", (), {"pad_token_id": 0})()
-    info = PairInfo("base", "tuned", None, tokenizer, size.d_model, size.n_layers)
+    info = PairInfo("base", "tuned", None, tokenizer, size.d_model, size.n_layers, size.vocabulary)
     pair = ModelPair(info, (full[0].model, full[1].model), [size.hook_point], torch.device(device))
     source = ActivationSource(pair, rows, hook_point=size.hook_point, batch_rows=8, dtype=torch.bfloat16)
     return Pair(size, full, pair, source, pad_rows(rows, np.arange(min(8, size.n_rows)), 0))
 
 
 def rows(quick: bool) -> list[dict[str, Any]]:
-    """Rows `throughput.cache.middle.*`."""
+    """Return the rows `throughput.cache.middle.*`."""
     n_rounds = 3 if quick else 9
     return cache_rows("throughput.cache.middle", make_pair(SMALL), n_rounds=n_rounds) + saelens_rows(
         "throughput.cache.middle", make_pair(SMALL), n_rounds=n_rounds
     )
 
 
-def cache_rows(name: str, made: Pair, *, n_rounds: int, clock: Clock = cpu_seconds) -> list[dict[str, Any]]:
-    """Reading and writing a shard, against the truncated and the full forward passes of one batch."""
-    ids, mask, *_ = made.batch.to(made.pair.device)
+def cache_rows(name: str, models: Pair, *, n_rounds: int, clock: Clock = cpu_seconds) -> list[dict[str, Any]]:
+    """Time reading and writing a shard against the truncated and the full forward passes of one batch."""
+    ids, mask, *_ = models.batch.to(models.pair.device)
 
     def full_forward() -> None:
-        for model in made.full:
-            with torch.inference_mode(), capture(model, [made.size.hook_point]):
+        for model in models.full:
+            with torch.inference_mode(), capture(model, [models.size.hook_point]):
                 model(input_ids=ids, attention_mask=mask)
 
     with tempfile.TemporaryDirectory() as folder:
         parts: dict[str, Callable[[], object]] = {
-            "truncated": lambda: made.pair.activations(made.batch, made.size.hook_point),
-            "cached": lambda: write_tensors(Path(folder) / "shard.safetensors", made.read_all()._asdict()),
+            "truncated": lambda: models.pair.activations(models.batch, models.size.hook_point),
+            "cached": lambda: write_tensors(Path(folder) / "shard.safetensors", models.read_all()._asdict()),
             "full": full_forward,
         }
         seconds = interleaved(parts, n_rounds=n_rounds, n_warmup=1, clock=clock)
@@ -125,14 +125,14 @@ def cache_rows(name: str, made: Pair, *, n_rounds: int, clock: Clock = cpu_secon
     ]
 
 
-def saelens_readers(made: Pair) -> list[Callable[[Tensor], Tensor]]:
-    """For each model, SAELens's `ActivationsStore.get_activations` on a batch of ids: (rows, positions, d_model)."""
+def saelens_readers(models: Pair) -> list[Callable[[Tensor], Tensor]]:
+    """Return `ActivationsStore.get_activations` of SAELens for each model: ids -> (rows, positions, d_model)."""
     with foreign_import():
         import datasets
         from sae_lens import ActivationsStore
         from sae_lens.load_model import HookedProxyLM
 
-    size, ids = made.size, made.batch.ids
+    size, ids = models.size, models.batch.ids
     hook = f"model.layers.{size.layer}"
     return [
         ActivationsStore(
@@ -142,31 +142,31 @@ def saelens_readers(made: Pair) -> list[Callable[[Tensor], Tensor]]:
             total_training_tokens=len(ids), store_batch_size_prompts=len(ids), train_batch_size_tokens=len(ids),
             prepend_bos=False, normalize_activations="none", device=torch.device("cpu"), dtype="float32",
         ).get_activations
-        for model in made.full
+        for model in models.full
     ]  # fmt: skip
 
 
 def saelens_rows(
-    name: str, made: Pair, *, n_rounds: int, readers: list[Callable[[Tensor], Tensor]] | None = None
+    name: str, models: Pair, *, n_rounds: int, readers: list[Callable[[Tensor], Tensor]] | None = None
 ) -> list[dict[str, Any]]:
-    """Row `<name>.ratio_to_saelens`: both models' activations of one batch in memory.
+    """Return the row `<name>.ratio_to_saelens`: both models' activations of one batch in memory.
 
     Raises:
         RuntimeError: the activations differ.
     """
-    ids = made.batch.ids
-    readers = readers or saelens_readers(made)
+    ids = models.batch.ids
+    readers = readers or saelens_readers(models)
 
     @torch.inference_mode()
     def theirs() -> Tensor:
         return torch.stack([reader(ids) for reader in readers], dim=2).flatten(0, 1)
 
-    a, b = made.read().float(), theirs()
+    a, b = models.read().float(), theirs()
     if not (a - b).abs().max() <= 0.01 * b.abs().max():  # ours are bfloat16
         raise RuntimeError(
             f"{name}: SAELens reads other activations, {(a - b).abs().max()} apart; times do not compare."
         )
-    parts: dict[str, Callable[[], object]] = {"ours": made.read, "saelens": theirs}
+    parts: dict[str, Callable[[], object]] = {"ours": models.read, "saelens": theirs}
     seconds = interleaved(parts, n_rounds=n_rounds, n_warmup=1)
     note = "both models on one batch, no file written; SAELens reads one model, so its store runs once for each"
     return [ratio_row(f"{name}.ratio_to_saelens", seconds["ours"], seconds["saelens"], "reads of saelens", note)]

@@ -20,7 +20,7 @@ class Unequal(RuntimeError):
 
 
 def random_weights(shape: Shape, known: Known) -> Crosscoder:
-    """Weights that the peer can hold; a crosscoder that selects by the peer's rule."""
+    """Return weights that the peer can hold; a crosscoder that selects by the peer's rule."""
     g = torch.Generator().manual_seed(7)
     config = CrosscoderConfig(dict_size=shape.dict_size, k=shape.k, d_model=shape.d_model, code_norm=known.code_norm)  # type: ignore[arg-type]
     model = Crosscoder(config).requires_grad_(False)
@@ -34,7 +34,7 @@ def random_weights(shape: Shape, known: Known) -> Crosscoder:
 
 
 def our_latents(model: Crosscoder, x: Tensor, k: int, per_token: bool) -> tuple[Tensor, Tensor]:
-    """Dense latents by the peer's rule, and how far each entry's scaled value lies from the cut, relative to it."""
+    """Return dense latents by the peer's rule, and each entry's distance from the cut, relative to the cut."""
     positive = model.encode(x, gate="relu")
     scaled = positive * model.code_norm
     cut = scaled.topk(k, dim=1).values[:, -1:] if per_token else scaled.flatten().topk(k * len(x)).values[-1]
@@ -65,10 +65,10 @@ def require_equal(name: str, known: Known, peer: Peer, weights: Crosscoder, x: T
         raise Unequal(f"{name} reconstructs something else: relative difference {gap:.3g}.")
     expected = float(peer.loss(x - x_hat))
     with torch.enable_grad():
-        found = peer.step(x)
+        loss = peer.step(x)
         peer.step(x)  # a warm-up may give the first step the rate 0
-    if not abs(found - expected) <= TOLERANCE * abs(expected):
-        raise Unequal(f"the step of {name} has loss {found:.6g}, but its err gives {expected:.6g}.")
+    if not abs(loss - expected) <= TOLERANCE * abs(expected):
+        raise Unequal(f"the step of {name} has loss {loss:.6g}, but its err gives {expected:.6g}.")
     moved, _ = peer.look(x)
     if torch.equal(moved, theirs):
         raise Unequal(f"the step of {name} leaves its latents as they were, so it does not train.")

@@ -20,19 +20,19 @@ NOTE = "random weights, planted data"
 
 
 def rows(quick: bool) -> list[dict[str, Any]]:
-    """Rows `throughput.gpu.*`; none without a CUDA device."""
+    """Return the rows `throughput.gpu.*`; none without a CUDA device."""
     if not torch.cuda.is_available():
         return []
-    n_rounds, found = 3 if quick else 9, []
+    n_rounds, measured = 3 if quick else 9, []
     for shape in SHAPES[: 1 if quick else None]:
-        found += step_rows(shape, device="cuda", n_rounds=n_rounds, clock=cuda_seconds)
-    made = caching.make_pair(GEMMA_2_2B, "cuda", torch.bfloat16)
-    found += caching.cache_rows("throughput.gpu.cache.gemma-2-2b", made, n_rounds=n_rounds, clock=cuda_seconds)
-    return found
+        measured += step_rows(shape, device="cuda", n_rounds=n_rounds, clock=cuda_seconds)
+    models = caching.make_pair(GEMMA_2_2B, "cuda", torch.bfloat16)
+    measured += caching.cache_rows("throughput.gpu.cache.gemma-2-2b", models, n_rounds=n_rounds, clock=cuda_seconds)
+    return measured
 
 
 def make_step(kind: str, shape: Shape, device: str) -> Step:
-    """ours, or dense under autocast."""
+    """Return our step, or the dense one under autocast."""
     config = shape.config()
     model = start_model(config.crosscoder).to(device)
     maker = our_step if kind == "ours" else dense_step
@@ -40,7 +40,7 @@ def make_step(kind: str, shape: Shape, device: str) -> Step:
 
 
 def peak_gib(kind: str, shape: Shape, batches: list[torch.Tensor], device: str) -> list[float]:
-    """Largest memory of the allocator over three steps, without the batches; empty where there is no CUDA device."""
+    """Return the allocator's peak over three steps, without the batches; empty where there is no CUDA device."""
     if device != "cuda":
         return []
     torch.cuda.empty_cache()
@@ -53,7 +53,7 @@ def peak_gib(kind: str, shape: Shape, batches: list[torch.Tensor], device: str) 
 
 
 def step_rows(shape: Shape, *, device: str, n_rounds: int, clock: Clock) -> list[dict[str, Any]]:
-    """Rows `throughput.gpu.step.<shape>.*`; losses of both are held to 5%, since bfloat16 selects other entries."""
+    """Return the rows `throughput.gpu.step.<shape>.*`; losses are held to 5%, since bfloat16 selects other entries."""
     name = f"throughput.gpu.step.{shape}"
     batches = [x.to(device) for x in planted(shape)]
     peaks = {kind: peak_gib(kind, shape, batches, device) for kind in ("ours", "dense")}

@@ -16,7 +16,7 @@ BASE = Shape(256, 4096, 1024, 32)
 
 
 def step_rows(base: Shape, *, n_rounds: int) -> list[dict[str, Any]]:
-    """Rows `throughput.step.growth.<size>_x2`: time of a step over that of the base shape, in one loop."""
+    """Return the rows `throughput.step.growth.<size>_x2`: time of a step over that of the base shape, in one loop."""
     shapes = {field: base._replace(**{field: 2 * getattr(base, field)}) for field in Shape._fields}
     parts: dict[str, Callable[[], object]] = {}
     for name, shape in {"base": base, **shapes}.items():
@@ -31,7 +31,7 @@ def step_rows(base: Shape, *, n_rounds: int) -> list[dict[str, Any]]:
 
 
 def cache_rows(size: caching.Size, *, n_rounds: int) -> list[dict[str, Any]]:
-    """Rows `throughput.cache.growth.{tokens_x2,vocabulary_x4}`."""
+    """Return the rows `throughput.cache.growth.{tokens_x2,vocabulary_x4}`."""
     sizes = {
         "base": size,
         "tokens_x2": size._replace(n_rows=2 * size.n_rows),
@@ -46,6 +46,6 @@ def cache_rows(size: caching.Size, *, n_rounds: int) -> list[dict[str, Any]]:
 
 
 def rows(quick: bool) -> list[dict[str, Any]]:
-    """Rows `throughput.step.growth.*` and `throughput.cache.growth.*`."""
+    """Return the rows `throughput.step.growth.*` and `throughput.cache.growth.*`."""
     n_rounds = 3 if quick else 9
     return step_rows(BASE, n_rounds=n_rounds) + cache_rows(caching.SMALL, n_rounds=n_rounds)

@@ -9,16 +9,17 @@ import torch
 
 from benchmarks.timing import interleaved, ratio_row
 from crosscoders import ActivationCache, cached_stream
+from crosscoders.activations.scored import moments_of
 from crosscoders.common.files import write_json, write_tensors
 
 
 def rows(quick: bool) -> list[dict[str, Any]]:
-    """Row `throughput.read.speedup_over_row_indexed_memmap`."""
+    """Return the row `throughput.read.speedup_over_row_indexed_memmap`."""
     return read_rows(n_tokens=2**14 if quick else 2**17)
 
 
 def read_rows(n_tokens: int, d_model: int = 256, batch: int = 2048) -> list[dict[str, Any]]:
-    """From a warm page cache; `n_tokens` is a multiple of `batch`, so an epoch holds every token once.
+    """Read from a warm page cache; `n_tokens` is a multiple of `batch`, so an epoch holds every token once.
 
     Raises:
         RuntimeError: the stream gives other tokens than the cache holds.
@@ -55,11 +56,13 @@ def read_rows(n_tokens: int, d_model: int = 256, batch: int = 2048) -> list[dict
 
 
 def write_plain_cache(folder: Path, x: torch.Tensor) -> ActivationCache:
-    """A finished cache with given activations and no documents."""
+    """Write a finished cache with given activations and no documents."""
     zeros = torch.zeros(len(x), dtype=torch.int32)
     columns = {name: zeros.clone() for name in ("token_ids", "positions", "document_ids", "groups")}
     written = write_tensors(folder / "shard.safetensors", {"activations": x, **columns, "roles": zeros.to(torch.uint8)})
     entry = {"name": "shard.safetensors", "n_tokens": len(x), **written._asdict()}
     manifest = {"format_version": 1, "d_model": x.shape[2], "n_models": 2, "shards": [entry]}
-    write_json(folder / "manifest.json", manifest | {"statistics": {"mean_norm": [1.0, 1.0]}})
+    moments = moments_of(x)
+    statistics = {"mean": moments.mean, "mean_norm": moments.norm, "mean_squared_norm": moments.square}
+    write_json(folder / "manifest.json", manifest | {"statistics": statistics})
     return ActivationCache(folder)

@@ -23,13 +23,13 @@ LATENTS_AT_ONCE = 32
 
 
 def rows(quick: bool) -> list[dict[str, Any]]:
-    """Rows `throughput.scaling.<shape>.*`."""
+    """Return the rows `throughput.scaling.<shape>.*`."""
     return scaling_rows(SHAPE, n_batches=1 if quick else 4, n_rounds=3 if quick else 5)
 
 
 @torch.no_grad()
 def per_target(crosscoder: Crosscoder, batches: list[Tensor], model: int, target: str) -> Tensor:
-    """beta of every latent on one target of one model, by a pass of its own."""
+    """Return beta of every latent on one target of one model, by a pass of its own."""
     decoder = crosscoder.W_dec[:, 1]
     numerator, square = torch.zeros(2, len(decoder), dtype=torch.float64)
     for x in batches:
@@ -50,7 +50,7 @@ def per_target(crosscoder: Crosscoder, batches: list[Tensor], model: int, target
 
 
 def error_numerator(err: Tensor, latents: Tensor, own: Tensor, decoder: Tensor) -> Tensor:
-    """sum_n f_nj <err_n + f_nj own_j, d_j>, the target built for some latents at a time."""
+    """Return sum_n f_nj <err_n + f_nj own_j, d_j>, the target built for some latents at a time."""
     parts = []
     for f, o, d in zip(
         latents.T.split(LATENTS_AT_ONCE), own.split(LATENTS_AT_ONCE), decoder.split(LATENTS_AT_ONCE), strict=True
@@ -61,7 +61,7 @@ def error_numerator(err: Tensor, latents: Tensor, own: Tensor, decoder: Tensor) 
 
 
 def require_equal(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:
-    """Every beta agrees within 1e-4 of the largest of its column.
+    """Require every beta to agree within 1e-4 of the largest of its column.
 
     Raises:
         RuntimeError: a column does not.
@@ -73,7 +73,7 @@ def require_equal(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> N
 
 
 def scaling_rows(shape: Shape, *, n_batches: int, n_rounds: int) -> list[dict[str, Any]]:
-    """Ours on all targets, against all eight passes and against the six that build no error target."""
+    """Time ours on all targets, against all eight passes and against the six that build no error target."""
     batches = planted(shape, n_batches)
     crosscoder = start_model(shape.config().crosscoder, norm=1.0).requires_grad_(False)
     crosscoder.b_dec.normal_(generator=torch.Generator().manual_seed(1))

@@ -31,10 +31,10 @@ class ActivationCache:
         if "manifest.json" not in there:
             raise InputError(f"{str(path)!r} {_lacking(there, self.folder.subfolders())}")
         self.manifest = self.folder.read_object("manifest.json", "format_version", "shards")
-        found = self.manifest.get("format_version")
-        if found != FORMAT_VERSION:
+        version = self.manifest.get("format_version")
+        if version != FORMAT_VERSION:
             raise InputError(
-                f"{self.folder}/manifest.json has format_version {found}, this version reads {FORMAT_VERSION}. "
+                f"{self.folder}/manifest.json has format_version {version}, this version reads {FORMAT_VERSION}. "
                 "Cache again."
             )
         for shard in self.manifest["shards"]:
@@ -92,7 +92,7 @@ class ActivationCache:
         return files.hash_json({key: value for key, value in (self.manifest | models).items() if key != "config"})
 
     def shard(self, number: int) -> Tokens:
-        """One whole shard, checked; the last one read is kept in memory."""
+        """Return one whole shard, checked; the last one read is kept in memory."""
         if self._held is None or self._held[0] != number:
             entry = self.manifest["shards"][number]
             expected = files.Written(entry["n_bytes"], entry["checksum"])
@@ -101,7 +101,7 @@ class ActivationCache:
         return self._held[1]
 
     def read(self, start: int, stop: int) -> Tokens:
-        """Tokens start to stop, from whole shards."""
+        """Read tokens start to stop, from whole shards."""
         if not 0 <= start < stop <= len(self):
             raise InputError(f"tokens {start} to {stop} asked of a cache of {len(self)}.")
         first, last = np.searchsorted(self.starts, [start, stop - 1], side="right") - 1
@@ -112,7 +112,7 @@ class ActivationCache:
         return concatenate(parts)
 
     def batches(self, batch_size: int, start: int = 0, stop: int | None = None) -> Iterator[Tokens]:
-        """Tokens in cache order, for evaluation; the last batch may be smaller."""
+        """Yield tokens in cache order, for evaluation; the last batch may be smaller."""
         stop = len(self) if stop is None else stop
         for origin, end in zip(self.starts[:-1].tolist(), self.starts[1:].tolist(), strict=True):
             if end > start and origin < stop:
@@ -122,7 +122,7 @@ class ActivationCache:
 
 
 def _lacking(there: dict[str, int], inner: list[str]) -> str:
-    """Why a folder without a manifest is no cache, and what to do."""
+    """Say why a folder without a manifest is no cache, and what to do."""
     if "part.json" in there:
         return "is one part of a cache. Put all parts together with `crosscoders merge`."
     if "progress.json" in there:

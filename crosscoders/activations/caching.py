@@ -42,10 +42,13 @@ def cache_activations(config: CacheConfig) -> ActivationCache:
     return ActivationCache(run_cache(config).folders[config.hook_point])
 
 
-def run_cache(config: CacheConfig, *, part: Part | None = None, devices: list[str] | None = None) -> CacheRun:
+def run_cache(
+    config: CacheConfig, *, part: Part | None = None, devices: list[str] | None = None, force: bool = False
+) -> CacheRun:
     """Write the caches that `config` describes, one for each hook point, or one part of each, or go on with them.
 
     devices: a process for each, in place of the config's device; with them there is no `part`.
+    force: as in `memory.require`.
 
     Raises: as `cache_activations`.
     """
@@ -55,10 +58,17 @@ def run_cache(config: CacheConfig, *, part: Part | None = None, devices: list[st
         for point in points:
             require_parts(open_folder(point.out), count_parts(config, devices) if devices else None)
         plan = make_plan(config)
+        n_skipped = plan.rows.counts["skipped_tokens"]
+        if config.skip_first is None and n_skipped:
+            say(
+                f"{n_skipped:,} rows do not begin with a beginning-of-sequence token: their first position is left out "
+                "(--skip-first 0 keeps it)."
+            )
         n_bytes = config.n_tokens * bytes_per_token(config, plan.info.d_model) * len(points)
         needed = memory.require(
             [needs.cache_need(config, plan, n_points=len(points), device=device) for device in chosen],
             "Lower --batch-rows, --context-length or --shard-tokens, or name fewer hook points.",
+            force=force,
         )
         say(
             f"cache {config.base} and {config.tuned} at {', '.join(str(point.hook_point) for point in points)}: "

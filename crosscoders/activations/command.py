@@ -7,19 +7,22 @@ from typing import Any
 from crosscoders.activations.cache import ActivationCache
 from crosscoders.activations.caching import run_cache
 from crosscoders.activations.merge import merge_parts
+from crosscoders.activations.outliers import outlier_text
 from crosscoders.activations.settings import CacheConfig, CacheSettings, MergeSettings
 from crosscoders.activations.writer import Rates
-from crosscoders.common.checks import _only, to_dict
+from crosscoders.common.checks import config_of, to_dict
 from crosscoders.common.errors import InputError
 from crosscoders.common.progress import say
 from crosscoders.common.results import closing, result, row
 
 
 def cache(settings: CacheSettings) -> dict[str, Any]:
-    """`crosscoders cache`"""
+    """Run `crosscoders cache`."""
     started = time.perf_counter()
     part = settings.chosen_part()
-    made = run_cache(_only(CacheConfig, settings), part=part, devices=settings.chosen_devices())
+    made = run_cache(
+        config_of(CacheConfig, settings), part=part, devices=settings.chosen_devices(), force=settings.force
+    )
     rates = made.rates
     if rates.n_tokens:
         say(f"cached {rates.n_tokens:,} tokens  {rates.text()}")
@@ -32,7 +35,7 @@ def cache(settings: CacheSettings) -> dict[str, Any]:
 
 
 def _rate_rows(rates: Rates) -> list[dict[str, Any]]:
-    """Of this run; none when everything was there already."""
+    """Return the rates of this run as rows; none when everything was there already."""
     if not rates.n_tokens:
         return []
     n = rates.n_tokens
@@ -44,7 +47,7 @@ def _rate_rows(rates: Rates) -> list[dict[str, Any]]:
 
 
 def merge(settings: MergeSettings) -> dict[str, Any]:
-    """`crosscoders merge`"""
+    """Run `crosscoders merge`."""
     started = time.perf_counter()
     if not settings.parts:
         raise InputError("parts is empty. Name the folders of all parts.")
@@ -59,7 +62,15 @@ def _describe_caches(started: float, folders: list[str]) -> list[dict[str, Any]]
     for folder in folders:
         made = ActivationCache(folder)
         norms = made.mean_norm
-        closing(started, f"{len(made):,} tokens, mean norm base {norms[0]:.2f} tuned {norms[1]:.2f}, in {made.path}")
+        statistics = made.manifest["statistics"]
+        n_left_out = statistics.get("left_out_tokens", 0)
+        left_out = f" ({n_left_out:,} of outlying norm left out)" if n_left_out else ""
+        if text := outlier_text(statistics):
+            say(text)
+        closing(
+            started,
+            f"{len(made):,} tokens{left_out}, mean norm base {norms[0]:.2f} tuned {norms[1]:.2f}, in {made.path}",
+        )
         where = f".{made.manifest['hook_point']}" if len(folders) > 1 else ""
         rows.append(row(f"cache{where}.tokens", len(made), "tokens", len(made)))
         rows += [

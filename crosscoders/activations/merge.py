@@ -17,7 +17,7 @@ OF_ONE_PART = ("part", "config", "shards")
 
 
 def merge_parts(parts: list[str], out: str) -> list[str]:
-    """Merge the folders of all parts into `out`; returns the folder of each hook point, `out` itself for one.
+    """Merge the folders of all parts into `out`; return the folder of each hook point, `out` itself for one.
 
     Raises:
         InputError: a folder is no part or not finished; parts of different plans; one missing or given twice; `out`
@@ -26,10 +26,10 @@ def merge_parts(parts: list[str], out: str) -> list[str]:
         EnvironmentFault: a second writer, no space for copies.
     """
     points = [_points(open_folder(part)) for part in parts]
-    names = sorted({name for found in points for name in found})
-    made = []
+    names = sorted({name for folders in points for name in folders})
+    targets = []
     for name in names:
-        lacking = next((part for part, found in zip(parts, points, strict=True) if name not in found), None)
+        lacking = next((part for part, folders in zip(parts, points, strict=True) if name not in folders), None)
         if lacking is not None:
             raise InputError(
                 f"{lacking} has no part for {name or 'one hook point'}, others have. Merge parts of one run."
@@ -41,32 +41,32 @@ def merge_parts(parts: list[str], out: str) -> list[str]:
             taken = [file for file in (*FINAL, "progress.json") if file in folder.sizes()]
             if taken:
                 raise InputError(f"{target} holds a cache already ({taken[0]}). Choose another --out.")
-            merge_point([found[name] for found in points], folder, target)
-        made.append(target)
-    return made
+            merge_point([folders[name] for folders in points], folder, target)
+        targets.append(target)
+    return targets
 
 
 def _points(folder: Folder) -> dict[str, Folder]:
-    """Folders of the hook points of a part; a part of one hook point is named by the empty string."""
+    """Return the folders of the hook points of a part; a part of one hook point is named by the empty string."""
     if any(name in folder.sizes() for name in (*FINAL, "progress.json")):
         return {"": folder}
-    found = {name: open_folder(f"{folder}/{name}") for name in folder.subfolders()}
-    found = {
+    inner_folders = {name: open_folder(f"{folder}/{name}") for name in folder.subfolders()}
+    inner_folders = {
         name: inner
-        for name, inner in found.items()
+        for name, inner in inner_folders.items()
         if any(file in inner.sizes() for file in ("part.json", "progress.json"))
     }
-    return found or {"": folder}
+    return inner_folders or {"": folder}
 
 
 def merge_point(parts: list[Folder], folder: Folder, out: str) -> None:
     """Merge the parts of one hook point into `folder`; `out` is what its manifest calls it."""
-    found = [(part, _read_part(part)) for part in parts]
-    _require_one_plan(found)
-    found = _in_order(found)
-    shards: list[dict[str, Any]] = [shard for _, entry in found for shard in entry["shards"]]
-    _require_whole(shards, found[0][1])
-    for part, entry in found:
+    entries = [(part, _read_part(part)) for part in parts]
+    _require_one_plan(entries)
+    entries = _in_order(entries)
+    shards: list[dict[str, Any]] = [shard for _, entry in entries for shard in entry["shards"]]
+    _require_whole(shards, entries[0][1])
+    for part, entry in entries:
         there = part.sizes()
         for shard in entry["shards"]:
             if there.get(shard["name"]) != shard["n_bytes"]:
@@ -74,10 +74,10 @@ def merge_point(parts: list[Folder], folder: Folder, out: str) -> None:
                     f"{part}/{shard['name']} has {there.get(shard['name'], 0)} bytes but part.json says "
                     f"{shard['n_bytes']}. Remove {part} and make this part again."
                 )
-    for part, entry in found:
+    for part, entry in entries:
         for shard in entry["shards"]:
             folder.adopt(part, shard["name"], Written(shard["n_bytes"], shard["checksum"]))
-    first = found[0][1]
+    first = entries[0][1]
     header = {key: value for key, value in first.items() if key not in OF_ONE_PART}
     folder.write_json("manifest.json", build_manifest(header, first["config"] | {"out": out}, shards))
 
@@ -93,10 +93,10 @@ def _read_part(folder: Folder) -> dict[str, Any]:
     raise InputError(f"{folder} is no part of a cache: it has no part.json. Make it with `crosscoders cache --part`.")
 
 
-def _require_one_plan(found: list[tuple[Folder, dict[str, Any]]]) -> None:
-    first, plan = found[0]
+def _require_one_plan(entries: list[tuple[Folder, dict[str, Any]]]) -> None:
+    first, plan = entries[0]
     wanted = {key: value for key, value in plan.items() if key not in OF_ONE_PART}
-    for folder, entry in found[1:]:
+    for folder, entry in entries[1:]:
         key = first_difference(entry, wanted)
         if key:
             raise InputError(
@@ -105,10 +105,10 @@ def _require_one_plan(found: list[tuple[Folder, dict[str, Any]]]) -> None:
             )
 
 
-def _in_order(found: list[tuple[Folder, dict[str, Any]]]) -> list[tuple[Folder, dict[str, Any]]]:
-    """The parts by number, each once."""
+def _in_order(entries: list[tuple[Folder, dict[str, Any]]]) -> list[tuple[Folder, dict[str, Any]]]:
+    """Return the parts by number, each once."""
     by_number: dict[Part, tuple[Folder, dict[str, Any]]] = {}
-    for folder, entry in found:
+    for folder, entry in entries:
         part = parse_part(entry["part"])
         if part in by_number:
             raise InputError(f"part {part} is given twice: {by_number[part][0]} and {folder}. Give each part once.")
@@ -127,7 +127,7 @@ def _in_order(found: list[tuple[Folder, dict[str, Any]]]) -> list[tuple[Folder, 
 
 def _require_whole(shards: list[dict[str, Any]], plan: dict[str, Any]) -> None:
     n_shards = -(-plan["n_tokens"] // plan["shard_tokens"])
-    n_tokens = sum(shard["n_tokens"] for shard in shards)
+    n_tokens = sum(shard["n_tokens"] + shard.get("left_out", 0) for shard in shards)
     names = [shard["name"] for shard in shards]
     if names != [shard_name(number) for number in range(n_shards)] or n_tokens != plan["n_tokens"]:
         raise CorruptData(

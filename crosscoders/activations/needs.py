@@ -1,6 +1,6 @@
 """How much memory a command will need, before anything loads; docs/log.md compares the estimates with measured peaks.
 
-`cache_need` and `train_need` estimate, `require` compares with what the machine has free (`free_ram`, `free_gpu`) and
+`cache_need` and `train_need` estimate, `require` compares with what the machine has (`ram_room`, `gpu_room`) and
 returns words for the opening line. Parameters are counted on PyTorch's meta device, from configurations alone.
 """
 
@@ -13,11 +13,13 @@ from crosscoders.activations.settings import CacheConfig
 from crosscoders.common import devices
 from crosscoders.common.memory import PROCESS_BYTES, Need
 from crosscoders.models import hooks
+from crosscoders.models.names import load_auto
 from crosscoders.models.skeleton import parameter_count
 
 
 def cache_need(config: CacheConfig, plan: Plan, *, n_points: int, device: torch.device, shards: bool = True) -> Need:
-    """Of the models with their largest forward pass, and with `shards` of what waits to be written."""
+    """Return the memory for the models with their largest forward pass, and with `shards` for what waits to be
+    written."""
     dtype = devices.model_dtype(config.model_dtype, device)
     base, tuned, loaded = (n * dtype.itemsize for n in _parameters(config, plan))
     run = _forward(config, plan, n_points, dtype)
@@ -33,8 +35,8 @@ def cache_need(config: CacheConfig, plan: Plan, *, n_points: int, device: torch.
 
 
 def _parameters(config: CacheConfig, plan: Plan) -> tuple[int, int, int]:
-    """Of the base model, of the tuned one, and of what is loaded for the tuned one: under an adapter the whole model,
-    before its upper layers are cut off."""
+    """Count the parameters of the base model, of the tuned one, and of what is loaded for the tuned one: under an
+    adapter the whole model, before its upper layers are cut off."""
     names = [str(point.hook_point) for point in config.points()]
     info = plan.info
     cut = max(map(hooks.layer_of, names)) + 1 if all(map(hooks.is_residual, names)) else None
@@ -45,9 +47,7 @@ def _parameters(config: CacheConfig, plan: Plan) -> tuple[int, int, int]:
 
 def _forward(config: CacheConfig, plan: Plan, n_points: int, dtype: torch.dtype) -> int:
     """Of the largest padded batch: one layer at work, and the activations that are kept of both models."""
-    import transformers
-
-    text = transformers.AutoConfig.from_pretrained(plan.info.base).get_text_config()
+    text = load_auto(plan.info.base, "config").get_text_config()
     d_model, itemsize = plan.info.d_model, dtype.itemsize
     wide = getattr(text, "intermediate_size", None) or 4 * d_model
     heads = text.num_attention_heads
@@ -60,6 +60,6 @@ def _forward(config: CacheConfig, plan: Plan, n_points: int, dtype: torch.dtype)
         scores = rows * heads * width * width * (2 * itemsize + 4) if is_eager else rows * width * width
         layer = max(scores + 6 * rows * width * d_model * itemsize, rows * width * (3 * wide + 3 * d_model) * itemsize)
         # Both models' states, stacked, scored rows alone, cast; and the same of the pass before, as stored.
-        kept = n_points * rows * width * 2 * d_model * (3 * itemsize + 2 * DTYPES[config.dtype].itemsize)
-        largest = max(largest, layer + kept)
+        waiting = n_points * rows * width * 2 * d_model * (3 * itemsize + 2 * DTYPES[config.dtype].itemsize)
+        largest = max(largest, layer + waiting)
     return largest

@@ -41,7 +41,7 @@ class Failed(NamedTuple):
 
 
 def count_parts(config: CacheConfig, devices: list[str]) -> int:
-    """One for each device, but no more than there are shards."""
+    """Return the number of parts: one for each device, but no more than there are shards."""
     return min(len(devices), -(-config.n_tokens // config.shard_tokens))
 
 
@@ -52,10 +52,10 @@ def require_parts(folder: Folder, n_parts: int | None) -> None:
         if n_parts is not None:
             raise InputError(f"devices need a local --out, not {folder}. Use --part and `crosscoders merge`.")
         return
-    found = sorted(name.partition("-of-")[2] for name in open_folder(f"{folder}/parts").subfolders())
-    if found and found[0] != str(n_parts):
+    counts = sorted(name.partition("-of-")[2] for name in open_folder(f"{folder}/parts").subfolders())
+    if counts and counts[0] != str(n_parts):
         raise InputError(
-            f"{folder} was begun with {found[0]} devices. Give as many --devices to go on, or remove {folder}/parts."
+            f"{folder} was begun with {counts[0]} devices. Give as many --devices to go on, or remove {folder}/parts."
         )
 
 
@@ -112,7 +112,7 @@ def _run_all(config: CacheConfig, plan: Plan, work: list[tuple[str, Part]]) -> R
             processes[receiver] = device, started
         progress = Progress("cache", total=config.n_tokens, unit="tok")
         began = told = time.perf_counter()
-        found: list[Rates] = []
+        all_rates: list[Rates] = []
         running = dict(processes)
         while running:
             for end in [end for end in wait(list(running)) if isinstance(end, Connection)]:
@@ -128,7 +128,7 @@ def _run_all(config: CacheConfig, plan: Plan, work: list[tuple[str, Part]]) -> R
                 if isinstance(said, Failed):
                     raise FAULTS.get(said.status, EnvironmentFault)(f"on {device}: {said.message}")
                 if isinstance(said, Rates):
-                    found.append(said)
+                    all_rates.append(said)
                     del running[end]
                 else:
                     progress.update(said)
@@ -140,16 +140,16 @@ def _run_all(config: CacheConfig, plan: Plan, work: list[tuple[str, Part]]) -> R
         progress.close()
     # Wall time is that of the slowest; each waited for its own writer.
     return Rates(
-        sum(rates.n_tokens for rates in found),
-        sum(rates.n_bytes for rates in found),
-        max(rates.seconds for rates in found),
-        sum(rates.wait_seconds for rates in found) / len(found),
+        sum(rates.n_tokens for rates in all_rates),
+        sum(rates.n_bytes for rates in all_rates),
+        max(rates.seconds for rates in all_rates),
+        sum(rates.wait_seconds for rates in all_rates) / len(all_rates),
     )
 
 
 @contextlib.contextmanager
 def _ended(processes: Processes) -> Iterator[None]:
-    """No process outlives the block; after a failure they are asked to stop first."""
+    """End every process when the block ends; after a failure they are asked to stop first."""
     try:
         yield
     except BaseException:
@@ -163,7 +163,7 @@ def _ended(processes: Processes) -> Iterator[None]:
 
 
 def _work(config: CacheConfig, plan: Plan, part: Part, device: str, parent: Connection, n_threads: int) -> None:
-    """One process: write the part, and say what came of it."""
+    """Write the part in a process of its own, and say what came of it."""
     torch.set_num_threads(n_threads)
     try:
         with stopped_by_sigterm():

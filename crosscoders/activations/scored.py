@@ -28,7 +28,7 @@ class Tokens(NamedTuple):
 
 
 def concatenate(parts: list[Tokens]) -> Tokens:
-    """The parts end to end; one part alone is not copied."""
+    """Return the parts end to end; one part alone is not copied."""
     if len(parts) == 1:
         return parts[0]
     return Tokens(*(torch.cat(columns) for columns in zip(*parts, strict=True)))

@@ -4,10 +4,10 @@ import re
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
-from crosscoders.common.checks import _only, require_positive
+from crosscoders.common.checks import config_of, require_positive, require_range
 from crosscoders.common.command_line import Command
 from crosscoders.common.errors import InputError
-from crosscoders.text.settings import DataConfig, DataSource
+from crosscoders.text.settings import TEMPLATE_DATE, DataConfig, DataSource
 
 
 class Part(NamedTuple):
@@ -21,7 +21,7 @@ class Part(NamedTuple):
         return f"{self.number}/{self.of}"
 
     def shards(self, n_shards: int) -> range:
-        """The numbers of this part's shards.
+        """Return the numbers of this part's shards.
 
         Raises:
             InputError: there are more parts than shards.
@@ -35,13 +35,13 @@ class Part(NamedTuple):
 
 
 def parse_part(text: str) -> Part:
-    """`2/4` as a Part.
+    """Return `2/4` as a Part.
 
     Raises:
         InputError: not of that form, or out of range.
     """
-    found = re.fullmatch(r"(\d+)/(\d+)", text)
-    part = Part(int(found[1]), int(found[2])) if found else None
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    part = Part(int(match[1]), int(match[2])) if match else None
     if part is None or not 1 <= part.number <= part.of:
         raise InputError(f"part {text!r} is not i/n with i from 1 to n. Write 1/4 for the first of four parts.")
     return part
@@ -68,10 +68,20 @@ class CacheConfig:
     """Tokens of a document that are read; the rest is cut off and counted."""
     drop_bos: bool = True
     """Leave the beginning-of-sequence token out of the cache (its norm is an outlier in most models)."""
+    skip_first: int | None = None
+    """Leave the first positions of each row out of the cache, so many; default: 1 where a row does not begin with the
+    beginning-of-sequence token (its norm is then the outlier), 0 where it does."""
+    max_norm_multiple: float | None = None
+    """Leave out tokens whose norm in either model is more than so many times the median norm of their shard; default:
+    none. They count in n_tokens, so the cache has fewer, and the manifest says how many."""
     tokenizer: str | None = None
     """Tokenizer folder or id; default: the tuned model's, which must equal the base model's."""
     chat_template: str | None = None
     """File with a chat template, for pairs without one."""
+    template_date: str = TEMPLATE_DATE
+    """YYYY-MM-DD, which a chat template that writes today's date gets instead, so that the day does not matter."""
+    max_refused: float = 0.1
+    """Largest share of rows that cannot be read; they are left out and counted. 0: the first one ends the run."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of the stored activations."""
     model_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -90,6 +100,7 @@ class CacheConfig:
     def __post_init__(self) -> None:
         self.data_config()
         require_positive(self, "batch_rows", "shard_tokens")
+        require_range(self, 1, None, "max_norm_multiple")
         if not self.hook_point:
             raise InputError("hook_point is empty. Give a name such as blocks.13.hook_resid_post, or a list of them.")
         for number, name in enumerate(self.hook_point if isinstance(self.hook_point, list) else []):
@@ -97,14 +108,14 @@ class CacheConfig:
                 raise InputError(f"hook_point names {name!r} twice. Name each hook point once.")
 
     def points(self) -> list["CacheConfig"]:
-        """The config of each hook point alone; of a list, each has a folder of its own in `out`."""
+        """Return the config of each hook point alone; of a list, each has a folder of its own in `out`."""
         if isinstance(self.hook_point, str):
             return [self]
         return [replace(self, hook_point=name, out=f"{self.out.rstrip('/')}/{name}") for name in self.hook_point]
 
     def data_config(self) -> DataConfig:
         """Return the settings that say which documents are read, and how."""
-        return _only(DataConfig, self)
+        return config_of(DataConfig, self)
 
 
 @dataclass(frozen=True)
@@ -115,6 +126,8 @@ class CacheSettings(CacheConfig):
     """i/n: make only the i-th of n parts, for job arrays; `crosscoders merge` puts them together."""
     devices: str | None = None
     """Several devices that work at once, each on a part that is merged at the end: cuda:0,cuda:1."""
+    force: bool = False
+    """Go on where the estimate of memory is above what the machine has."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -126,11 +139,11 @@ class CacheSettings(CacheConfig):
                 raise InputError(f"device {self.device!r} has no effect with devices. Give one of the two.")
 
     def chosen_devices(self) -> list[str] | None:
-        """The setting `devices` as a list."""
+        """Return the setting `devices` as a list."""
         return self.devices.replace(" ", "").split(",") if self.devices is not None else None
 
     def chosen_part(self) -> Part | None:
-        """The setting `part`, read."""
+        """Return the setting `part`, read."""
         return parse_part(self.part) if self.part is not None else None
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from crosscoders.activations.outliers import outlier_statistics, outlier_sums, within
 from crosscoders.activations.plan import Plan
 from crosscoders.activations.scored import DTYPES, Tokens
 from crosscoders.activations.settings import CacheConfig, Part
@@ -28,7 +29,7 @@ SUMS = ("sum", "norm_sum", "square_sum")
 
 
 def bytes_per_token(config: CacheConfig, d_model: int) -> int:
-    """On disk, at one hook point."""
+    """Return the bytes of a token on disk, at one hook point."""
     return 2 * DTYPES[config.dtype].itemsize * d_model + COLUMN_BYTES
 
 
@@ -53,14 +54,14 @@ class ShardWriter:
         wanted = self._identity()
         for name in (*FINAL, "progress.json"):
             if name in there:
-                found = self.folder.read_object(name, "format_version", "shards")
-                key = first_difference(found, wanted)
+                recorded = self.folder.read_object(name, "format_version", "shards")
+                key = first_difference(recorded, wanted)
                 if key:
                     raise InputError(
-                        f"{self.folder} holds a cache with another {key} ({found.get(key)!r}, now {wanted[key]!r}). "
+                        f"{self.folder} holds a cache with another {key} ({recorded.get(key)!r}, now {wanted[key]!r}). "
                         "Choose another --out, or remove that folder."
                     )
-                self.shards = list(found["shards"])
+                self.shards = list(recorded["shards"])
                 self.is_complete = name in FINAL
                 return
 
@@ -73,11 +74,11 @@ class ShardWriter:
 
     def write(self, number: int, tokens: Tokens) -> None:
         """Publish the next shard, and progress after it."""
-        name = shard_name(number)
+        name, n_planned = shard_name(number), len(tokens.token_ids)
+        tokens = within(tokens, self.config.max_norm_multiple)
+        counts = {"n_tokens": len(tokens.token_ids), "left_out": n_planned - len(tokens.token_ids)}
         written = self.folder.write_tensors(name, tokens._asdict())
-        self.shards.append(
-            {"name": name, "n_tokens": len(tokens.token_ids), **written._asdict(), **_sums(tokens.activations)}
-        )
+        self.shards.append({"name": name, **counts, **written._asdict(), **_sums(tokens.activations)})
         self.folder.write_json("progress.json", {**self._progress(), "shards": self.shards})
 
     def _progress(self) -> dict[str, Any]:
@@ -86,13 +87,15 @@ class ShardWriter:
 
     def finish(self) -> None:
         """Publish the manifest, or part.json."""
-        rows = self.plan.rows
+        rows, skip_first = self.plan.rows, self.config.skip_first
         header = {
             **self.plan.fingerprint(self.hook_point),
             "context_length": self.config.context_length,
             "drop_bos": self.config.drop_bos,
+            "skip_first": skip_first if skip_first is not None else min(1, rows.counts["skipped_tokens"]),
             "groups": rows.group_names,
             "counts": rows.counts,
+            "refused": rows.refused,
         }
         settings = to_dict(self.config) | {"data": [to_dict(source) for source in self.config.data_config().sources()]}
         if self.part:
@@ -107,13 +110,13 @@ def shard_name(number: int) -> str:
     return f"shard-{number:05d}.safetensors"
 
 
-def first_difference(found: dict[str, Any], wanted: dict[str, Any]) -> str | None:
-    """The first key of `wanted` whose recorded value is another one."""
-    return next((key for key, value in wanted.items() if identity(found.get(key)) != identity(value)), None)
+def first_difference(recorded: dict[str, Any], wanted: dict[str, Any]) -> str | None:
+    """Return the first key of `wanted` whose recorded value is another one."""
+    return next((key for key, value in wanted.items() if identity(recorded.get(key)) != identity(value)), None)
 
 
 def build_manifest(header: dict[str, Any], settings: dict[str, Any], shards: list[dict[str, Any]]) -> dict[str, Any]:
-    """The manifest of a finished cache from its shards with their sums."""
+    """Return the manifest of a finished cache from its shards with their sums."""
     n = sum(shard["n_tokens"] for shard in shards)
     sums = {key: np.sum([shard[key] for shard in shards], axis=0) for key in SUMS}
     statistics = {
@@ -121,14 +124,16 @@ def build_manifest(header: dict[str, Any], settings: dict[str, Any], shards: lis
         "mean": (sums["sum"] / n).tolist(),
         "mean_norm": (sums["norm_sum"] / n).tolist(),
         "mean_squared_norm": (sums["square_sum"] / n).tolist(),
+        "left_out_tokens": sum(shard.get("left_out", 0) for shard in shards),
         "max_norm": np.max([shard["norm_max"] for shard in shards], axis=0).tolist(),
+        **outlier_statistics(shards),
     }
-    kept = [{key: shard[key] for key in ("name", "n_tokens", "n_bytes", "checksum")} for shard in shards]
-    return {**header, "statistics": statistics, "config": settings, "shards": kept}
+    entries = [{key: shard[key] for key in ("name", "n_tokens", "n_bytes", "checksum")} for shard in shards]
+    return {**header, "statistics": statistics, "config": settings, "shards": entries}
 
 
 def _sums(activations: torch.Tensor) -> dict[str, Any]:
-    """Sums in float64, added over shards at the end: running means in bfloat16 stop moving after 256 tokens."""
+    """Return sums in float64, added over shards at the end: running means in bfloat16 stop moving after 256 tokens."""
     x = activations.double()
     norms = x.norm(dim=-1)
     return {
@@ -136,4 +141,5 @@ def _sums(activations: torch.Tensor) -> dict[str, Any]:
         "norm_sum": norms.sum(dim=0).tolist(),
         "square_sum": (norms**2).sum(dim=0).tolist(),
         "norm_max": norms.amax(dim=0).tolist(),
+        **outlier_sums(x, norms),
     }

@@ -16,7 +16,7 @@ from torch import Tensor
 from crosscoders.activations.plan import Plan, make_plan
 from crosscoders.activations.scored import DTYPES, Tokens
 from crosscoders.activations.settings import CacheConfig
-from crosscoders.common.errors import CorruptData
+from crosscoders.common.errors import CorruptData, InputError
 from crosscoders.models.pair import ModelPair, load_pair
 from crosscoders.text.padding import padding_id
 from crosscoders.text.tokens import Rows, iterate_scored, pad_rows
@@ -45,16 +45,18 @@ class ActivationSource:
         self.hook_points = [hook_point] if isinstance(hook_point, str) else list(hook_point)
         self.batches = rows.batches(batch_rows)
         self.spans = list(iterate_scored(rows, self.batches))
-        self.pad_id = padding_id(pair.info.tokenizer)
+        self.pad_id = padding_id(pair.info.tokenizer, pair.info.n_ids)
+        self.is_checked = False
 
     def read(self, start: int, stop: int) -> Iterator[Tokens]:
-        """Scored tokens start to stop at the (first) hook point, forward pass by forward pass."""
-        for found in self.read_points(start, stop):
-            yield found[self.hook_points[0]]
+        """Yield the scored tokens start to stop at the (first) hook point, forward pass by forward pass."""
+        for tokens in self.read_points(start, stop):
+            yield tokens[self.hook_points[0]]
 
     def read_points(self, start: int, stop: int) -> Iterator[dict[str, Tokens]]:
-        """The same at every hook point. A pass is started before the one before it is handed out, so that a GPU
-        computes while its results are copied and written; passes without such tokens are not run."""
+        """Yield the scored tokens start to stop at every hook point. A pass is started before the one before it is
+        handed out, so that a GPU computes while its results are copied and written; passes without such tokens are not
+        run."""
         running: _Pass | None = None
         for numbers, (first, last) in zip(self.batches, self.spans, strict=True):
             if last > start and first < stop:
@@ -72,9 +74,9 @@ class ActivationSource:
         # Numbers instead of a mask: a mask on the GPU would have to wait for it to count them.
         chosen = scored.flatten().nonzero()[:, 0].to(self.pair.device, non_blocking=True)
         activations, finite = {}, {}
-        found = self.pair.activations_at(batch)
+        at_points = self.pair.activations_at(batch)
         for name in self.hook_points:
-            x = found.pop(name).flatten(0, 1)[chosen].to(self.dtype)
+            x = at_points.pop(name).flatten(0, 1)[chosen].to(self.dtype)
             finite[name] = torch.isfinite(x).all(dim=-1).to("cpu", non_blocking=True)
             activations[name] = x.to("cpu", non_blocking=True)
         copied = torch.cuda.Event() if on_gpu else None
@@ -96,6 +98,9 @@ class ActivationSource:
         if running.copied is not None:
             running.copied.synchronize()
         self._require_finite(running)
+        if not self.is_checked:
+            self._require_difference(running)
+            self.is_checked = True
         return {
             name: Tokens(activations=x, **running.columns).slice(running.keep.start, running.keep.stop)
             for name, x in running.activations.items()
@@ -113,6 +118,17 @@ class ActivationSource:
                 f"position {int(running.columns['positions'][token])}. "
                 "Whole shards are kept. Use --model-dtype float32, or take the document out."
             )
+
+    def _require_difference(self, running: _Pass) -> None:
+        """Raise InputError where both models give the same numbers, which a crosscoder could learn nothing from."""
+        info = self.pair.info
+        for hook_point, x in running.activations.items():
+            if torch.equal(x[:, 0], x[:, 1]):
+                raise InputError(
+                    f"tuned model {info.tuned!r} has the same activations as the base {info.base!r} at {hook_point!r} "
+                    f"on the first {len(x):,} tokens: tuned equals base. Name the tuned model with --tuned, or a hook "
+                    "point that its training changed."
+                )
 
 
 def open_source(

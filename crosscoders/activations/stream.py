@@ -33,7 +33,7 @@ class BatchStream(Protocol):
     """For the input mean and scale."""
 
     def batches(self, start_step: int) -> Iterator[Float[Tensor, "batch n_models d_model"]]:
-        """The batches from `start_step` on, without end."""
+        """Yield the batches from `start_step` on, without end."""
         ...
 
 
@@ -75,7 +75,7 @@ class BufferedStream:
         return sum(self.batches_in)
 
     def place(self, step: int) -> Place:
-        """Epoch, buffer and batch of a step."""
+        """Return the epoch, buffer and batch of a step."""
         epoch, left = divmod(step, self.steps_per_epoch)
         for buffer, n in enumerate(self.batches_in):
             if left < n:
@@ -103,7 +103,7 @@ class BufferedStream:
 def cached_stream(
     cache: ActivationCache, *, batch_size: int, buffer_tokens: int = 524_288, seed: int = 0, n_tokens: int | None = None
 ) -> BufferedStream:
-    """Batches from the first `n_tokens` of a cache (default: all)."""
+    """Return batches from the first `n_tokens` of a cache (default: all)."""
     return BufferedStream(
         lambda start, stop: cache.read(start, stop).activations,
         n_tokens=len(cache) if n_tokens is None else n_tokens,
@@ -123,7 +123,7 @@ def live_stream(
     seed: int = 0,
     moments: Moments | None = None,
 ) -> BufferedStream:
-    """The batches of `cached_stream` over the same plan, computed when they are needed; nothing is written.
+    """Return the batches of `cached_stream` over the same plan, computed when they are needed; nothing is written.
 
     moments: the cache's, which decide input mean and scale only; default: those of the first 16,384 tokens.
     """
@@ -144,7 +144,7 @@ def live_stream(
 def tensor_stream(
     x: Float[Tensor, "tokens n_models d_model"], *, batch_size: int, buffer_tokens: int = 524_288, seed: int = 0
 ) -> BufferedStream:
-    """Batches from activations in memory, such as planted ones."""
+    """Return batches from activations in memory, such as planted ones."""
     return BufferedStream(
         lambda start, stop: x[start:stop],
         n_tokens=len(x),

@@ -39,7 +39,7 @@ class Rates(NamedTuple):
     """Time in which the forward passes waited for the writer."""
 
     def text(self) -> str:
-        """One line."""
+        """Return the rates as one line."""
         seconds = max(self.seconds, 1e-9)
         return (
             f"{self.n_tokens / seconds:,.0f} tok/s  {files.size_text(self.n_bytes / seconds)}/s  "
@@ -49,7 +49,7 @@ class Rates(NamedTuple):
 
 @contextlib.contextmanager
 def stopped_by_sigterm() -> Iterator[None]:
-    """SIGTERM raises `Stopped` in the main thread; the handler that was there is restored."""
+    """Raise `Stopped` in the main thread on SIGTERM; the handler that was there is restored."""
 
     def stop(number: int, frame: object) -> None:
         raise Stopped("stopped on request; whole shards are kept. Run the same command to go on.")
@@ -65,7 +65,7 @@ def stopped_by_sigterm() -> Iterator[None]:
 
 
 def part_folder(out: str, part: Part) -> str:
-    """Where a device writes its part of the cache in `out`."""
+    """Return where a device writes its part of the cache in `out`."""
     return f"{out}/parts/{part.number}-of-{part.of}"
 
 
@@ -121,7 +121,7 @@ def _require_space(config: CacheConfig, plan: Plan, writers: list[ShardWriter], 
 def _write_shards(
     source: ActivationSource, writers: list[ShardWriter], start: int, stop: int, report: Report | None
 ) -> Rates:
-    """Forward passes in this thread, shards in another; a failure of either keeps what is whole."""
+    """Run forward passes in this thread and write shards in another; a failure of either keeps what is whole."""
     by_point = {writer.hook_point: writer for writer in writers}
     missing_from = {writer.hook_point: writer.next_shard for writer in writers}
 
@@ -143,15 +143,15 @@ def _write_shards(
 
         def counted() -> Iterator[dict[str, Tokens]]:
             nonlocal said
-            for found in source.read_points(start, stop):
+            for tokens_at in source.read_points(start, stop):
                 queue.check()
-                progress.update(n_tokens(found))
+                progress.update(n_tokens(tokens_at))
                 if report is not None:
-                    report(n_tokens(found))
+                    report(n_tokens(tokens_at))
                 elif time.perf_counter() - said > SECONDS_BETWEEN_LINES:
                     said = time.perf_counter()
                     say(f"cached {progress.done:,} of {stop:,} tokens  {rates().text()}")
-                yield found
+                yield tokens_at
 
         for number, pieces in enumerate(in_shards(counted(), shard_tokens), start // shard_tokens):
             for name, missing in missing_from.items():
@@ -162,20 +162,20 @@ def _write_shards(
     return rates()
 
 
-def n_tokens(found: dict[str, Tokens]) -> int:
-    """Tokens of one forward pass, the same at every hook point."""
-    return len(next(iter(found.values())).token_ids)
+def n_tokens(tokens_at: dict[str, Tokens]) -> int:
+    """Count the tokens of one forward pass, the same at every hook point."""
+    return len(next(iter(tokens_at.values())).token_ids)
 
 
 def in_shards(passes: Iterable[dict[str, Tokens]], shard_tokens: int) -> Iterator[list[dict[str, Tokens]]]:
-    """Forward passes cut at every `shard_tokens` tokens: the pieces of each shard, the last one shorter."""
+    """Yield forward passes cut at every `shard_tokens` tokens: the pieces of each shard, the last one shorter."""
     held: list[dict[str, Tokens]] = []
     n_held = 0
-    for found in passes:
-        offset, n = 0, n_tokens(found)
+    for tokens_at in passes:
+        offset, n = 0, n_tokens(tokens_at)
         while offset < n:
             cut = min(n, offset + shard_tokens - n_held)
-            held.append({name: tokens.slice(offset, cut) for name, tokens in found.items()})
+            held.append({name: tokens.slice(offset, cut) for name, tokens in tokens_at.items()})
             offset, n_held = cut, n_held + cut - offset
             if n_held == shard_tokens:
                 yield held

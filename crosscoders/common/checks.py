@@ -1,7 +1,6 @@
-"""Settings of every `crosscoders` command, as frozen dataclasses. Imports nothing heavy.
+"""Checks of settings, which are frozen dataclasses, and conversions of them. Imports nothing heavy.
 
 A contradiction raises InputError when the dataclass is made, so it is found before a model loads.
-Published recipes are in `PRESETS`; their sources are in docs/math.md.
 """
 
 from dataclasses import asdict, fields
@@ -11,6 +10,7 @@ from crosscoders.common.errors import InputError
 
 
 def require_positive(config: object, *names: str) -> None:
+    """Raise InputError for settings that are not above 0."""
     for name in names:
         if not getattr(config, name) > 0:
             raise InputError(f"{name} is {getattr(config, name)}; give a number above 0.")
@@ -25,13 +25,13 @@ def require_range(config: object, low: float, high: float | None, *names: str) -
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The resolved settings as plain data, in the order of their fields."""
+    """Return the resolved settings as plain data, in the order of their fields."""
     return asdict(config)
 
 
 T = TypeVar("T")
 
 
-def _only(kind: type[T], settings: Any) -> T:
-    """The part of a command's settings that is a config of the library."""
+def config_of(kind: type[T], settings: Any) -> T:
+    """Return the part of a command's settings that is a config of the library."""
     return kind(**{field.name: getattr(settings, field.name) for field in fields(kind)})  # type: ignore[arg-type]

@@ -117,9 +117,10 @@ def parse(program: str, command: Command, argv: list[str]) -> Parsed:
     if command.presets:
         parser.add_argument("--preset", choices=sorted(command.presets), help="Start from a named recipe.")
     parser.add_class_arguments(command.settings)
-    argv = _with_underscores(argv)
+    hints = typing.get_type_hints(command.settings)
+    argv = _with_true(_with_underscores(argv), [name for name, hint in hints.items() if hint is bool])
     if command.positional and argv and not argv[0].startswith("-"):
-        if typing.get_origin(typing.get_type_hints(command.settings)[command.positional]) is list:
+        if typing.get_origin(hints[command.positional]) is list:
             words = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
             argv = [json.dumps(words), *argv[len(words) :]]
         argv = [f"--{command.positional}", *argv]
@@ -149,6 +150,14 @@ def _with_underscores(argv: list[str]) -> list[str]:
     return [
         re.sub(r"^--[^=]+", lambda m: "--" + m[0][2:].replace("-", "_"), arg) if arg.startswith("--") else arg
         for arg in argv
+    ]
+
+
+def _with_true(argv: list[str], switches: list[str]) -> list[str]:
+    """Return the arguments with `--force` alone written as `--force=true`."""
+    return [
+        f"{word}=true" if word[2:] in switches and word.startswith("--") and after.startswith("--") else word
+        for word, after in zip(argv, [*argv[1:], "--"], strict=False)
     ]
 
 

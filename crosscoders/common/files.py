@@ -7,7 +7,6 @@ writer, `require_free_space` refuses a plan that cannot fit.
 
 import contextlib
 import errno
-import fcntl
 import json
 import mmap
 import os
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 MAX_HEADER_BYTES = 10_000_000  # a safetensors header of 500,000 empty tensors took 17 s to parse
 _FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
 class Written(NamedTuple):
@@ -256,23 +256,23 @@ def exclusive(folder: Path) -> Iterator[None]:
     """Hold `folder` as its only writer; the kernel drops the lock with the process, so a killed run leaves none.
 
     Raises:
-        EnvironmentFault: another process writes there.
+        EnvironmentFault: another process writes there, or the folder cannot be written or locked.
     """
+    from filelock import FileLock, Timeout
+
+    path = folder / ".lock"
+    lock = FileLock(path, fallback_to_soft=False)  # a soft lock would outlive a process that is killed
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        lock.acquire(blocking=False)
+    except Timeout:
+        owner = path.read_text(errors="replace").strip() or "another process"
+        raise EnvironmentFault(f"{folder} is being written by {owner}. Wait for it, or choose another --out.") from None
     except OSError as error:
-        raise EnvironmentFault(f"cannot write to {folder}: {error.strerror}. Choose another --out.") from error
+        cause = "its file system has no locks" if error.errno in _NO_LOCKS else error.strerror
+        raise EnvironmentFault(f"cannot write to {folder}: {cause}. Choose another --out.") from error
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            owner = os.read(handle, 200).decode(errors="replace").strip() or "another process"
-            raise EnvironmentFault(
-                f"{folder} is being written by {owner}. Wait for it, or choose another --out."
-            ) from None
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
         yield
     finally:
-        os.close(handle)
+        lock.release()

@@ -1,6 +1,6 @@
 """How much memory the machine has free, and whether a need fits.
 
-`require` compares needs with `free_ram` and `free_gpu` and returns words for the opening line; `keep_large_blocks` lets
+`require` compares needs with `ram_room` and `gpu_room` and returns words for the opening line; `keep_large_blocks` lets
 malloc reuse large blocks.
 """
 
@@ -9,10 +9,12 @@ import platform
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 import torch
 
 from crosscoders.common.errors import EnvironmentFault
 from crosscoders.common.files import size_text
+from crosscoders.common.progress import say
 
 
 def keep_large_blocks() -> None:
@@ -40,45 +42,54 @@ class Need(NamedTuple):
     """Of `gpu`; None where everything is in RAM."""
 
 
-def require(needs: list[Need], mend: str) -> str:
+class Room(NamedTuple):
+    """Bytes of a memory."""
+
+    free: int
+    """What this process may still take now."""
+    total: int
+    """What it could take if nothing else ran."""
+
+
+def require(needs: list[Need], mend: str, *, force: bool = False) -> str:
     """Check what is needed at once. Returns words for the opening line, such as `1.2 GB of memory (22.1 GB free)`.
 
+    More than is free now is a warning, since other programs may end and estimates are rough; so is more than there is
+    at all, with `force`.
+
     Raises:
-        EnvironmentFault: it needs more than there is.
+        EnvironmentFault: it needs more than there is at all.
     """
-    found = [("memory", sum(need.ram for need in needs), free_ram())]
+    demands = [("memory", sum(need.ram for need in needs), ram_room())]
     for device in {str(need.device): need.device for need in needs if need.device is not None}.values():
         wanted = sum(need.gpu for need in needs if need.device == device)
-        found.append((f"memory on {device}", wanted, free_gpu(device)))
-    for where, wanted, free in found:
-        if free is not None and wanted > free:
-            raise EnvironmentFault(
-                f"this needs about {size_text(wanted)} of {where}, but {size_text(free)} are free. {mend}"
-            )
+        demands.append((f"memory on {device}", wanted, gpu_room(device)))
+    for where, wanted, room in demands:
+        start = f"this needs about {size_text(wanted)} of {where}, but"
+        if wanted > room.total and not force:
+            raise EnvironmentFault(f"{start} there are {size_text(room.total)}. {mend} --force goes on all the same.")
+        if wanted > room.free:
+            say(f"warning: {start} {size_text(room.free)} are free. {mend}")
     return ", ".join(
-        f"about {size_text(wanted)} of {where}" + (f" ({size_text(free)} free)" if free is not None else "")
-        for where, wanted, free in found
+        f"about {size_text(wanted)} of {where} ({size_text(room.free)} free)" for where, wanted, room in demands
     )
 
 
-def free_gpu(device: torch.device) -> int:
-    """Bytes that are free on a GPU."""
-    return int(torch.cuda.mem_get_info(device)[0])
+def gpu_room(device: torch.device) -> Room:
+    """Return the memory of a GPU."""
+    return Room(*torch.cuda.mem_get_info(device))
 
 
-def free_ram() -> int | None:
-    """Bytes that this process may still take: of the machine, and of the control groups it is in; None if unknown."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return None
-    return min([free, *_group_limits()])
+def ram_room() -> Room:
+    """Return the memory of the machine, or of the control groups that this process is in where they allow less."""
+    machine = psutil.virtual_memory()
+    rooms = [Room(machine.available, machine.total), *_group_rooms()]
+    return Room(min(room.free for room in rooms), min(room.total for room in rooms))
 
 
-def _group_limits() -> list[int]:
-    """What is left in each control group of this process, file cache not counted as used."""
-    found = []
+def _group_rooms() -> list[Room]:
+    """Return the room in each control group of this process that has a limit, file cache not counted as used."""
+    rooms = []
     try:
         entries = Path("/proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -101,5 +112,5 @@ def _group_limits() -> list[int]:
                 continue
             if limit != "max":
                 cached = int(stat.get("total_inactive_file", stat.get("inactive_file", "0")))
-                found.append(max(0, int(limit) - int(used) + cached))
-    return found
+                rooms.append(Room(max(0, int(limit) - int(used) + cached), int(limit)))
+    return rooms

@@ -1,36 +1,42 @@
-"""Intervals and quantiles."""
+"""Intervals, one definition each: of a share (`wilson`), of a mean over seeds (`t_interval`), of what is computed from
+resampled units (`resample`, then `bootstrap_interval`). All are 95%."""
 
-import math
+import statistics
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float
+
+RESAMPLES = 2000
 
 
 def wilson(n_hits: int, n: int) -> tuple[float, float]:
-    """95% interval of a share. Source: Wilson 1927; unlike the normal interval it is right near 0 and 1."""
-    share, z = n_hits / n, 1.959964
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    """Return the interval of a share. Source: Wilson 1927; unlike the normal interval it is right near 0 and 1."""
+    from scipy.stats import binomtest
+
+    interval = binomtest(n_hits, n).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
 
 
-def beta_quantile(q: float, a: float, b: float) -> float:
-    """The value below which a Beta(a, b) variable lies with probability q, by bisection."""
-    low, high = 0.0, 1.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if beta_cdf(middle, a, b) < q else (low, middle)
-    return (low + high) / 2
+def t_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Return the interval of a mean over two or more independent values, such as seeds: mean -+ t stderr."""
+    from scipy.stats import t
+
+    mean, stderr = statistics.fmean(values), statistics.stdev(values) / len(values) ** 0.5
+    half = float(t.ppf(0.975, len(values) - 1)) * stderr
+    return mean - half, mean + half
 
 
-def beta_cdf(x: float, a: float, b: float) -> float:
-    """Regularised incomplete beta function, by its continued fraction (Abramowitz and Stegun 26.5.8)."""
-    if x <= 0 or x >= 1:
-        return float(x >= 1)
-    if x > (a + 1) / (a + b + 2):  # where the fraction of the mirror image converges faster
-        return 1 - beta_cdf(1 - x, b, a)
-    fraction = 1.0
-    for m in range(200, 0, -1):  # from the innermost term outwards
-        even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
-        odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
-        fraction = 1 + even / (1 + odd / fraction)
-    first = -(a + b) * x / (a + 1)
-    log_front = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)
-    return math.exp(log_front) / a / (1 + first / fraction)
+def resample(n_units: int, seed: int | np.random.Generator) -> Float[np.ndarray, "resamples n_units"]:
+    """Return how often each unit counts: once in row 0, which is the data itself, then as drawn with replacement.
+
+    A generator goes on from where it stands.
+    """
+    drawn = np.random.default_rng(seed).multinomial(n_units, np.full(n_units, 1 / n_units), size=RESAMPLES)
+    return np.concatenate([np.ones((1, n_units)), drawn])
+
+
+def bootstrap_interval(values: Float[np.ndarray, " resamples"]) -> tuple[float, float]:
+    """Return the percentile interval of a quantity that was computed for each row of `resample`."""
+    low, high = np.percentile(values[1:], [2.5, 97.5]).tolist()
+    return low, high

@@ -28,7 +28,7 @@ Gate = Literal["inference", "batchtopk", "relu"]
 
 
 def batch_top_k(scaled: Float[Tensor, "batch dict_size"], k: int) -> Bool[Tensor, "batch dict_size"]:
-    """Mask of the k * batch largest entries of the whole batch; exactly that many, zeros included if need be."""
+    """Return the mask of exactly the k * batch largest entries of the whole batch, zeros included if need be."""
     chosen = scaled.flatten().topk(min(k * len(scaled), scaled.numel()), sorted=False).indices
     mask = torch.zeros(scaled.numel(), dtype=torch.bool, device=scaled.device)
     mask[chosen] = True
@@ -65,7 +65,7 @@ class Crosscoder(nn.Module):
 
     @torch.no_grad()
     def init_weights_(self, *, norm: float, generator: torch.Generator) -> None:
-        """Kaiming-uniform directions of the given norm, the same for every model, encoder = decoder transposed.
+        """Draw Kaiming-uniform directions of one norm, the same for every model; encoder = decoder transposed.
 
         The same start for every model is what makes norm and cosine differences come from the data; independent starts
         leave 5 of 501 latents of a model against itself with a decoder cosine below 0.8.
@@ -79,17 +79,17 @@ class Crosscoder(nn.Module):
     # ------------------------------------------------------------------------------------------------------ encoder
 
     def normalise(self, x: Float[Tensor, "batch n_models d_model"]) -> Float[Tensor, "batch n_models d_model"]:
-        """Units of x -> training space (the identity once folded, since the weights then do it)."""
+        """Bring x to training space; once folded x stays as it is, since the weights then do it."""
         return x if self.is_folded else self.to_training_space(x)
 
     def pre_acts(self, normalised: Float[Tensor, "batch n_models d_model"]) -> Float[Tensor, "batch dict_size"]:
-        """sum_m x'_m W_enc[m] + b_enc, as one matrix product over all models."""
+        """Return sum_m x'_m W_enc[m] + b_enc, as one matrix product over all models."""
         return torch.addmm(self.b_enc, normalised.flatten(1), self.W_enc.flatten(0, 1))
 
     def encode(
         self, x: Float[Tensor, "batch n_models d_model"], *, gate: Gate = "inference", k: int | None = None
     ) -> Float[Tensor, "batch dict_size"]:
-        r"""Latents of a batch.
+        r"""Return the latents of a batch.
 
         gate "inference": f_j = ReLU(pre_j) where ReLU(pre_j) c_j > threshold, so no token depends on its batch;
         "batchtopk": the k * batch largest ReLU(pre_j) c_j of this batch (training); "relu": all positive ones.
@@ -114,7 +114,7 @@ class Crosscoder(nn.Module):
         return positive
 
     def gate_at(self) -> Float[Tensor, " dict_size"]:
-        """The inference gate as one number per latent, at least 0: latent j is active where pre_j > gate_at_j."""
+        """Return the inference gate as one number >= 0 per latent: latent j is active where pre_j > gate_at_j."""
         if self.config.activation == "relu" or self.threshold < 0:
             return torch.zeros_like(self.b_enc)
         c = self.code_norm
@@ -131,56 +131,59 @@ class Crosscoder(nn.Module):
     # ------------------------------------------------------------------------------------------------------ decoder
 
     def decode_normalised(self, latents: Float[Tensor, "batch dict_size"]) -> Float[Tensor, "batch n_models d_model"]:
-        """f W_dec + b_dec, in training space (in the units of x once folded)."""
+        """Return f W_dec + b_dec, in training space (in the units of x once folded)."""
         return torch.addmm(self.b_dec.flatten(), latents, self.W_dec.flatten(1)).unflatten(1, self.b_dec.shape)
 
     def denormalise(
         self, normalised: Float[Tensor, "batch n_models d_model"]
     ) -> Float[Tensor, "batch n_models d_model"]:
-        """Training space -> units of x."""
+        """Bring what is in training space back to the units of x."""
         if self.is_folded:
             return normalised
         return normalised / self.input_scale[:, None] + self.input_mean
 
     def decode(self, latents: Float[Tensor, "batch dict_size"]) -> Float[Tensor, "batch n_models d_model"]:
-        """Reconstruction in the units of x."""
+        """Return the reconstruction in the units of x."""
         return self.denormalise(self.decode_normalised(latents))
 
     def forward(self, x: Float[Tensor, "batch n_models d_model"]) -> Float[Tensor, "batch n_models d_model"]:
-        """decode(encode(x)) with the inference gate."""
+        """Return decode(encode(x)) with the inference gate."""
         return self.decode(self.encode(x))
 
     # -------------------------------------------------------------------------------------------------------- norms
 
     def decoder(self) -> Float[Tensor, "dict_size n_models d_model"]:
-        """Decoder in training space, whether folded or not."""
+        """Return the decoder in training space, whether folded or not."""
         return self.W_dec * self.input_scale[:, None] if self.is_folded else self.W_dec
 
     def decoder_bias(self) -> Float[Tensor, "n_models d_model"]:
-        """Decoder bias in training space, whether folded or not."""
+        """Return the decoder bias in training space, whether folded or not."""
         return self.to_training_space(self.b_dec) if self.is_folded else self.b_dec
 
     def to_training_space(
         self, x: Float[Tensor, "*batch n_models d_model"]
     ) -> Float[Tensor, "*batch n_models d_model"]:
-        """(x - input_mean) * input_scale, whether folded or not."""
+        """Return (x - input_mean) * input_scale, whether folded or not."""
         return (x - self.input_mean) * self.input_scale[:, None]
 
     @property
     def decoder_norms(self) -> Float[Tensor, "dict_size n_models"]:
-        """L2 norm of each latent's decoder in each model, training space."""
+        """Return the L2 norm of each latent's decoder in each model, training space."""
         return self.decoder().norm(dim=2)
 
     @property
     def code_norm(self) -> Float[Tensor, " dict_size"]:
-        """c_j of the config's rule."""
+        """Return c_j by the config's rule."""
         return code_norm(self.decoder_norms, self.config.code_norm)
 
     @property
     def relative_decoder_norm(self) -> Float[Tensor, " dict_size"]:
-        r"""0.5 (1 + (||d_tuned|| - ||d_base||) / max(||d_tuned||, ||d_base||)): 0 base-only, 0.5 shared, 1 tuned-only.
+        r"""Return how the two decoder norms of each latent relate: 0 base-only, 0.5 shared, 1 tuned-only.
 
-        0.5 where both norms are 0. Source: Minder et al. 2025, arXiv 2504.02922 (their CSV column is the mirror image).
+            0.5 (1 + (||d_tuned|| - ||d_base||) / max(||d_tuned||, ||d_base||))
+
+        It is 0.5 where both norms are 0. Source: Minder et al. 2025, arXiv 2504.02922 (their CSV column is the
+        mirror image).
         """
         if self.config.n_models != 2:
             raise InputError(f"relative_decoder_norm compares two models; this crosscoder has {self.config.n_models}.")
@@ -192,7 +195,7 @@ class Crosscoder(nn.Module):
 
     @torch.no_grad()
     def fold(self) -> "Crosscoder":
-        """The same function with the normaliser folded into the weights, as a copy; folding it again changes nothing.
+        """Return a copy with the normaliser folded into the weights; folding it again changes nothing.
 
         encode, decode, decoder_norms, gates and classes are equal; only W and b are now in the units of x.
         """

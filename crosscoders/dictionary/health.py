@@ -17,11 +17,13 @@ def complaints(
 ) -> list[str]:
     """Return what speaks against a dictionary, a phrase with its cause and mend for each; empty where nothing does.
 
-    metrics: `fve_<model>`, `l0`, `dead` on held-out tokens (the columns of train.jsonl); entries that are missing are
-    not judged. training: the same of the last training batch. k: active latents per token that were asked for.
+    metrics: `fve_<model>`, `fve_rest_<model>`, `l0`, `dead` on held-out tokens (the columns of train.jsonl); entries
+    that are missing are not judged. training: the same of the last training batch. k: active latents per token that
+    were asked for.
     """
     reasons = []
-    fve = [value for name, value in metrics.items() if name.startswith("fve_")]
+    rest = {name: value for name, value in metrics.items() if name.startswith("fve_rest_")}
+    fve = [value for name, value in metrics.items() if name.startswith("fve_") and name not in rest]
     trained = [value for name, value in (training or {}).items() if name.startswith("fve_")]
     if fve and min(fve) < MIN_FVE:
         reasons.append(
@@ -32,6 +34,11 @@ def complaints(
         reasons.append(
             f"it explains {min(fve):.2f} of the variance on held-out tokens and {min(trained):.2f} on its own: it has "
             "learned its tokens by heart. Cache more tokens, or lower dict_size or the number of epochs"
+        )
+    if fve and rest and max(fve) - min(rest.values()) > MAX_FVE_GAP:
+        reasons.append(
+            f"it explains {max(fve):.3f} of the variance, but {min(rest.values()):.2f} on tokens of ordinary norm: a "
+            "few of massive norm carry the figure. Cache without them: --skip-first or --max-norm-multiple"
         )
     if metrics.get("dead", 0.0) > MAX_DEAD:
         reasons.append(

@@ -10,7 +10,9 @@ from torch import Tensor
 
 
 def reconstruction_loss(squares: Float[Tensor, "batch n_models"], kind: str) -> Float[Tensor, ""]:
-    r"""From ||err_nm||^2. norm: mean over tokens and models of ||err||. squared: mean over tokens of sum_m ||err_m||^2.
+    r"""Return the reconstruction term from ||err_nm||^2.
+
+    norm: mean over tokens and models of ||err||. squared: mean over tokens of sum_m ||err_m||^2.
 
     The published crosscoder code trains on the un-squared norm although its paper writes the square; coefficients of
     other terms do not carry over between the two. Where err is 0, its norm has the gradient 0.
@@ -23,10 +25,11 @@ def reconstruction_loss(squares: Float[Tensor, "batch n_models"], kind: str) -> 
 def auxiliary_loss(
     squares: Float[Tensor, "batch n_models"], err: Float[Tensor, "batch n_models d_model"]
 ) -> Float[Tensor, ""]:
-    r"""||err - err_hat||^2 / ||err - mean err||^2, sums over the batch, from the squared norms above the line.
+    r"""Return ||err - err_hat||^2 / ||err - mean err||^2, sums over the batch, from the squared norms above the line.
 
-    err is a constant; err_hat decodes, without bias, the k_aux dead latents of largest ReLU(pre_j) c_j of each token. 0
-    when the error does not vary. Source: Gao et al. 2024, section A.2, as in the published crosscoder trainer.
+    err is a constant; err_hat decodes, without bias, the k_aux dead latents of largest ReLU(pre_j) c_j of each
+    token. The term is 0 when the error does not vary. Source: Gao et al. 2024, section A.2, as in the published
+    crosscoder trainer.
     """
     varying = (err - err.mean(dim=0)).flatten()
     total = torch.dot(varying, varying)

@@ -1,7 +1,7 @@
 r"""How good a dictionary is: one definition each, as sums over the whole evaluation set that are divided once.
 
-`ReconstructionSums` collects, `evaluate` runs it over batches; `log_probs`, `ce` and `kl` are what is lost in a model's
-predictions. Definitions in docs/math.md, section "Metrics".
+`ReconstructionSums` collects, with `NormSums` for the tokens of ordinary norm, and `evaluate` runs it over batches;
+`log_probs`, `ce` and `kl` are what is lost in a model's predictions. Definitions in docs/math.md, section "Metrics".
 """
 
 import math
@@ -15,6 +15,9 @@ from torch import Tensor
 from crosscoders.common.errors import InputError
 from crosscoders.dictionary.crosscoder import Crosscoder
 
+REST_STEPS = 9
+"""Quarter octaves above the median norm up to which a token is ordinary: from 4.8 to 5.7 times the median norm."""
+
 
 class Evaluation(NamedTuple):
     """Metrics of one evaluation set."""
@@ -26,10 +29,48 @@ class Evaluation(NamedTuple):
     dead_fraction: float
     """Share of latents that were active on no token of the set."""
     n_tokens: int
+    fve_rest: list[float]
+    """FVE on the tokens of ordinary norm alone, per model."""
+    n_rest: list[int]
+    """How many these are, per model."""
+
+
+class NormSums:
+    """Sums in float64 over the tokens of one model, apart for each quarter octave of the norm of x."""
+
+    def __init__(self) -> None:
+        self.by_step: dict[int, Float[Tensor, " d_model_and_three"]] = {}
+
+    def add(
+        self,
+        x: Float[Tensor, "batch d_model"],
+        square: Float[Tensor, " batch"],
+        err_square: Float[Tensor, " batch"],
+    ) -> None:
+        """Add a batch: activations, ||x||^2 and ||err||^2."""
+        steps, of_step = norm_steps(square).unique(return_inverse=True)
+        terms = torch.cat([torch.stack([torch.ones_like(square), square, err_square], dim=1), x], dim=1)
+        sums = torch.zeros(len(steps), terms.shape[1], dtype=torch.float64, device=x.device)
+        for step, found in zip(steps.tolist(), sums.index_add_(0, of_step, terms).cpu(), strict=True):
+            self.by_step[step] = self.by_step[step] + found if step in self.by_step else found
+
+    def rest(self) -> tuple[float, int]:
+        """Return the FVE on the tokens up to `REST_STEPS` above the step of the median norm, and their number."""
+        steps = sorted(self.by_step)
+        counts = torch.stack([self.by_step[step][0] for step in steps]).cumsum(dim=0)
+        median = steps[int(torch.searchsorted(counts, counts[-1] / 2))]
+        total = torch.stack([self.by_step[step] for step in steps if step <= median + REST_STEPS]).sum(dim=0)
+        n, square, err_square = total[:3]
+        return float(1 - err_square / (square - total[3:].square().sum() / n)), int(n)
+
+
+def norm_steps(square: Float[Tensor, " batch"]) -> Int[Tensor, " batch"]:
+    """floor(4 log2 ||x||) of ||x||^2, the number of a quarter octave."""
+    return (2 * square.clamp_min(1e-300).log2()).floor().long()
 
 
 class ReconstructionSums:
-    """Sums in float64 over all tokens added so far."""
+    """Collect sums in float64 over all tokens added so far."""
 
     def __init__(self, n_models: int, d_model: int, dict_size: int) -> None:
         self.n_tokens = 0
@@ -37,6 +78,7 @@ class ReconstructionSums:
         self.err_square = torch.zeros(n_models, dtype=torch.float64)
         self.x_square = torch.zeros(n_models, dtype=torch.float64)
         self.x_sum = torch.zeros(n_models, d_model, dtype=torch.float64)
+        self.by_norm = [NormSums() for _ in range(n_models)]
 
     def add(
         self,
@@ -47,12 +89,18 @@ class ReconstructionSums:
         """Add a batch: activations, reconstructions, and on how many of its tokens each latent was active."""
         self.n_tokens += len(x)
         self.n_active += n_active.cpu()
-        self.err_square += (x - x_hat).double().pow(2).sum(dim=(0, 2)).cpu()
-        self.x_square += x.double().pow(2).sum(dim=(0, 2)).cpu()
-        self.x_sum += x.double().sum(dim=0).cpu()
+        err_square = (x - x_hat).double().pow(2)
+        self.err_square += err_square.sum(dim=(0, 2)).cpu()
+        x = x.double()
+        x_square = x.pow(2)
+        self.x_square += x_square.sum(dim=(0, 2)).cpu()
+        self.x_sum += x.sum(dim=0).cpu()
+        for m, sums in enumerate(self.by_norm):
+            if len(x):
+                sums.add(x[:, m], x_square[:, m].sum(dim=1), err_square[:, m].sum(dim=1))
 
     def result(self) -> Evaluation:
-        """Divide once.
+        """Divide the sums, once.
 
         Raises:
             InputError: nothing was added.
@@ -60,24 +108,29 @@ class ReconstructionSums:
         if not self.n_tokens:
             raise InputError("no tokens to evaluate on. Give a cache with at least one token.")
         variance = self.x_square - self.x_sum.pow(2).sum(dim=1) / self.n_tokens
+        rest = [sums.rest() for sums in self.by_norm]
         return Evaluation(
             fve=(1 - self.err_square / variance).tolist(),
             l0=float(self.n_active.sum()) / self.n_tokens,
             dead_fraction=float((self.n_active == 0).double().mean()),
             n_tokens=self.n_tokens,
+            fve_rest=[value for value, _ in rest],
+            n_rest=[n for _, n in rest],
         )
 
 
 @torch.no_grad()
 def evaluate(crosscoder: Crosscoder, batches: Iterable[Float[Tensor, "_ n_models d_model"]]) -> Evaluation:
-    """FVE, L0 and dead fraction with the inference gate, over all tokens of `batches`."""
+    """Return FVE, FVE on tokens of ordinary norm, L0 and dead fraction over all `batches`, with the inference gate."""
     config = crosscoder.config
     sums = ReconstructionSums(config.n_models, int(crosscoder.W_enc.shape[1]), config.dict_size)
     for x in batches:
         x = x.to(crosscoder.b_enc.device).float()
         latents = crosscoder.encode(x)
         sums.add(x, crosscoder.decode(latents), (latents > 0).sum(dim=0))
-    found = sums.result()
-    if not all(map(math.isfinite, found.fve)):
-        raise InputError(f"activations do not vary over the {found.n_tokens} tokens to evaluate on. Give more tokens.")
-    return found
+    evaluation = sums.result()
+    if not all(map(math.isfinite, [*evaluation.fve, *evaluation.fve_rest])):
+        raise InputError(
+            f"activations do not vary over the {evaluation.n_tokens} tokens to evaluate on. Give more tokens."
+        )
+    return evaluation

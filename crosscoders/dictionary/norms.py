@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def code_norm_factors(norms: Float[Tensor, "dict_size n_models"], rule: str) -> Float[Tensor, "dict_size n_models"]:
-    r"""What d_jm is multiplied by in d c_j / d d_jm.
+    r"""Return what d_jm is multiplied by in d c_j / d d_jm.
 
     sum: 1 / ||d_jm||. concat: 1 / ||d_j||. 0 where that norm is 0, and for none.
     """
@@ -33,12 +33,12 @@ class _CodeNorm(torch.autograd.Function):
 def differentiable_code_norm(
     W_dec: Float[Tensor, "dict_size n_models d_model"], norms: Float[Tensor, "dict_size n_models"], rule: str
 ) -> Float[Tensor, " dict_size"]:
-    """c_j from decoder norms that are known already, with its gradient in closed form."""
+    """Return c_j from decoder norms that are known already, with its gradient in closed form."""
     return code_norm(norms, rule) if rule == "none" else _CodeNorm.apply(W_dec, norms, rule)
 
 
 def code_norm(decoder_norms: Float[Tensor, "dict_size n_models"], rule: str) -> Float[Tensor, " dict_size"]:
-    r"""Weight c_j of a latent in selection and in the L1 term.
+    r"""Return the weight c_j of each latent in selection and in the L1 term.
 
     sum: c_j = sum_m ||d_j^m||. concat: c_j = sqrt(sum_m ||d_j^m||^2). none: c_j = 1.
     """

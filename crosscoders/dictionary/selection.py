@@ -11,13 +11,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
-def starts(sorted_ids: Int[Tensor, " n"], n: int) -> Int[Tensor, " n_bags"]:
-    """Return the first place of each of the ids 0 to n - 1."""
-    return torch.searchsorted(sorted_ids, torch.arange(n, device=sorted_ids.device))
+def starts(ids: Int[Tensor, " n"], n: int) -> Int[Tensor, " n_bags"]:
+    """Return the first place of each of the ids 0 to n - 1 once they are sorted."""
+    counts = torch.bincount(ids, minlength=n)
+    return counts.cumsum(0) - counts
 
 
 @dataclass(frozen=True)
@@ -29,18 +30,11 @@ class Active:
     values: Float[Tensor, " n_active"]
     n_tokens: int
     dict_size: int
-    columns: Int[Tensor, " dict_size"] | None = None
-    """Where the matrix holds only some latents of the dictionary: which ones."""
 
     @cached_property
     def starts(self) -> Int[Tensor, " batch"]:
-        """First entry of each token."""
+        """Return the first entry of each token."""
         return starts(self.tokens, self.n_tokens)
-
-    @property
-    def dictionary_latents(self) -> Int[Tensor, " n_active"]:
-        """Latents counted in the whole dictionary."""
-        return self.latents if self.columns is None else self.columns[self.latents]
 
 
 class Selected(NamedTuple):
@@ -59,13 +53,22 @@ def _above(
     weight: Float[Tensor, " dict_size"],
 ) -> Selected:
     """Return the entries above their column's gate, ordered by token and latent."""
-    if pre_acts.device.type == "cpu":  # numpy compares and searches 4 to 5 times faster than torch on one thread
-        flat = torch.from_numpy(np.flatnonzero(pre_acts.numpy() > gate_at.numpy()))
+    on_cpu = pre_acts.device.type == "cpu"  # numpy compares 2.5 times faster than torch on one thread
+    mask = torch.from_numpy(pre_acts.numpy() > gate_at.numpy()) if on_cpu else pre_acts > gate_at
+    tokens, latents, values = _entries(pre_acts, mask)
+    return Selected(tokens, latents, values, values * weight.index_select(0, latents))
+
+
+def _entries(
+    matrix: Float[Tensor, "rows columns"], mask: Bool[Tensor, "rows columns"]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return row, column and value of each entry that the mask chooses, row by row."""
+    if mask.device.type == "cpu":  # numpy searches 4 to 5 times faster than torch on one thread
+        flat = torch.from_numpy(np.flatnonzero(mask.numpy()))
     else:
-        flat = (pre_acts > gate_at).flatten().nonzero().squeeze(1)
-    tokens = flat.div(pre_acts.shape[1], rounding_mode="floor")
-    latents, values = flat - tokens * pre_acts.shape[1], pre_acts.flatten()[flat]
-    return Selected(tokens, latents, values, values * weight[latents])
+        flat = mask.flatten().nonzero().squeeze(1)
+    rows = flat.div(mask.shape[1], rounding_mode="floor")
+    return rows, flat - rows * mask.shape[1], matrix.take(flat)
 
 
 def active(pre_acts: Float[Tensor, "batch dict_size"], gate_at: Float[Tensor, " dict_size"]) -> Active:
@@ -115,8 +118,21 @@ def largest_per_token(
     k: int,
 ) -> Active:
     """Return the k largest ReLU(pre_j) c_j of each token among some columns; entries that are 0 are left out."""
-    pre_acts, weight, k = pre_acts.detach()[:, columns], code_norm.detach()[columns], min(k, len(columns))
-    scaled = pre_acts.relu() * weight
-    chosen = torch.zeros_like(scaled, dtype=torch.bool).scatter(1, scaled.topk(k, dim=1, sorted=False).indices, True)
-    tokens, latents = (chosen & (scaled > 0)).nonzero(as_tuple=True)
-    return Active(tokens, latents, pre_acts[tokens, latents], len(pre_acts), len(columns), columns)
+    some, weight = pre_acts.detach().index_select(1, columns), code_norm.detach().index_select(0, columns)
+    k, scaled = min(k, len(columns)), some * weight
+    cut = _kth_largest(scaled, k)[:, None].clamp_min(torch.finfo(scaled.dtype).tiny)
+    chosen = scaled >= cut
+    if int(chosen.sum(dim=1).max()) > k:  # ties at a cut go to the lower latents
+        tied = scaled == cut
+        room = k - (scaled > cut).sum(dim=1, keepdim=True)
+        chosen &= ~tied | (tied.cumsum(dim=1) <= room)
+    tokens, numbers, values = _entries(some, chosen)
+    return Active(tokens, columns.index_select(0, numbers), values, *pre_acts.shape)
+
+
+def _kth_largest(matrix: Float[Tensor, "rows columns"], k: int) -> Float[Tensor, " rows"]:
+    """Return the k-th largest value of each row."""
+    if matrix.device.type == "cpu":  # numpy partitions faster than torch's topk and kthvalue
+        at = matrix.shape[1] - k
+        return torch.from_numpy(np.partition(matrix.numpy(), at, axis=1)[:, at])
+    return matrix.topk(k, dim=1).values[:, -1]

@@ -29,40 +29,24 @@ def _bags(
     weights: Float[Tensor, " n"],
     starts: Int[Tensor, " bags"],
     rows: Float[Tensor, "rows width"],
-    bias: Float[Tensor, " width"] | None = None,
 ) -> Float[Tensor, "bags width"]:
-    """Return out_b = bias + sum over the entries i of bag b of weights_i rows[ids_i]."""
+    """Return out_b = sum over the entries i of bag b of weights_i rows[ids_i]."""
     if gpu.usable(weights, rows):
-        return gpu.bags(ids, weights, starts, rows, bias)
-    sums = embedding_bag(ids, rows, starts, mode="sum", per_sample_weights=weights)
-    return sums if bias is None else sums.add_(bias)
+        return gpu.bags(ids, weights, starts, rows)
+    return embedding_bag(ids, rows, starts, mode="sum", per_sample_weights=weights)
 
 
 def _dots(
-    entries: Active, left: Float[Tensor, "batch width"], right: Float[Tensor, "dict_size width"], n_parts: int
-) -> Float[Tensor, "parts n_active"]:
-    """Return <left[token], right[latent]> of each entry, over each of n_parts equal parts of the columns."""
+    tokens: Int[Tensor, " n"],
+    latents: Int[Tensor, " n"],
+    left: Float[Tensor, "rows width"],
+    right: Float[Tensor, "dict_size width"],
+) -> Float[Tensor, " n"]:
+    """Return <left[token], right[latent]> of each entry."""
     if gpu.usable(left, right):
-        return gpu.dots(entries.tokens, entries.latents, left, right, n_parts)
+        return gpu.dots(tokens, latents, left, right)
     # what embedding_bag does for the gradient of its weights
-    product, width = torch.ops.aten._embedding_bag_per_sample_weights_backward, left.shape[1] // n_parts
-    parts = zip(left.split(width, dim=1), right.split(width, dim=1), strict=True)
-    indices = entries.latents, entries.starts, entries.tokens, 0
-    return torch.stack([product(a.contiguous(), b.contiguous(), *indices) for a, b in parts])
-
-
-class Sorted(NamedTuple):
-    """Entries in stable order of a key."""
-
-    starts: Int[Tensor, " n_keys"]
-    """First place of each key."""
-    ids: Int[Tensor, " n"]
-    values: Float[Tensor, " n"]
-
-
-def _sort_by_key(keys: Int[Tensor, " n"], ids: Int[Tensor, " n"], values: Float[Tensor, " n"], n_keys: int) -> Sorted:
-    order = keys.argsort(stable=True)
-    return Sorted(starts(keys[order], n_keys), ids[order], values[order])
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(left, right, latents, tokens, tokens, 0)
 
 
 def refine(
@@ -71,27 +55,32 @@ def refine(
     b_enc: Float[Tensor, " dict_size"],
     x: Float[Tensor, "batch width"],
 ) -> Active:
-    """The same entries with values ReLU(<x, W_enc_j> + b_j) in the precision of x, one product each.
+    """Return the same entries with values ReLU(<x, W_enc_j> + b_j) in the precision of x, one product each.
 
-    For entries that were selected from products of lower precision.
+    It is for entries that were selected from products of lower precision.
     """
-    rows = W_enc.permute(2, 0, 1).flatten(1)  # contiguous: W_enc is stored latent by latent
-    rows, bias = (rows, b_enc) if entries.columns is None else (rows[entries.columns], b_enc[entries.columns])
-    return replace(entries, values=(_dots(entries, x, rows.detach(), 1)[0] + bias.detach()[entries.latents]).relu_())
+    rows = W_enc.detach().permute(2, 0, 1).flatten(1)  # contiguous: W_enc is stored latent by latent
+    pre_acts = _dots(entries.tokens, entries.latents, x, rows) + b_enc.detach()[entries.latents]
+    return replace(entries, values=pre_acts.relu_())
 
 
 # ----------------------------------------------------------------------------------------------------------- products
 
 
 def decode(entries: Active, weight: Float[Tensor, "dict_size width"]) -> Float[Tensor, "batch width"]:
-    """f W: one bag per token."""
+    """Return f W, one bag per token."""
     return _bags(entries.latents, entries.values, entries.starts, weight)
 
 
 def transposed(entries: Active, y: Float[Tensor, "batch width"]) -> Float[Tensor, "dict_size width"]:
-    """f^T y: one bag per latent."""
-    found = _sort_by_key(entries.latents, entries.tokens, entries.values, entries.dict_size)
-    return _bags(found.ids, found.values, found.starts, y)
+    """Return f^T y, one bag per latent."""
+    order, first = _by_latent(entries.latents, entries.dict_size)
+    return _bags(entries.tokens.index_select(0, order), entries.values.index_select(0, order), first, y)
+
+
+def _by_latent(latents: Int[Tensor, " n"], dict_size: int) -> tuple[Int[Tensor, " n"], Int[Tensor, " dict_size"]]:
+    """Return the stable order of entries by latent, and the first place of each latent in it."""
+    return latents.argsort(stable=True), starts(latents, dict_size)
 
 
 class _Residuals(torch.autograd.Function):
@@ -99,49 +88,42 @@ class _Residuals(torch.autograd.Function):
     def forward(
         ctx: Any, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, x: Tensor, *sets: Active
     ) -> tuple[Tensor, ...]:
-        weight, n_models = W_dec.flatten(1), len(b_dec)
-        left = x.new_empty(len(sets) * len(x), x.shape[1])
-        err, *others = left.split(len(x))
-        dots, squares = [], []
-        for i, (entries, out) in enumerate(zip(sets, (err, *others), strict=True)):
-            rows = weight if entries.columns is None else weight[entries.columns]
-            goal, bias = (err, None) if i else (x, b_dec.flatten())
-            torch.sub(goal, _bags(entries.latents, entries.values, entries.starts, rows, bias), out=out)
-            squares.append(torch.linalg.vector_norm(out.view(len(x), n_models, -1), dim=2).square_())
-            dots.append(_dots(entries, out, rows, n_models))
+        left = x.new_empty(len(sets), *x.shape)  # what each set leaves
+        torch.sub(x, decode(sets[0], W_dec.flatten(1)).add_(b_dec.flatten()), out=left[0])
+        for i, entries in enumerate(sets[1:], start=1):
+            torch.sub(left[0], decode(entries, W_dec.flatten(1)), out=left[i])
+        squares = torch.linalg.vector_norm(left.view(*left.shape[:2], *b_dec.shape), dim=3).square_()
         # No output is kept here, other than by a tensor of its own: that would be a cycle, never freed in a long run.
-        ctx.sets, ctx.dots, ctx.left, ctx.x, ctx.shape = sets, dots, left, x, W_enc.shape
+        ctx.save_for_backward(W_dec, x)
+        ctx.sets, ctx.left = sets, left
+        err = left[0]
         ctx.mark_non_differentiable(err)
-        return sets[0].values.clone(), err, *squares
+        return sets[0].values.clone(), err, *squares.unbind()
 
     @staticmethod
     def backward(ctx: Any, direct: Tensor, _: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        # dL / dx_hat_nm = scale_nm left_nm, so dL / df_nj = sum_m scale_nm <left_nm, d_jm>
-        (n_models, d_model, n_latents), sets, x = ctx.shape, ctx.sets, ctx.x
-        scale = _join([-2 * grad for grad in grads])
-        y = (ctx.left.view(len(scale), n_models, d_model) * scale[:, :, None]).flatten(1)
-        # One bag per latent over the entries of all sets: the gradient of each weight is written once.
-        latents = _join([entries.dictionary_latents for entries in sets])
-        tokens = _join([entries.tokens + i * len(x) for i, entries in enumerate(sets)])
-        values = _join([entries.values for entries in sets])
-        gradients = (torch.cat(ctx.dots, dim=1) * scale.t()[:, tokens]).sum(dim=0)
-        gradients[: len(direct)] += direct
-        of_y = _sort_by_key(latents, tokens, values, n_latents)
-        of_x = _sort_by_key(latents, tokens % len(x), gradients, n_latents)
-        err = ctx.left[: len(x)].view(-1, n_models, d_model)
-        by_model = zip(scale[: len(x)].unbind(1), err.unbind(1), strict=True)
+        (W_dec, x), sets = ctx.saved_tensors, ctx.sets
+        # dL / dx_hat_nm = -2 (dL / d ||left_nm||^2) left_nm, one row per set and token
+        scale = -2 * torch.stack(grads)[..., None]
+        y = (ctx.left.view(*scale.shape[:3], -1) * scale).view(-1, x.shape[1])
+        # One bag per latent over the entries of all sets: each row of weights is read and its gradient written once.
+        latents = torch.cat([entries.latents for entries in sets])
+        order, first = _by_latent(latents, len(W_dec))
+        latents = latents.index_select(0, order)
+        tokens = torch.cat([entries.tokens + i * len(x) for i, entries in enumerate(sets)]).index_select(0, order)
+        values = torch.cat([entries.values for entries in sets]).index_select(0, order)
+        others = direct.new_zeros(len(order) - len(direct))
+        value_grads = _dots(tokens, latents, y, W_dec.flatten(1)).add_(torch.cat([direct, others])[order])
+        W_dec_grad = _bags(tokens, values, first, y)
+        W_enc_grad = _bags(tokens % len(x), value_grads, first, x)
         return (
-            _bags(of_x.ids, of_x.values, of_x.starts, x).t().view(ctx.shape),
-            gradients.new_zeros(n_latents).index_add_(0, latents, gradients),
-            _bags(of_y.ids, of_y.values, of_y.starts, y).view(n_latents, n_models, d_model),
-            torch.stack([s @ left for s, left in by_model]),
+            W_enc_grad.view_as(W_dec).permute(1, 2, 0),
+            value_grads.new_zeros(len(W_dec)).index_add_(0, latents, value_grads),
+            W_dec_grad.view_as(W_dec),
+            y[: len(x)].sum(dim=0).view(W_dec.shape[1:]),
             None,
             *(None for _ in sets),
         )
-
-
-def _join(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def residuals(
@@ -174,7 +156,7 @@ class PerLatent(NamedTuple):
 
 
 def per_latent(entries: Active) -> PerLatent:
-    """Count, sum, sum of squares and maximum of each latent."""
+    """Return count, sum, sum of squares and maximum of each latent."""
     values, latents, dict_size = entries.values.double(), entries.latents, entries.dict_size
     return PerLatent(
         n=torch.bincount(latents, minlength=dict_size),

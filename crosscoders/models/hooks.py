@@ -41,12 +41,12 @@ class _Reached(Exception):
 
 
 def is_residual(hook_point: str) -> bool:
-    """Whether the hook point has the fast path."""
+    """Say whether the hook point has the fast path."""
     return _RESIDUAL.fullmatch(hook_point) is not None
 
 
 def layer_of(hook_point: str) -> int:
-    """Layer of a hook point.
+    """Return the layer of a hook point.
 
     Raises:
         InputError: the name has no layer.
@@ -58,19 +58,19 @@ def layer_of(hook_point: str) -> int:
 
 
 def place(hook_point: str) -> tuple[int, int]:
-    """Sorts hook points in the order in which a forward pass of a sequential architecture reaches them."""
+    """Return what sorts hook points in the order in which a forward pass of a sequential architecture reaches them."""
     layer = layer_of(hook_point)
     kind = hook_point.removeprefix(f"blocks.{layer}.")
     return layer, _ORDER.index(kind) if kind in _ORDER else len(_ORDER)
 
 
 def entry_point(hook_point: str) -> str:
-    """The residual-stream point at or before a hook point, from which on a forward pass can be repeated."""
+    """Return the residual-stream point at or before a hook point, from which on a forward pass can be repeated."""
     return hook_point if is_residual(hook_point) else f"blocks.{layer_of(hook_point)}.hook_resid_pre"
 
 
 def width(config: Any, hook_point: str) -> int:
-    """Width of the activations at a hook point, from a text configuration."""
+    """Return the width of the activations at a hook point, from a text configuration."""
     if not hook_point.endswith(".attn.hook_z"):
         return int(config.hidden_size)
     heads = int(config.num_attention_heads)
@@ -87,21 +87,35 @@ def require_layer(hook_point: str, n_layers: int, model_name: str) -> None:
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The list of decoder layers of a Hugging Face model, also under PEFT or a language-model head."""
-    for name, module in model.named_modules():
+    """The list of decoder layers of a Hugging Face model, also under PEFT or a language-model head; in a multimodal
+    model those of the language model, never of a vision tower."""
+    for name, module in language_model(model).named_modules():
         if isinstance(module, nn.ModuleList) and name.split(".")[-1] in ("layers", "h", "blocks"):
             return module
     raise InputError(f"no list of decoder layers in {type(model).__name__}. Use a decoder-only language model.")
 
 
+def language_model(model: Any) -> nn.Module:
+    """The part of a model that reads tokens, where it says which; else the model itself."""
+    decoder = getattr(model, "get_decoder", None)
+    found: nn.Module = model if decoder is None else decoder()
+    return found
+
+
+def name_of_layers(model: nn.Module) -> str:
+    """The name of the list of decoder layers inside the model."""
+    layers = decoder_layers(model)
+    return next(name for name, module in model.named_modules() if module is layers)
+
+
 def decoder_stack(model: nn.Module) -> nn.Module:
-    """The module that runs the decoder layers, one after the other, and the last norm."""
+    """Return the module that runs the decoder layers, one after the other, and the last norm."""
     layers = decoder_layers(model)
     return next(module for module in model.modules() if any(child is layers for child in module.children()))
 
 
 def find_module(model: Any, hook_point: str) -> tuple[nn.Module, bool]:
-    """The module of a hook point, and whether its input (True) or its output is meant.
+    """Return the module of a hook point, and whether its input (True) or its output is meant.
 
     Raises:
         InputError: the model has no such hook point.
@@ -129,7 +143,7 @@ def find_module(model: Any, hook_point: str) -> tuple[nn.Module, bool]:
 
 
 def _as_tensor(value: Any) -> Tensor:
-    """Decoder layers return a tensor (transformers 5) or a tuple whose first entry is it."""
+    """Return what a decoder layer computes: a tensor (transformers 5) or the first entry of a tuple."""
     return value if isinstance(value, Tensor) else value[0]
 
 
@@ -161,7 +175,8 @@ def capture(model: Any, hook_points: list[str], *, stop: bool = False) -> Iterat
 
 
 def run_to(model: Any, hook_points: list[str], input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
-    """Activations at the hook points, (rows, seq, d_model) each; nothing above the deepest one is computed."""
+    """Return the activations at the hook points, (rows, seq, d_model) each; nothing above the deepest one is
+    computed."""
     with capture(model, hook_points, stop=True) as seen, contextlib.suppress(_Reached), torch.inference_mode():
         if hasattr(model, "hook_dict"):
             model(input_ids, attention_mask=attention_mask, return_type=None)
@@ -171,22 +186,22 @@ def run_to(model: Any, hook_points: list[str], input_ids: Tensor, attention_mask
 
 
 def at_tokens(seen: dict[str, Tensor], hook_point: str, input_ids: Tensor) -> Tensor:
-    """A captured activation as (rows, seq, width); some architectures hold all tokens of a batch in one axis.
+    """Return a captured activation as (rows, seq, width); some architectures hold all tokens of a batch in one axis.
 
     Raises:
         InputError: nothing was captured, or not one vector for each token.
     """
     if hook_point not in seen:
         raise InputError(f"hook_point {hook_point!r} did not fire in the forward pass. Use another one.")
-    found, shape = seen[hook_point], input_ids.shape
-    if found.ndim == 2 and len(found) == input_ids.numel():
-        return found.view(*shape, -1)
-    if found.ndim != 3 or found.shape[:2] != shape:
+    activation, shape = seen[hook_point], input_ids.shape
+    if activation.ndim == 2 and len(activation) == input_ids.numel():
+        return activation.view(*shape, -1)
+    if activation.ndim != 3 or activation.shape[:2] != shape:
         raise InputError(
-            f"hook_point {hook_point!r} has activations of shape {tuple(found.shape)} for tokens of shape "
+            f"hook_point {hook_point!r} has activations of shape {tuple(activation.shape)} for tokens of shape "
             f"{tuple(shape)}; expected one vector for each token. Use a hook point such as hook_resid_post."
         )
-    return found
+    return activation
 
 
 @contextlib.contextmanager
@@ -226,25 +241,25 @@ def forward_by(modules: Sequence[nn.Module], forward: Callable[..., Any]) -> Ite
     """Let modules compute with another function; what other libraries put in its place comes back at the end."""
     # vars(), because a TransformerBridge hands attributes that are set on a layer to the module that it wraps.
     attributes = [vars(module) for module in modules]
-    kept = [found.get("forward") for found in attributes]
+    befores = [own.get("forward") for own in attributes]
     try:
-        for found in attributes:
-            found["forward"] = forward
+        for own in attributes:
+            own["forward"] = forward
         yield
     finally:
-        for found, before in zip(attributes, kept, strict=True):
-            del found["forward"]
+        for own, before in zip(attributes, befores, strict=True):
+            del own["forward"]
             if before is not None:
-                found["forward"] = before
+                own["forward"] = before
 
 
 def first_layer_after(hook_point: str) -> int:
-    """The first layer that reads what stands at the hook point."""
+    """Return the first layer that reads what stands at the hook point."""
     return hooks.layer_of(hook_point) + (not hook_point.endswith("hook_resid_pre"))
 
 
 def core_model(model: Any) -> Any:
-    """The Hugging Face model inside a PEFT model or a TransformerBridge: every forward pass, also of `generate`, calls
-    it with the ids and the mask."""
+    """Return the Hugging Face model inside a PEFT model or a TransformerBridge: every forward pass, also of `generate`,
+    calls it with the ids and the mask."""
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     return getattr(model, "original_model", model)

@@ -34,37 +34,37 @@ def require_no_lost_path(name: str) -> None:
 
 
 def _in_local_store(name: str) -> bool:
-    """Whether the hub's repository of that name was downloaded before."""
+    """Say whether the hub's repository of that name was downloaded before."""
     from huggingface_hub import try_to_load_from_cache
 
     try:
-        found = [try_to_load_from_cache(name, file) for file in ("config.json", "adapter_config.json")]
+        paths = [try_to_load_from_cache(name, file) for file in ("config.json", "adapter_config.json")]
     except ValueError:  # no name of a repository
         return False
-    return any(isinstance(path, str) for path in found)
+    return any(isinstance(path, str) for path in paths)
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a folder or repository is a PEFT adapter."""
+    """Say whether a folder or repository is a PEFT adapter."""
     if Path(name).is_dir():
         return (Path(name) / "adapter_config.json").is_file()
     from transformers.utils import cached_file
 
     try:
-        found = cached_file(name, "adapter_config.json", _raise_exceptions_for_missing_entries=False)
+        path = cached_file(name, "adapter_config.json", _raise_exceptions_for_missing_entries=False)
     except OSError:
         return False
-    return found is not None
+    return path is not None
 
 
 def load_auto(name: str, what: str) -> Any:
-    """A configuration or tokenizer, or one line that says why there is none."""
+    """Load a configuration or tokenizer, or raise one line that says why there is none."""
     import transformers
 
     auto = transformers.AutoConfig if what == "config" else transformers.AutoTokenizer
     try:
         return auto.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:
         lines = str(error).splitlines() or [type(error).__name__]
         nowhere = "" if Path(name).is_dir() else ", and no local folder of that name"
         raise InputError(
@@ -75,7 +75,8 @@ def load_auto(name: str, what: str) -> Any:
 
 
 def one_tokenizer(base: str, tuned: str, chosen: str | None, adapter: str | None) -> Any:
-    """The tokenizer of the tuned model (its chat template is the right one), after comparing it with the base's."""
+    """Return the tokenizer of the tuned model (its chat template is the right one), after comparing it with the
+    base's."""
     if chosen is not None:
         return load_auto(chosen, "tokenizer")
     base_tokenizer = load_auto(base, "tokenizer")
@@ -98,17 +99,17 @@ def one_tokenizer(base: str, tuned: str, chosen: str | None, adapter: str | None
 
 
 def identity(entry: Any) -> Any:
-    """What of a recorded value decides whether two are the same: of a {name, hash} the hash, since the same model under
-    another path is the same model; anything else as it is."""
+    """Return what of a recorded value decides whether two are the same: of a {name, hash} the hash, since the same
+    model under another path is the same model; anything else as it is."""
     return entry.get("hash") if isinstance(entry, dict) else entry
 
 
 def hash_model(name: str) -> str:
-    """sha256 over a local folder's weights, configuration and adapter files; for a hub id its commit."""
+    """Return sha256 over a local folder's weights, configuration and adapter files; for a hub id its commit."""
     folder = Path(name)
     if folder.is_dir():
-        kept = (".safetensors", ".bin", "config.json")
-        chosen = sorted(f for f in folder.iterdir() if f.name.endswith(kept) or f.name == "chat_template.jinja")
+        endings = (".safetensors", ".bin", "config.json")
+        chosen = sorted(f for f in folder.iterdir() if f.name.endswith(endings) or f.name == "chat_template.jinja")
         return files.hash_json([[f.name, files.hash_file(f)] for f in chosen])
     from transformers.utils import cached_file
     from transformers.utils.hub import extract_commit_hash
@@ -119,7 +120,8 @@ def hash_model(name: str) -> str:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Loading a cut-off model reports every missing layer as unexpected, which is meant; restores what it found."""
+    """Silence transformers: loading a cut-off model reports every missing layer as unexpected, which is meant; restores
+    what it found."""
     import transformers
 
     verbosity = transformers.logging.get_verbosity()

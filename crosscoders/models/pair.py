@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from crosscoders.common import files
 from crosscoders.common.devices import choose_device, model_dtype
-from crosscoders.common.errors import CorruptData, InputError
+from crosscoders.common.errors import InputError
 from crosscoders.models import hooks
+from crosscoders.models.adapters import require_adapter, with_adapter
+from crosscoders.models.loading import load_model, one_line_errors, require_loadable, require_whole
 from crosscoders.models.names import (
     PROBE,
     hash_model,
@@ -41,9 +43,15 @@ class PairInfo:
     tokenizer: Any
     d_model: int
     n_layers: int
+    n_ids: int
+    """Rows of the smaller embedding. The tokenizer may know more ids, if no document holds them."""
+
+    def models(self) -> list[str]:
+        """The whole models of the pair."""
+        return [self.base] if self.adapter else [self.base, self.tuned]
 
     def hashes(self) -> dict[str, Any]:
-        """Content hashes for a manifest: local weights and configuration files, or the hub's commit."""
+        """Return the content hashes for a manifest: local weights and configuration files, or the hub's commit."""
         vocabulary = json.dumps(sorted(self.tokenizer.get_vocab().items()))
         return {
             "base": {"name": self.base, "hash": hash_model(self.base)},
@@ -64,11 +72,11 @@ class ModelPair:
     device: torch.device
 
     def activations(self, batch: Batch, hook_point: str) -> Float[Tensor, "rows seq n_models d_model"]:
-        """Activations of both models on one padded batch, base first."""
+        """Return the activations of both models on one padded batch, base first."""
         return self.activations_at(batch)[hook_point]
 
     def activations_at(self, batch: Batch) -> dict[str, Float[Tensor, "rows seq n_models d_model"]]:
-        """The same at every hook point, from one forward pass of each model."""
+        """Return the activations of both models at every hook point, from one forward pass of each."""
         ids, mask, *_ = batch.to(self.device)
         base, tuned = (hooks.run_to(model, self.hook_points, ids, mask) for model in self.models)
         return {name: torch.stack([base.pop(name), tuned.pop(name)], dim=2) for name in self.hook_points}
@@ -78,14 +86,20 @@ def inspect_pair(base: str, tuned: str, hook_points: list[str], *, tokenizer: st
     """Check a pair by configurations and tokenizers alone.
 
     Raises:
-        InputError: a model is not there or is a git-lfs pointer, the widths differ, a layer is out of range, the
-            tokenizers differ.
+        InputError: a model is not there or is a git-lfs pointer, the base is an adapter, the widths differ, a layer is
+            out of range, the tokenizers differ; an adapter of a kind that has no activations of its own.
+        EnvironmentFault: quantised weights that cannot be read here.
     """
     for name in (base, tuned, *([tokenizer] if tokenizer else [])):
         require_no_lost_path(name)
+    require_whole(base, "base")
     adapter = tuned if is_adapter(tuned) else None
     base_config = load_auto(base, "config")
     tuned_config = base_config if adapter else load_auto(tuned, "config")
+    require_loadable(base, base_config)
+    require_loadable(tuned, tuned_config)
+    if adapter:
+        require_adapter(adapter, base)
     for name in (base, tuned):
         for file in Path(name).glob("*.safetensors") if Path(name).is_dir() else ():
             files.refuse_lfs_pointer(file)
@@ -105,12 +119,7 @@ def inspect_pair(base: str, tuned: str, hook_points: list[str], *, tokenizer: st
         )
     chosen = one_tokenizer(base, tuned, tokenizer, adapter)
     n_ids = min(base_text.vocab_size, tuned_text.vocab_size)
-    if max(chosen.get_vocab().values()) >= n_ids:
-        raise InputError(
-            f"the tokenizer has ids up to {max(chosen.get_vocab().values())} but a model's end at {n_ids - 1}. "
-            "Name the tokenizer that fits both with --tokenizer."
-        )
-    return PairInfo(base, tuned, adapter, chosen, base_text.hidden_size, n_layers)
+    return PairInfo(base, tuned, adapter, chosen, base_text.hidden_size, n_layers, n_ids)
 
 
 def load_pair(
@@ -131,8 +140,9 @@ def load_pair(
     logits.
 
     Raises:
-        InputError: as `inspect_pair`.
+        InputError: as `inspect_pair`; tensors that are missing or left over.
         EnvironmentFault: the device is not there.
+        CorruptData: a damaged file.
     """
     hook_points = [hook_point] if isinstance(hook_point, str) else list(hook_point)
     chosen = choose_device(device)
@@ -148,56 +158,38 @@ def load_pair(
 def _load_model(
     info: PairInfo, is_tuned: bool, hook_points: list[str], device: torch.device, dtype: torch.dtype, whole: bool
 ) -> nn.Module:
-    import transformers
-    from safetensors import SafetensorError
-
     name = info.base if info.adapter or not is_tuned else info.tuned
     n_needed = max(map(hooks.layer_of, hook_points)) + 1
-    try:
-        if not all(map(hooks.is_residual, hook_points)):
-            return _load_bridge(info, is_tuned, name, device, dtype)
-        if is_tuned and info.adapter:
-            # An adapter names the layers of the whole model, so the layers above are cut off afterwards.
-            model = _with_adapter(transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype), info.adapter)
-            if not whole:
-                model = model.model
-                layers = hooks.decoder_layers(model)
-                del layers[n_needed:]
-        elif whole:
-            model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-        else:
-            model = transformers.AutoModel.from_pretrained(name, dtype=dtype, num_hidden_layers=n_needed)
-    except SafetensorError as error:
-        raise CorruptData(f"the weights of {name!r} are damaged ({error}). Download or copy them again.") from None
-    except (OSError, ValueError, RuntimeError) as error:
-        lines = str(error).splitlines() or [type(error).__name__]
-        raise InputError(f"the weights of {name!r} do not load: {lines[0]} Check the folder's files.") from error
+    if not all(map(hooks.is_residual, hook_points)):
+        return _load_bridge(info, is_tuned, name, device, dtype)
+    if is_tuned and info.adapter:
+        # An adapter names the layers of the whole model, so the layers above are cut off afterwards.
+        model = with_adapter(load_model(name, dtype), info.adapter).get_base_model()
+        if not whole:
+            model = model.base_model
+            del hooks.decoder_layers(model)[n_needed:]
+    elif whole:
+        model = load_model(name, dtype)
+    else:
+        model = load_model(name, dtype, n_layers=n_needed, with_head=False)
     module: nn.Module = model.eval().requires_grad_(False).to(device)
     return module
 
 
-def _with_adapter(model: Any, adapter: str) -> Any:
-    """The base model with the adapter's modules inside it, unmerged."""
-    import peft
-
-    return peft.PeftModel.from_pretrained(model, adapter).get_base_model()
-
-
 def _load_bridge(info: PairInfo, is_tuned: bool, name: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    import peft
-    import transformers
     from transformer_lens.model_bridge import TransformerBridge
 
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    loaded = load_model(name, dtype)
     if is_tuned and info.adapter:
         # The bridge renames modules, so an adapter has to be merged before it.
-        loaded = peft.PeftModel.from_pretrained(loaded, info.adapter).merge_and_unload()
-    bridge = TransformerBridge.boot_transformers(
-        name,
-        hf_model=loaded.eval().requires_grad_(False).to(device),
-        tokenizer=info.tokenizer,
-        device=str(device),
-        dtype=dtype,
-    )
+        loaded = with_adapter(loaded, info.adapter).merge_and_unload()
+    with one_line_errors(name):
+        bridge = TransformerBridge.boot_transformers(
+            name,
+            hf_model=loaded.eval().requires_grad_(False).to(device),
+            tokenizer=info.tokenizer,
+            device=str(device),
+            dtype=dtype,
+        )
     module: nn.Module = bridge
     return module

@@ -6,12 +6,12 @@ from torch import Tensor
 
 
 def log_probs(logits: Float[Tensor, "tokens vocab"]) -> Float[Tensor, "tokens vocab"]:
-    """log softmax in float32, whatever type the model runs in; what `ce` and `kl` take."""
+    """Return log softmax in float32, whatever type the model runs in; what `ce` and `kl` take."""
     return torch.log_softmax(logits.float(), dim=-1)
 
 
 def ce(log_q: Float[Tensor, "tokens vocab"], token_ids: Int[Tensor, " tokens"]) -> Float[Tensor, " tokens"]:
-    """Cross-entropy of each token under the prediction q made for it: -log q(token), nats."""
+    """Return the cross-entropy of each token under the prediction q made for it: -log q(token), nats."""
     return -log_q.gather(1, token_ids[:, None].long()).squeeze(1)
 
 
@@ -20,7 +20,8 @@ def kl(
     log_q: Float[Tensor, "tokens vocab"],
     p: Float[Tensor, "tokens vocab"] | None = None,
 ) -> Float[Tensor, " tokens"]:
-    """KL(p || q) = sum_v p_v (log p_v - log q_v) of each token, nats; p is the model as it is, q the changed one.
+    """Return KL(p || q) = sum_v p_v (log p_v - log q_v) of each token, nats; p is the model as it is, q the changed
+    one.
 
     p: exp(log_p), where it is known already.
     """

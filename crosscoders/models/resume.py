@@ -28,8 +28,8 @@ ToLogits = Callable[[Tensor], Tensor]
 
 def logits(model: Any, batch: Batch) -> Float[Tensor, "rows seq vocab"]:
     """Return the logits of one forward pass of the whole model."""
-    found: Tensor = core_model(model)(input_ids=batch.ids, attention_mask=batch.attention_mask, use_cache=False).logits
-    return found
+    out: Tensor = core_model(model)(input_ids=batch.ids, attention_mask=batch.attention_mask, use_cache=False).logits
+    return out
 
 
 class Prefix(NamedTuple):
@@ -57,8 +57,8 @@ def find_prefix(model: Any, hook_point: str, batch: Batch) -> Prefix | None:
 
 def activations(model: Any, hook_point: str, batch: Batch) -> Float[Tensor, "rows seq d_model"]:
     """Return what stands at a residual-stream point; no layer above it runs."""
-    found = hooks.run_to(core_model(model), [hook_point], batch.ids, batch.attention_mask)[hook_point]
-    return found.clone()  # not an inference tensor: the backward pass may keep it
+    x = hooks.run_to(core_model(model), [hook_point], batch.ids, batch.attention_mask)[hook_point]
+    return x.clone()  # not an inference tensor: the backward pass may keep it
 
 
 @contextlib.contextmanager
@@ -71,10 +71,10 @@ def start_at(model: Any, prefix: Prefix, x: Float[Tensor, "rows seq d_model"]) -
 
 def final_states(model: Any, batch: Batch) -> Float[Tensor, "rows seq d_model"]:
     """Return what the head reads, after the last norm, with its graph; the head runs on one position only."""
-    found: list[Tensor] = []
+    finals: list[Tensor] = []
 
     def cut(_module: nn.Module, _args: Any, out: Any) -> Any:
-        found.append(out.last_hidden_state)
+        finals.append(out.last_hidden_state)
         out.last_hidden_state = out.last_hidden_state[:1, -1:]
         return out
 
@@ -83,7 +83,7 @@ def final_states(model: Any, batch: Batch) -> Float[Tensor, "rows seq d_model"]:
         logits(model, batch)
     finally:
         handle.remove()
-    return found[0]
+    return finals[0]
 
 
 class _Ended:
@@ -96,7 +96,11 @@ class _Ended:
         return None
 
     def __getitem__(self, index: Any) -> Any:
-        return (self.last_hidden_state,)[index]
+        return self.last_hidden_state if index == "last_hidden_state" else (self.last_hidden_state,)[index]
+
+    def keys(self) -> list[str]:
+        """Multimodal models hand on what their language model gives as `**outputs`."""
+        return ["last_hidden_state"]
 
 
 @contextlib.contextmanager
@@ -107,8 +111,8 @@ def head_alone(model: Any) -> Iterator[ToLogits]:
 
     def to_logits(final: Tensor) -> Tensor:
         given[:] = [final[None]]
-        found: Tensor = core(input_ids=ids, use_cache=False).logits
-        return found[0]
+        out: Tensor = core(input_ids=ids, use_cache=False).logits
+        return out[0]
 
     with hooks.forward_by([hooks.decoder_stack(core)], lambda *_args, **_settings: _Ended(given[0])):
         yield to_logits

@@ -7,27 +7,26 @@ from torch import nn
 
 from crosscoders.common.errors import InputError
 from crosscoders.models import names
+from crosscoders.models.loading import auto_class, read_config
 
 
 def parameter_count(name: str, n_layers: int | None) -> int:
-    """Parameters of a decoder, cut off above n_layers; None: the whole language model."""
+    """Count the parameters of a decoder, cut off above n_layers; None: the whole language model."""
     return sum(parameter.numel() for parameter in skeleton(name, n_layers).parameters())
 
 
 def skeleton(name: str, n_layers: int | None = None) -> nn.Module:
-    """The modules of a decoder without weights, cut off above n_layers; None: the whole language model.
+    """Return the modules of a decoder without weights, cut off above n_layers; None: the whole language model.
 
     Raises:
         InputError: the configuration makes no such model.
     """
-    import transformers
-
-    limit = {} if n_layers is None else {"num_hidden_layers": n_layers}
-    auto: Any = transformers.AutoModelForCausalLM if n_layers is None else transformers.AutoModel
+    config = read_config(name, n_layers)
+    auto: Any = auto_class(config, with_head=n_layers is None)
     try:
         with torch.device("meta"), names.quiet_transformers():
-            model: nn.Module = auto.from_config(transformers.AutoConfig.from_pretrained(name, **limit))
-    except (OSError, ValueError, RuntimeError) as error:
+            model: nn.Module = auto.from_config(config)
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
         lines = str(error).splitlines() or [type(error).__name__]
         raise InputError(f"the configuration of {name!r} makes no model: {lines[0]} Check its config.json.") from error
     return model

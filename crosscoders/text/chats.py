@@ -10,8 +10,10 @@ from torch import Tensor
 from crosscoders.common.errors import InputError
 from crosscoders.text.documents import read_documents
 from crosscoders.text.padding import Batch, make_batch, pad
+from crosscoders.text.positions import scored_positions
+from crosscoders.text.refusals import Refusals, Refused
 from crosscoders.text.settings import DataConfig
-from crosscoders.text.tokens import ROLES, read_template, special_ids, tokenize_chat
+from crosscoders.text.tokens import ROLES, read_template, tokenize_document
 
 TEMPLATE, RESPONSE = ROLES.index("template"), ROLES.index("assistant")
 
@@ -36,51 +38,53 @@ class ChatBatch(NamedTuple):
 
 
 def read_chats(config: DataConfig, tokenizer: Any, n_documents: int) -> list[Chat]:
-    """The first chats with a response, in the order of documents that `config` makes, tokenised as for its cache.
+    """Read the first chats with a response, in the order of documents that `config` makes, tokenised as for its cache.
 
     Raises:
-        InputError: no document has a response, or there is no chat template.
+        InputError: no document has a response, there is no chat template, or too many rows cannot be read.
     """
     template = read_template(config.chat_template)
-    dropped = special_ids(tokenizer, drop_bos=config.drop_bos)
-    found: list[Chat] = []
+    chats: list[Chat] = []
+    refusals = Refusals(config.max_refused)
     documents = read_documents(
         config.sources(), shuffle_window=config.shuffle_documents, seed=config.seed, count_tokens=lambda _: 1
     )
     for document in documents:
-        if isinstance(document.content, str):
+        refusals.n_rows += 1
+        if isinstance(document.content, str) and document.refused is None:
             continue
-        if template is None and not tokenizer.chat_template:
-            raise InputError(
-                "the tokenizer has no chat template, so responses cannot be told. Cache with --chat-template."
-            )
         try:
-            parts = tokenize_chat(tokenizer, document.content, template)
-        except InputError as error:
-            raise InputError(f"{document.where}: {error}") from None
+            parts = tokenize_document(document, tokenizer, template, config.template_date)
+        except Refused as refused:
+            refusals.add(refused)
+            continue
         ids, roles = (np.array(part[: config.context_length]) for part in parts)
         if (roles[1:] == RESPONSE).any():
-            found.append(Chat(ids, roles, ~np.isin(ids, dropped)))
-        if len(found) == n_documents:
+            scored = scored_positions(
+                ids, tokenizer.bos_token_id, drop_bos=config.drop_bos, skip_first=config.skip_first
+            )
+            chats.append(Chat(ids, roles, scored))
+        if len(chats) == n_documents:
             break
-    if not found:
+    refusals.finish()
+    if not chats:
         raise InputError(
             f"no document of {config.paths()} has a response, a message of the role assistant within the context "
             "length. Name chats with --data."
         )
-    return found
+    return chats
 
 
 def batches(chats: list[Chat], batch_rows: int, pad_id: int) -> list[ChatBatch]:
-    """All chats, those of similar length together, so that padding is rare; the longest first, so that memory runs out
-    at once or not at all."""
+    """Return all chats, those of similar length together, so that padding is rare; the longest first, so that memory
+    runs out at once or not at all."""
     order = sorted(range(len(chats)), key=lambda i: -len(chats[i].ids))
     groups = [order[i : i + batch_rows] for i in range(0, len(order), batch_rows)]
     return [_batch([chats[i] for i in group], group, pad_id) for group in groups]
 
 
 def response_places(roles: Int[np.ndarray, " seq"]) -> Int[np.ndarray, " seq"]:
-    """1, 2, 3, ... along each run of response tokens, 0 elsewhere."""
+    """Return 1, 2, 3, ... along each run of response tokens, 0 elsewhere."""
     is_response = roles == RESPONSE
     number = np.cumsum(is_response)
     before = np.maximum.accumulate(np.where(is_response, 0, number))

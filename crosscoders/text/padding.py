@@ -49,6 +49,7 @@ def make_batch(
     return Batch(pad(ids, pad_id, torch.int64), mask, pad(scored, 0, torch.bool), numbers)
 
 
-def padding_id(tokenizer: Any) -> int:
-    """Return the id that padding has; any will do, as nothing attends to it."""
-    return 0 if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
+def padding_id(tokenizer: Any, n_ids: int | None = None) -> int:
+    """Return the id that padding has: the tokenizer's, or 0 where it has none among the model's n_ids."""
+    pad = tokenizer.pad_token_id
+    return 0 if pad is None or (n_ids is not None and int(pad) >= n_ids) else int(pad)

@@ -1,9 +1,13 @@
 """Which documents are read, as frozen dataclasses. Imports nothing heavy."""
 
 from dataclasses import dataclass
+from datetime import date
 
 from crosscoders.common.checks import require_positive, require_range
 from crosscoders.common.errors import InputError
+
+TEMPLATE_DATE = "2024-07-26"
+"""What Llama-3's own templates write where there is no clock."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +46,15 @@ class DataConfig:
     """Tokens of a document that are read; the rest is cut off and counted."""
     drop_bos: bool = True
     """Leave the beginning-of-sequence token out of the scored tokens."""
+    skip_first: int | None = None
+    """Leave the first positions of each row out of the scored tokens, so many; default: 1 where a row does not begin
+    with the beginning-of-sequence token (its norm is then the outlier), 0 where it does."""
     chat_template: str | None = None
     """File with a chat template, for tokenizers without one."""
+    template_date: str = TEMPLATE_DATE
+    """YYYY-MM-DD, which a chat template that writes today's date gets instead, so that the day does not matter."""
+    max_refused: float = 0.1
+    """Largest share of rows that cannot be read; they are left out and counted. 0: the first one ends the run."""
     shuffle_documents: int = 100_000
     """Documents are shuffled within windows of this many; 0 keeps their order."""
     seed: int = 0
@@ -52,6 +63,12 @@ class DataConfig:
     def __post_init__(self) -> None:
         require_positive(self, "n_tokens", "context_length")
         require_range(self, 0, None, "shuffle_documents")
+        require_range(self, 0, 1, "max_refused")
+        require_range(self, 0, self.context_length - 1, "skip_first")
+        try:
+            date.fromisoformat(self.template_date)
+        except ValueError:
+            raise InputError(f"template_date is {self.template_date!r}; give a date such as 2024-07-26.") from None
         if isinstance(self.data, str) and self.data.lstrip().startswith(("[", "{")):
             raise InputError(
                 f"data {self.data!r} is not a list of paths or of {{path, name, split, text_column, messages_column, "

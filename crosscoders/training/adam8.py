@@ -27,7 +27,7 @@ def require_torchao() -> None:
 
 
 def adam_8bit(parameters: Sequence[Tensor], betas: tuple[float, float]) -> torch.optim.Optimizer:
-    """torchao's Adam for tensors that are contiguous by latent; its learning rate is a tensor, to be filled.
+    """Return torchao's Adam for tensors that are contiguous by latent; its learning rate is a tensor, to be filled.
 
     Raises:
         InputError: a block would hold weights of several latents.
@@ -53,7 +53,7 @@ def adam_8bit(parameters: Sequence[Tensor], betas: tuple[float, float]) -> torch
 
 
 def parts(name: str, value: Tensor) -> dict[str, Tensor]:
-    """A tensor of an optimiser's state as plain tensors: itself, or `name.codes`, `.scale` and `.qmap`."""
+    """Return a tensor of an optimiser's state as plain tensors: itself, or `name.codes`, `.scale` and `.qmap`."""
     if type(value) is Tensor:
         return {name: value}
     quantised: Any = value
@@ -61,12 +61,12 @@ def parts(name: str, value: Tensor) -> dict[str, Tensor]:
 
 
 def joined(entry: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state of one parameter from what `parts` gave."""
-    found = {name: value for name, value in entry.items() if "." not in name}
+    """Return the state of one parameter from what `parts` gave."""
+    state = {name: value for name, value in entry.items() if "." not in name}
     for name in dict.fromkeys(key.split(".")[0] for key in entry if "." in key):
         require_torchao()
         from torchao.optim.subclass_8bit import OptimState8bit
 
         codes, scale, qmap = (entry[f"{name}.{part}"] for part in ("codes", "scale", "qmap"))
-        found[name] = OptimState8bit(codes, scale, qmap, signed=name == "exp_avg")
-    return found
+        state[name] = OptimState8bit(codes, scale, qmap, signed=name == "exp_avg")
+    return state

@@ -35,13 +35,13 @@ def start_run(
     inputs: dict[str, Any],
     environment: dict[str, Any],
     command: str = "train",
-    places: Sequence[str] = (),
+    locations: Sequence[str] = (),
 ) -> None:
-    """Write run.json, or check that the run found there is the same one.
+    """Write run.json, or check that the run in the folder is the same one.
 
-    config: a dataclass. A setting that is newer than the run found has its default in it, so a default has to mean what
-    was done before there was the setting. places: settings that say where inputs are, which may be elsewhere now if
-    their hashes are the same.
+    config: a dataclass. A setting that is newer than the recorded run has its default in it, so a default has to mean
+    what was done before there was the setting. locations: settings that say where inputs are, which may be elsewhere
+    now if their hashes are the same.
 
     Raises:
         InputError: the folder holds a run with another config or other inputs.
@@ -57,13 +57,13 @@ def start_run(
     if not path.is_file():
         files.write_json(path, described)
         return
-    found = files.read_object(path, "config", "inputs")
-    recorded = {"config": _with_newer(found["config"], config), "inputs": _by_content(found["inputs"])}
+    before = files.read_object(path, "config", "inputs")
+    recorded = {"config": _with_newer(before["config"], config), "inputs": _by_content(before["inputs"])}
     asked = {"config": described["config"], "inputs": _by_content(inputs)}
     recorded, asked = (json.loads(json.dumps(run)) for run in (recorded, asked))
     other_input = _first_difference(recorded["inputs"], asked["inputs"])
     for run in (recorded, asked):
-        run["config"] = {k: v for k, v in run["config"].items() if other_input or k not in places}
+        run["config"] = {k: v for k, v in run["config"].items() if other_input or k not in locations}
     changed = _first_difference(recorded["config"], asked["config"]) or other_input
     if changed:
         key, old, new = changed
@@ -74,30 +74,30 @@ def start_run(
 
 
 def _by_content(entry: Any) -> Any:
-    """Without the places of what has a hash: a cache, a model or a dictionary that was moved is the same one."""
+    """Leave out where what has a hash lies: a cache, a model or a dictionary that was moved is the same one."""
     if not isinstance(entry, dict):
         return entry
     return {k: _by_content(v) for k, v in entry.items() if "hash" not in entry or k not in ("path", "name")}
 
 
 def _with_newer(was: dict[str, Any], config: Any) -> dict[str, Any]:
-    """Recorded settings, with the defaults of those that are not among them."""
-    found = dict(was)
+    """Return the recorded settings, with the defaults of those that are not among them."""
+    settings = dict(was)
     for field in fields(config):
         now = getattr(config, field.name)
-        if field.name not in found and field.default is not MISSING:
-            found[field.name] = field.default
-        elif is_dataclass(now) and isinstance(found.get(field.name), dict):
-            found[field.name] = _with_newer(found[field.name], now)
-    return found
+        if field.name not in settings and field.default is not MISSING:
+            settings[field.name] = field.default
+        elif is_dataclass(now) and isinstance(settings.get(field.name), dict):
+            settings[field.name] = _with_newer(settings[field.name], now)
+    return settings
 
 
 def _first_difference(was: Any, now: Any, key: str = "") -> tuple[str, Any, Any] | None:
     if isinstance(was, dict) and isinstance(now, dict):
         for name in [*was, *(n for n in now if n not in was)]:
-            found = _first_difference(was.get(name), now.get(name), f"{key}.{name}".lstrip("."))
-            if found:
-                return found
+            difference = _first_difference(was.get(name), now.get(name), f"{key}.{name}".lstrip("."))
+            if difference:
+                return difference
         return None
     return None if was == now else (key, was, now)
 
@@ -163,9 +163,9 @@ def cut_log(path: Path, step: int) -> None:
     """Drop lines of train.jsonl beyond `step`, and a torn last line."""
     if not path.is_file():
         return
-    kept = []
+    lines = []
     for line in path.read_text().splitlines():
         with contextlib.suppress(json.JSONDecodeError):
             if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-    files.write_bytes(path, "".join(kept).encode())
+                lines.append(line + "\n")
+    files.write_bytes(path, "".join(lines).encode())

@@ -7,7 +7,7 @@ from typing import Any
 
 from crosscoders.activations.cache import ActivationCache
 from crosscoders.common import files
-from crosscoders.common.checks import _only, to_dict
+from crosscoders.common.checks import config_of, to_dict
 from crosscoders.common.devices import choose_device
 from crosscoders.common.errors import EnvironmentFault, InputError
 from crosscoders.common.memory import keep_large_blocks
@@ -23,19 +23,19 @@ from crosscoders.training.settings import EvalSettings, TrainConfig, TrainSettin
 
 
 def train(settings: TrainSettings) -> dict[str, Any]:
-    """`crosscoders train`"""
-    found = train_run(settings)
+    """Run `crosscoders train`: train, and say what to run next."""
+    described = train_run(settings)
     if settings.cache is None:
         say(f"next: crosscoders cache --config {shlex.quote(str(settings.live))} --out CACHE")
     cache = shlex.quote(settings.cache) if settings.cache is not None else "CACHE"
     say(f"next: diffing scale {shlex.quote(settings.out)} --cache {cache}")
-    return found
+    return described
 
 
 def train_run(settings: TrainSettings) -> dict[str, Any]:
     """Open the cache or the models, train, and return the JSON object."""
     started = time.perf_counter()
-    config = _only(TrainConfig, settings)
+    config = config_of(TrainConfig, settings)
     if config.adam_bits == 8:
         require_torchao()
     keep_large_blocks()
@@ -50,9 +50,9 @@ def train_run(settings: TrainSettings) -> dict[str, Any]:
     )
     trained = train_crosscoder(config, feed.stream, out, holdout=feed.holdout, inputs=feed.inputs, log=_wandb(settings))
     closing(started, f"crosscoder in {out}")
-    found = files.read_object(out / "eval.json", "rows")["rows"] if feed.holdout else []
-    found.append(row("train.tokens", config.n_tokens, "tokens", config.n_tokens))
-    return result("train", {**to_dict(config), "crosscoder": to_dict(trained.config)}, found)
+    rows = files.read_object(out / "eval.json", "rows")["rows"] if feed.holdout else []
+    rows.append(row("train.tokens", config.n_tokens, "tokens", config.n_tokens))
+    return result("train", {**to_dict(config), "crosscoder": to_dict(trained.config)}, rows)
 
 
 def _wandb(settings: TrainSettings) -> Log | None:
@@ -70,15 +70,15 @@ def _wandb(settings: TrainSettings) -> Log | None:
 
 
 def evaluate(settings: EvalSettings) -> dict[str, Any]:
-    """`crosscoders eval`"""
+    """Run `crosscoders eval`: measure a crosscoder on a cache, and say and write the results."""
     if settings.out is not None and Path(settings.out).is_dir():
         raise InputError(f"--out {settings.out!r} is a folder; the results are one JSON file. Name a file in it.")
     opened = ActivationCache(settings.cache)
     require_same_source(settings.run, opened)
     crosscoder = load_crosscoder(settings.run, device=str(choose_device(settings.device)))
     n_tokens = min(settings.n_tokens or len(opened), len(opened))
-    found = metrics.evaluate(crosscoder, (tokens.activations for tokens in opened.batches(4096, 0, n_tokens)))
-    described = result("eval", to_dict(settings), evaluation_rows(found))
+    evaluation = metrics.evaluate(crosscoder, (tokens.activations for tokens in opened.batches(4096, 0, n_tokens)))
+    described = result("eval", to_dict(settings), evaluation_rows(evaluation))
     for entry in described["rows"]:
         say(f"{entry['name']} {entry['value']:.4f} {entry['unit']}  n {entry['n']:,} tokens")
     if settings.out:

@@ -4,7 +4,6 @@ Held-out tokens are the last ones of the plan, or a cache of their own.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +19,7 @@ from crosscoders.activations.settings import CACHE, CacheConfig
 from crosscoders.activations.source import open_source
 from crosscoders.activations.stream import BufferedStream, cached_stream, live_stream
 from crosscoders.common import files, memory
+from crosscoders.common.checks import config_of
 from crosscoders.common.command_line import parse
 from crosscoders.common.devices import choose_device
 from crosscoders.common.errors import InputError
@@ -32,6 +32,8 @@ EVAL_TOKENS = 4096
 """Tokens that an evaluation encodes together."""
 MEND = "Lower --crosscoder.dict-size, --batch-size or --buffer-tokens."
 RECORDED = ("hook_point", "base", "tuned", "tokenizer_hash", "template_hash", "groups", "dtype", "drop_bos")
+IF_THERE = ("template_date", "refused")
+"""Recorded where the template writes a date, and where rows were left out."""
 
 
 class Feed(NamedTuple):
@@ -46,7 +48,7 @@ class Feed(NamedTuple):
 
 
 def open_feed(settings: TrainSettings) -> Feed:
-    """Batches from the cache that the settings name, or from the models of its config, with nothing stored.
+    """Open batches from the cache that the settings name, or from the models of its config, with nothing stored.
 
     Raises:
         InputError: no such cache or config; too few tokens; an eval_cache of another pair; as `make_plan`.
@@ -66,7 +68,9 @@ def _from_cache(settings: TrainSettings) -> Feed:
     opened = ActivationCache(str(settings.cache))
     n_train = _n_train(settings, len(opened))
     _require_same_pair(settings, opened.manifest)
-    needed = memory.require([_train_need(settings, opened.d_model, opened.manifest["dtype"])], MEND)
+    needed = memory.require(
+        [_train_need(settings, opened.d_model, opened.manifest["dtype"])], MEND, force=settings.force
+    )
     stream = cached_stream(
         opened, batch_size=settings.batch_size, buffer_tokens=settings.buffer_tokens, seed=settings.seed,
         n_tokens=n_train,
@@ -80,9 +84,16 @@ def _from_cache(settings: TrainSettings) -> Feed:
 
 
 def cache_inputs(opened: ActivationCache) -> dict[str, Any]:
-    """What of a cache is recorded beside every result made from it."""
+    """Return what is recorded of a cache beside every result made from it."""
     inputs = {"path": str(opened.path), "hash": opened.manifest_hash, "n_tokens": len(opened)}
-    return {"cache": inputs | {key: opened.manifest[key] for key in RECORDED}}
+    statistics = opened.manifest["statistics"]
+    shares = {key: statistics[key] for key in ("top_share", "outlying_share") if key in statistics}
+    return {"cache": inputs | _recorded(opened.manifest) | shares}
+
+
+def _recorded(manifest: dict[str, Any]) -> dict[str, Any]:
+    found = {key: manifest[key] for key in RECORDED}
+    return found | {key: manifest[key] for key in IF_THERE if manifest.get(key)}
 
 
 def _from_models(settings: TrainSettings) -> Feed:
@@ -99,6 +110,7 @@ def _from_models(settings: TrainSettings) -> Feed:
             needs.cache_need(config, plan, n_points=1, device=choose_device(config.device), shards=False),
         ],
         f"{MEND} Or store a cache first.",
+        force=settings.force,
     )
     source = open_source(config, plan)
     stream = live_stream(
@@ -107,7 +119,7 @@ def _from_models(settings: TrainSettings) -> Feed:
     )  # fmt: skip
     # No path: there is no cache to go back to. The hash is that of the plan.
     hashed = files.hash_json({key: identity(value) for key, value in planned.items()})
-    inputs = {"hash": hashed, "n_tokens": config.n_tokens} | {key: planned[key] for key in RECORDED}
+    inputs = {"hash": hashed, "n_tokens": config.n_tokens} | _recorded({**planned, "refused": plan.rows.refused})
     own = (lambda: _in_eval_batches(source.read(n_train, config.n_tokens))) if n_train < config.n_tokens else None
     return Feed(stream, own, {"cache": inputs}, needed)
 
@@ -118,7 +130,7 @@ def _train_need(settings: TrainSettings, d_model: int, dtype: str) -> memory.Nee
 
 
 def _n_train(settings: TrainSettings, n_tokens: int) -> int:
-    """Tokens to train on, without the held-out ones."""
+    """Return the number of tokens to train on, without the held-out ones."""
     held_out = settings.holdout_tokens
     if not held_out:
         return n_tokens
@@ -144,20 +156,20 @@ def _require_same_pair(settings: TrainSettings, trained_on: dict[str, Any]) -> N
 
 
 def read_cache_config(path: str) -> CacheConfig:
-    """The settings of `crosscoders cache` in a YAML file, for one hook point.
+    """Read the settings of `crosscoders cache` in a YAML file, for one hook point.
 
     Raises:
         InputError: no such file, a wrong setting, or one that means nothing without a cache.
     """
     if not Path(path).is_file():
         raise InputError(f"config file {path!r} does not exist. Check the path of --live.")
-    found = parse("crosscoders", CACHE, ["--config", path, "--out", "-"]).settings
-    for name in ("part", "devices"):
-        if getattr(found, name) is not None:
-            raise InputError(f"{name} in {path!r} has no effect with --live. Remove it.")
-    if not isinstance(found.hook_point, str):
-        raise InputError(f"{path!r} names {len(found.hook_point)} hook points; --live trains on one. Name one.")
-    return CacheConfig(**{field.name: getattr(found, field.name) for field in fields(CacheConfig)})
+    settings = parse("crosscoders", CACHE, ["--config", path, "--out", "-"]).settings
+    for name in ("part", "devices", "max_norm_multiple"):
+        if getattr(settings, name) is not None:
+            raise InputError(f"{name} in {path!r} has no effect with --live, which has no shards. Remove it.")
+    if not isinstance(settings.hook_point, str):
+        raise InputError(f"{path!r} names {len(settings.hook_point)} hook points; --live trains on one. Name one.")
+    return config_of(CacheConfig, settings)
 
 
 def _known_moments(settings: TrainSettings, d_model: int) -> Moments | None:
@@ -193,7 +205,7 @@ def _named(entry: Any) -> Any:
 
 
 def train_need(config: TrainConfig, *, n_models: int, d_model: int, itemsize: int, device: torch.device) -> Need:
-    """Of weights, gradients and Adam's moments, the latents of a batch, and the shuffled buffer.
+    """Return the memory for weights, gradients and Adam's moments, the latents of a batch, and the shuffled buffer.
 
     itemsize: bytes of a stored activation.
     """

@@ -13,24 +13,40 @@ Log = Callable[[dict[str, Any]], None]
 """Gets every line of train.jsonl too."""
 
 
-def metric_columns(found: Evaluation) -> dict[str, float]:
-    """fve_<model>, l0 and dead of an evaluation."""
-    names = ("base", "tuned") if len(found.fve) == 2 else tuple(str(m) for m in range(len(found.fve)))
-    fve = {f"fve_{name}": value for name, value in zip(names, found.fve, strict=True)}
-    return {**fve, "l0": found.l0, "dead": found.dead_fraction}
+def metric_columns(evaluation: Evaluation) -> dict[str, float]:
+    """Return fve_<model>, l0 and dead of an evaluation."""
+    fve = {f"fve_{name}": value for name, value in zip(_names(evaluation), evaluation.fve, strict=True)}
+    return {**fve, "l0": evaluation.l0, "dead": evaluation.dead_fraction}
 
 
-def eval_line(step: int, found: Evaluation) -> dict[str, Any]:
-    """A line of train.jsonl about held-out tokens."""
-    return {"event": "eval", "step": step, **metric_columns(found), "n_tokens": found.n_tokens}
+def heldout_columns(evaluation: Evaluation) -> dict[str, float]:
+    """Return metric_columns, and fve_rest_<model>."""
+    rest = {f"fve_rest_{name}": value for name, value in zip(_names(evaluation), evaluation.fve_rest, strict=True)}
+    return {**metric_columns(evaluation), **rest}
 
 
-def evaluation_rows(found: Evaluation) -> list[dict[str, Any]]:
-    """Rows eval.fve.<model>, eval.l0, eval.dead."""
-    return [
-        row(f"eval.{name.replace('_', '.')}", value, "latents/token" if name == "l0" else "fraction", found.n_tokens)
-        for name, value in metric_columns(found).items()
+def _names(evaluation: Evaluation) -> tuple[str, ...]:
+    return ("base", "tuned") if len(evaluation.fve) == 2 else tuple(str(m) for m in range(len(evaluation.fve)))
+
+
+def eval_line(step: int, evaluation: Evaluation) -> dict[str, Any]:
+    """Return a line of train.jsonl about held-out tokens."""
+    return {"event": "eval", "step": step, **heldout_columns(evaluation), "n_tokens": evaluation.n_tokens}
+
+
+def evaluation_rows(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """Return the rows eval.fve.<model>, eval.l0, eval.dead, eval.fve_rest.<model>."""
+    rows = [
+        row(
+            f"eval.{name.replace('_', '.')}",
+            value,
+            "latents/token" if name == "l0" else "fraction",
+            evaluation.n_tokens,
+        )
+        for name, value in metric_columns(evaluation).items()
     ]
+    rest = zip(_names(evaluation), evaluation.fve_rest, evaluation.n_rest, strict=True)
+    return rows + [row(f"eval.fve_rest.{name}", value, "fraction", n) for name, value, n in rest]
 
 
 def last_line(out: Path) -> dict[str, Any]:
@@ -45,7 +61,8 @@ def write_line(out: Path, line: dict[str, Any], log: Log | None) -> None:
         file.write(json.dumps(line) + "\n")
     if log:
         log(line)
-    fve = " ".join(f"{name.removeprefix('fve_')} {line[name]:.3f}" for name in line if name.startswith("fve_"))
+    words = {name.removeprefix("fve_").replace("_", " "): line[name] for name in line if name.startswith("fve_")}
+    fve = " ".join(f"{name} {value:.3f}" for name, value in words.items())
     if line.get("event") == "eval":
         first, last = "held-out", f"n {line['n_tokens']:,} tokens"
     else:

@@ -30,7 +30,15 @@ from crosscoders.dictionary.metrics import ReconstructionSums, evaluate
 from crosscoders.formats.load import load_crosscoder
 from crosscoders.training import checkpoint
 from crosscoders.training.calibration import MAX_TOKENS, threshold_for
-from crosscoders.training.log import Log, eval_line, evaluation_rows, last_line, metric_columns, write_line
+from crosscoders.training.log import (
+    Log,
+    eval_line,
+    evaluation_rows,
+    heldout_columns,
+    last_line,
+    metric_columns,
+    write_line,
+)
 from crosscoders.training.objective import StepResult, forward
 from crosscoders.training.optimizer import Optimizer, lr_at
 from crosscoders.training.settings import TrainConfig
@@ -139,7 +147,7 @@ def train(
             evaluation = evaluate(model, holdout())
             write_line(out, eval_line(step, evaluation), log)
             files.write_json(out / "eval.json", {"name": "eval", "rows": evaluation_rows(evaluation)})
-            reasons = complaints(metric_columns(evaluation), k=config.crosscoder.k, training=last_line(out))
+            reasons = complaints(heldout_columns(evaluation), k=config.crosscoder.k, training=last_line(out))
             if reasons:
                 say(warning(reasons))
         # config.json is written last and says that the run is complete
@@ -148,7 +156,7 @@ def train(
 
 
 def _new_model(config: TrainConfig, stream: BatchStream) -> Crosscoder:
-    """A crosscoder at its start, with the scales of its inputs."""
+    """Return a crosscoder at its start, with the scales of its inputs."""
     model = Crosscoder(config.crosscoder)
     model.init_weights_(norm=config.decoder_init_norm, generator=torch.Generator().manual_seed(config.seed))
     moments = stream.moments
@@ -186,13 +194,13 @@ def _calibrate_(model: Crosscoder, config: TrainConfig, batches: Iterable[Float[
 
 
 def fill_width(config: TrainConfig, stream: BatchStream) -> TrainConfig:
-    """The config with d_model taken from the stream, after checking that both agree."""
-    for name, found in (("d_model", stream.d_model), ("n_models", stream.n_models)):
-        wanted = getattr(config.crosscoder, name)
-        if wanted is not None and wanted != found:
+    """Return the config with d_model taken from the stream, after checking that both agree."""
+    for name, read in (("d_model", stream.d_model), ("n_models", stream.n_models)):
+        asked = getattr(config.crosscoder, name)
+        if asked is not None and asked != read:
             raise InputError(
-                f"the activations have {name} = {found} but the crosscoder config has {wanted}. "
-                f"Set crosscoder.{name} = {found}."
+                f"the activations have {name} = {read} but the crosscoder config has {asked}. "
+                f"Set crosscoder.{name} = {read}."
             )
     if stream.batch_size != config.batch_size:
         raise InputError(
@@ -202,7 +210,7 @@ def fill_width(config: TrainConfig, stream: BatchStream) -> TrainConfig:
 
 
 def k_at(config: TrainConfig, step: int) -> int | None:
-    """k of a step: linear from k_start to k over k_anneal_steps."""
+    """Return k of a step: linear from k_start to k over k_anneal_steps."""
     k = config.crosscoder.k
     if k is None or config.k_start is None or step >= config.k_anneal_steps:
         return k
@@ -210,7 +218,7 @@ def k_at(config: TrainConfig, step: int) -> int | None:
 
 
 def _track_threshold_(threshold: Tensor, smallest: Float[Tensor, ""], beta: float) -> None:
-    """Running mean of the smallest active f_j c_j; starts at the first value seen."""
+    """Update the running mean of the smallest active f_j c_j, which starts at the first value seen."""
     if torch.isfinite(smallest):
         threshold.copy_(smallest if threshold < 0 else beta * threshold + (1 - beta) * smallest)
 
@@ -218,7 +226,7 @@ def _track_threshold_(threshold: Tensor, smallest: Float[Tensor, ""], beta: floa
 def geometric_median(
     x: Float[Tensor, "batch n_models d_model"], n_iterations: int = 100
 ) -> Float[Tensor, "n_models d_model"]:
-    """Weiszfeld's iteration, per model; distances are kept above 1e-6, so a point may equal the guess."""
+    """Run Weiszfeld's iteration for each model; distances count as 1e-6 or more, so a point may equal the guess."""
     guess = x.mean(dim=0)
     for _ in range(n_iterations):
         weight = 1 / (x - guess).norm(dim=2, keepdim=True).clamp_min(1e-6)
@@ -245,7 +253,7 @@ def step_line(
     dead: Bool[Tensor, " dict_size"],
     step: int,
 ) -> dict[str, Any]:
-    """Metrics of the batch of this step; fve by the same definition as everywhere, over the batch."""
+    """Return the metrics of the batch of this step; fve by the same definition as everywhere, over the batch."""
     sums = ReconstructionSums(x.shape[1], x.shape[2], config.crosscoder.dict_size)
     sums.add(x, x - result.err, result.n_active)
     terms = {name: value.item() for name, value in result.terms.items()}
@@ -264,7 +272,7 @@ def step_line(
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[list[int]]:
-    """Collects SIGTERM and SIGINT instead of being interrupted by them; restores the handlers that it found."""
+    """Collect SIGTERM and SIGINT instead of being interrupted by them; restore the handlers after it."""
     received: list[int] = []
     try:
         previous = {

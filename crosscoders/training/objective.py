@@ -44,7 +44,7 @@ def forward(
     select: selection.WarmSelection,
     products: torch.dtype = torch.float32,
 ) -> StepResult:
-    """One pass in training space: active latents, reconstruction, weighted loss terms.
+    """Make one pass in training space: active latents, reconstruction, weighted loss terms.
 
     BatchTopK touches active entries only, forward and backward; its c_j decide the selection and carry no gradient.
     With bfloat16 products the selection is made from them, and the values of what is selected are float32.
@@ -81,7 +81,7 @@ def _forward_relu(
     step: int,
     products: torch.dtype,
 ) -> StepResult:
-    """Dense or sparse by the density of this batch, so that no step depends on the one before."""
+    """Go dense or sparse by the density of this batch, so that no step depends on the one before."""
     with torch.no_grad():
         latents = dense.relu_(_pre_acts(model, x, products))
     rule, fired = config.crosscoder.code_norm, latents.n_active

@@ -1,6 +1,10 @@
 """Adam as the training loop uses it: one pass over memory, clip folded in, learning rate by step."""
 
+from collections.abc import Sequence
+
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from crosscoders.dictionary.crosscoder import Crosscoder
 from crosscoders.training.adam8 import adam_8bit
@@ -33,7 +37,7 @@ class Optimizer:
         grads = [tensor.grad for tensor in self.shared if tensor.grad is not None]
         divisor = torch.ones((), device=grads[0].device)
         if self.clip_norm is not None:
-            divisor = ((torch.nn.utils.get_total_norm(grads) + 1e-6) / self.clip_norm).clamp_min(1.0)
+            divisor = ((total_norm(grads) + 1e-6) / self.clip_norm).clamp_min(1.0)
         for group in self.adam.param_groups:
             group["lr"] = group["lr"].fill_(lr) if self.is_8bit else lr
         if self.is_8bit:
@@ -44,8 +48,18 @@ class Optimizer:
         self.adam.zero_grad(set_to_none=True)
 
 
+def total_norm(grads: Sequence[Tensor]) -> Float[Tensor, ""]:
+    """Return the Euclidean norm of all gradients together, from the norms of their rows.
+
+    torch sums all squares of a tensor in float32: on a CPU its norm of 36,000 x 4,608 gradients is 2% off, and
+    7e-5 at 4,096 x 512; row by row it is 1e-7.
+    """
+    rows = [grad if grad.ndim == 1 else torch.linalg.vector_norm(grad.flatten(1), dim=1) for grad in grads]
+    return torch.linalg.vector_norm(torch.cat(rows), dtype=torch.float64).to(rows[0].dtype)
+
+
 def lr_at(config: TrainConfig, step: int) -> float:
-    """Linear warm-up, constant, linear fall to 0 over the last lr_decay_fraction of the steps."""
+    """Return the rate of a step: linear warm-up, constant, linear to 0 over the last lr_decay_fraction of steps."""
     rate = config.lr * min(1.0, (step + 1) / max(1, config.lr_warmup_steps))
     n_decay = int(config.lr_decay_fraction * config.n_steps)
     return rate * min(1.0, (config.n_steps - step) / n_decay) if n_decay else rate

@@ -147,6 +147,8 @@ class TrainSettings(TrainConfig):
     """Cache of held-out documents."""
     wandb: str | None = None
     """Weights & Biases project that gets every line of train.jsonl too (needs the extra `wandb`)."""
+    force: bool = False
+    """Go on where the estimate of memory is above what the machine has."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

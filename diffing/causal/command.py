@@ -4,13 +4,17 @@ import time
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from crosscoders.common import files
 from crosscoders.common.checks import to_dict
 from crosscoders.common.devices import choose_device
 from crosscoders.common.progress import say
 from crosscoders.common.results import closing, result
 from crosscoders.formats.load import load_crosscoder
+from crosscoders.models.limits import require_ids
 from crosscoders.text.chats import read_chats
+from crosscoders.text.tokens import read_template
 from diffing.causal.lens import logit_lens
 from diffing.causal.patching import DIRECTIONS, inspect_cached, load_whole, measure
 from diffing.causal.sets import checked, choose_sets
@@ -47,6 +51,7 @@ def causal(settings: CausalSettings) -> dict[str, Any]:
         config = replace(config, data=settings.data)
     info = inspect_cached(cache)
     chats = read_chats(config, info.tokenizer, settings.n_documents)
+    require_ids(np.concatenate([chat.ids for chat in chats]), info.n_ids, info.tokenizer, info.base)
     pair = load_whole(info, cache.manifest["hook_point"], settings.device, settings.model_dtype)
     measured = measure(
         crosscoder, pair, chats, sets, batch_rows=settings.batch_rows, first_tokens=settings.first_tokens
@@ -63,16 +68,25 @@ def steer(settings: SteerSettings) -> dict[str, Any]:
     run, cache = open_run_and_cache(settings.run, settings.cache)
     hook_point = cache.manifest["hook_point"]
     table, crosscoder = read_table(run), load_crosscoder(run)
+    template = read_template(cache.config.chat_template)
     (latent,) = checked([settings.latent], len(table))
     largest = float(table["max_activation"][latent])
     pair = load_whole(inspect_cached(cache), hook_point, settings.device, settings.model_dtype)
     model, side = pair.models[MODELS.index(settings.model)], MODELS.index(settings.decoder)
+    template = read_template(cache.manifest["config"].get("chat_template"))
     answers = []
     lines = [f"{settings.decoder} decoder of latent {latent} in the {settings.model} model; strength: answer"]
     for strength in settings.strengths:
         vector = steering_vector(crosscoder, latent, side=side, activation=strength * largest)
         with steered(model, hook_point, vector):
-            text = answer(model, pair.info.tokenizer, settings.prompt, max_new_tokens=settings.max_new_tokens)
+            text = answer(
+                model,
+                pair.info.tokenizer,
+                settings.prompt,
+                max_new_tokens=settings.max_new_tokens,
+                template=template,
+                date=cache.config.template_date,
+            )
         answers.append({"strength": strength, "answer": text})
         lines.append(f"{strength:>6g}: {text!r}")
     return result("steer", to_dict(settings), []) | {"answers": answers, "text": "\n".join(lines)}

@@ -21,10 +21,10 @@ def logit_lens(
     """
     decoder = crosscoder.fold().W_dec[latents]
     tokenizer: Any = pair.info.tokenizer
-    readings: dict[str, dict[str, list[str]]] = {str(latent): {} for latent in latents}
+    tokens_of: dict[str, dict[str, list[str]]] = {str(latent): {} for latent in latents}
     for m, (name, model) in enumerate(zip(MODELS, pair.models, strict=True)):
         weight = next(model.parameters())
         logits = read_out(model, decoder[:, m].to(weight.device, weight.dtype))
         for latent, best in zip(latents, logits[:, : len(tokenizer)].topk(n_tokens).indices, strict=True):
-            readings[str(latent)][name] = [tokenizer.decode([int(token)]) for token in best]
-    return readings
+            tokens_of[str(latent)][name] = [tokenizer.decode([int(token)]) for token in best]
+    return tokens_of

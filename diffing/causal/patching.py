@@ -57,7 +57,7 @@ def inspect_cached(cache: ActivationCache) -> PairInfo:
 
 
 def load_whole(info: PairInfo, hook_point: str, device: str, dtype: str) -> ModelPair:
-    """Both models with their unembedding."""
+    """Load both models with their unembedding."""
     return load_pair(info.base, info.tuned, hook_point, device=device, dtype=dtype, info=info, whole=True)
 
 
@@ -84,7 +84,7 @@ def measure(
     exchange = Exchange(crosscoder.to(pair.device))
     sums = {name: _Sums([p.name for p in listed], len(chats), first_tokens) for name, listed in sets.items()}
     progress = Progress("causal", total=len(chats), unit="chat")
-    for batch in batches(chats, batch_rows, padding_id(pair.info.tokenizer)):
+    for batch in batches(chats, batch_rows, padding_id(pair.info.tokenizer, pair.info.n_ids)):
         tokens = batch.tokens.to(pair.device)
         states = [model.run(tokens) for model in models]
         x = torch.stack([state.activation[tokens.scored] for state in states], dim=1)
@@ -93,7 +93,7 @@ def measure(
             _one_direction(sums[name], models, states, batch, exchange, parts, patches, DIRECTIONS[name])
         progress.update(len(batch.place))
     progress.close()
-    return {name: found.result() for name, found in sums.items()}
+    return {name: total.result() for name, total in sums.items()}
 
 
 def _one_direction(

@@ -86,14 +86,14 @@ class Exchange:
             )
         x = x.to(crosscoder.b_enc.device).float()
         for chunk in x.split(_CHUNK):
-            found = selection.active(crosscoder.pre_acts(crosscoder.normalise(chunk)), crosscoder.gate_at())
-            decoded = sparse.decode(found, crosscoder.W_dec.detach().flatten(1)).view_as(chunk) + crosscoder.b_dec
+            active = selection.active(crosscoder.pre_acts(crosscoder.normalise(chunk)), crosscoder.gate_at())
+            decoded = sparse.decode(active, crosscoder.W_dec.detach().flatten(1)).view_as(chunk) + crosscoder.b_dec
             x_hat.append(crosscoder.denormalise(decoded))
-            entries.append(found)
+            entries.append(active)
         return Parts(x, torch.cat(x_hat), entries, is_template.to(x.device))
 
     def latents_difference(self, parts: Parts, latents: tuple[int, ...]) -> Float[Tensor, "tokens d_model"]:
-        """sum_{j in S} f_j (D_j^tuned - D_j^base)."""
+        """Return sum_{j in S} f_j (D_j^tuned - D_j^base)."""
         weight = torch.zeros(self.dict_size, device=parts.x.device)
         weight[list(latents)] = 1.0
         chosen = [replace(entries, values=entries.values * weight[entries.latents]) for entries in parts.entries]
@@ -101,7 +101,7 @@ class Exchange:
 
     @torch.no_grad()
     def patched(self, parts: Parts, patch: PatchSet, target: int) -> Float[Tensor, "tokens d_model"]:
-        """The activation that goes into model `target` (0 base, 1 tuned) in place of its own."""
+        """Return the activation that goes into model `target` (0 base, 1 tuned) in place of its own."""
         own, other = parts.x_hat[:, target], parts.x_hat[:, 1 - target]
         source = parts.x[:, 1 - target]
         sign = 1.0 if target == 1 else -1.0
@@ -123,13 +123,13 @@ class Exchange:
 
 
 def _towards(table: pandas.DataFrame, target: int) -> Float[np.ndarray, " latents"]:
-    """Relative decoder norm seen from the target: 1 where only the target has the latent."""
+    """Return the relative decoder norm seen from the target: 1 where only the target has the latent."""
     norm = table["relative_decoder_norm"].to_numpy()
     return norm if target == 1 else 1 - norm
 
 
 def orders(table: pandas.DataFrame, target: int) -> dict[str, Int[np.ndarray, " alive"]]:
-    """Alive latents, most specific to model `target` first, by Latent Scaling and by norm.
+    """Order the alive latents, most specific to model `target` first, by Latent Scaling and by norm.
 
     scaling: rank by |nu_error| plus rank by |nu_reconstruction|, both of the target's own decoder (the mirror ratios
     for the base model), smallest sum first; latents that are weaker in the target (relative norm on the other side of
@@ -147,7 +147,7 @@ def orders(table: pandas.DataFrame, target: int) -> dict[str, Int[np.ndarray, " 
 def random_sets(
     table: pandas.DataFrame, n: int, *, draws: int, seed: int, like: Int[np.ndarray, " n"] | None = None
 ) -> list[tuple[int, ...]]:
-    """Draws of n alive latents without replacement.
+    """Draw n alive latents without replacement, several times.
 
     `like`: as many from each tenth of the alive latents by frequency as these latents have.
     """
@@ -176,35 +176,33 @@ def choose_sets(
     match_frequency: bool = False,
     latents: list[int] | None = None,
 ) -> list[PatchSet]:
-    """Every set of one direction; the draws of one random set share a name.
+    """Return every set of one direction; the draws of one random set share a name.
 
     Raises:
         InputError: a latent number out of range or twice, an empty list, more latents than are alive.
     """
     n_alive = len(alive_latents(table))
     n_leaning = int((_towards(table.iloc[alive_latents(table)], target) >= 0.5).sum())  # the first ones of both orders
-    found = [PatchSet(kind, kind) for kind in WHOLE]
+    sets = [PatchSet(kind, kind) for kind in WHOLE]
     ordered = orders(table, target)
     for score, order in ordered.items():
         best, worst = order[: n_leaning // 2], order[n_leaning // 2 : n_leaning]
-        found.append(PatchSet(f"best_half.{score}", "latents", tuple(best.tolist())))
-        found.append(PatchSet(f"worst_half.{score}", "latents", tuple(worst.tolist())))
+        sets.append(PatchSet(f"best_half.{score}", "latents", tuple(best.tolist())))
+        sets.append(PatchSet(f"worst_half.{score}", "latents", tuple(worst.tolist())))
     for n in dict.fromkeys(n_latents):
         if not 1 <= n <= n_alive:
             raise InputError(f"n_latents is {n}; give a number from 1 to {n_alive}, the alive latents of the table.")
-        found += [
-            PatchSet(f"top_{n}.{score}", "latents", tuple(order[:n].tolist())) for score, order in ordered.items()
-        ]
+        sets += [PatchSet(f"top_{n}.{score}", "latents", tuple(order[:n].tolist())) for score, order in ordered.items()]
         like = ordered["scaling"][:n] if match_frequency else None
         drawn = random_sets(table, n, draws=draws, seed=seed, like=like)
-        found += [PatchSet(f"top_{n}.random", "latents", chosen) for chosen in drawn]
+        sets += [PatchSet(f"top_{n}.random", "latents", chosen) for chosen in drawn]
     if latents is not None:
-        found.append(PatchSet("chosen", "latents", checked(latents, len(table))))
-    return found
+        sets.append(PatchSet("chosen", "latents", checked(latents, len(table))))
+    return sets
 
 
 def checked(latents: list[int], dict_size: int) -> tuple[int, ...]:
-    """The latents, or one line that says what is wrong with the list."""
+    """Return the latents, or raise one line that says what is wrong with the list."""
     if not latents:
         raise InputError("latents is an empty list, so nothing would be patched. Name at least one, or leave it out.")
     wrong = [j for j in latents if not 0 <= j < dict_size]

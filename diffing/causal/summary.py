@@ -11,9 +11,8 @@ from jaxtyping import Float
 
 from crosscoders.common.errors import InputError
 from crosscoders.common.results import row
+from crosscoders.common.statistics import bootstrap_interval, resample
 from diffing.causal.patching import DIRECTIONS, Measured
-
-_RESAMPLES = 2000
 
 
 class _Resampled:
@@ -24,8 +23,7 @@ class _Resampled:
         self.measured, self.window = measured, window
         self.generator = np.random.default_rng(seed)
         n = measured.n_tokens.shape[1]
-        drawn = self.generator.multinomial(n, np.full(n, 1 / n), size=_RESAMPLES)
-        self.weights = np.concatenate([np.ones((1, n)), drawn])
+        self.weights = resample(n, self.generator)
         self.tokens = self.weights @ measured.n_tokens[window]
         self.n_documents, self.n_tokens = n, int(measured.n_tokens[window].sum())
 
@@ -35,8 +33,7 @@ class _Resampled:
         draws = values.shape[1]
         if draws == 1:
             return values[:, 0]
-        resampled = self.generator.multinomial(draws, np.full(draws, 1 / draws), size=_RESAMPLES) / draws
-        return (values * np.concatenate([np.full((1, draws), 1 / draws), resampled])).sum(axis=1)
+        return (values * resample(draws, self.generator) / draws).sum(axis=1)
 
     def of(self, name: str, what: str) -> Float[np.ndarray, " resamples"]:
         """`kl` or `ce` of the set of this name."""
@@ -44,7 +41,7 @@ class _Resampled:
         return self.mean(getattr(self.measured, what)[self.window][picked])
 
     def row(self, name: str, values: Float[np.ndarray, " resamples"], unit: str) -> dict[str, Any]:
-        low, high = np.percentile(values[1:], [2.5, 97.5]).tolist() if self.n_documents > 1 else (None, None)
+        low, high = bootstrap_interval(values) if self.n_documents > 1 else (None, None)
         return row(name, float(values[0]), unit, self.n_tokens, low, high)
 
 

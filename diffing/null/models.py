@@ -3,11 +3,13 @@
 A folder is finished once it holds made.json, which says how it was made; an unfinished one is made again.
 """
 
+import inspect
 import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -16,12 +18,16 @@ from crosscoders.common import files
 from crosscoders.common.devices import choose_device
 from crosscoders.common.errors import InputError
 from crosscoders.common.progress import say
-from crosscoders.models.names import hash_model, quiet_transformers
+from crosscoders.models import hooks
+from crosscoders.models.loading import load_model
+from crosscoders.models.names import hash_model, load_auto, quiet_transformers
 from crosscoders.text.documents import read_source
+from crosscoders.text.packing import missing_borders
 from crosscoders.text.settings import DataSource
 from crosscoders.text.tokens import tokenize_text
 from diffing.finetuning import Schedule, finetune
 from diffing.null.settings import NullSettings
+from sae_lora.lora.adapter import add_lora
 
 
 def round_model(base: str, out: Path, bits: int) -> Path:
@@ -58,7 +64,7 @@ def train_placebo(base: str, out: Path, settings: NullSettings, context_length: 
 
     Next-token loss on rows of `context_length` tokens, documents end to end; Adam (0.9, 0.95) without decay, gradient
     norm clipped at 1, rate up over the first tenth of the steps and linearly down to 0; float32. LoRA goes to every
-    linear layer but the head, alpha = 2 rank.
+    linear map of the decoder layers, alpha = 2 rank.
 
     Raises:
         InputError: the text is shorter than one row; `out` holds another model.
@@ -79,28 +85,31 @@ def train_placebo(base: str, out: Path, settings: NullSettings, context_length: 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # of the adapter's start
         if settings.placebo_rank is not None:
-            import peft
-
-            rank = settings.placebo_rank
-            shape = peft.LoraConfig(
-                r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=0.0
-            )
-            model = peft.get_peft_model(model, shape)
+            layers = range(len(hooks.decoder_layers(model)))
+            model = add_lora(model, layers, rank=settings.placebo_rank, alpha=2 * settings.placebo_rank, seed=seed)
         _tune(model.to(choose_device(settings.device)), rows, settings, seed)
     return publish(model, tokenizer, out, recipe)
 
 
 def text_rows(tokenizer: Any, data: str, length: int) -> Int[Tensor, "rows length"]:
-    """Return documents end to end, cut into rows; the rest at the end is left out.
+    """Return documents end to end, EOS between them where the tokenizer has no BOS, cut into rows; the rest at the end
+    is left out.
 
     Raises:
-        InputError: a document is a chat, or there is not one whole row.
+        InputError: a document is a chat, a row cannot be read, or there is not one whole row.
     """
-    ids: list[int] = []
+    documents: list[list[int]] = []
     for document in read_source(DataSource(path=data)):
+        if document.refused is not None:
+            raise document.refused
         if not isinstance(document.content, str):
             raise InputError(f"{document.where} is a chat; a placebo is tuned on raw text only. Give plain text.")
-        ids += tokenize_text(tokenizer, document.content)[0]
+        documents.append(tokenize_text(tokenizer, document.content)[0])
+    firsts = np.array([ids[0] for ids in documents[1:]], dtype=np.int64)
+    lasts = np.array([ids[-1] for ids in documents[:-1]], dtype=np.int64)
+    for number in missing_borders(firsts, lasts, tokenizer).nonzero()[0]:
+        documents[number].append(tokenizer.eos_token_id)
+    ids = [token for document in documents for token in document]
     if len(ids) < length:
         raise InputError(f"{data!r} has {len(ids):,} tokens, less than one row of {length:,}. Give more text.")
     return torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
@@ -115,12 +124,19 @@ def _tune(model: Any, rows: Int[Tensor, "rows length"], settings: NullSettings, 
     finetune(
         model,
         (rows[[next(order) for _ in range(n_rows)]].to(device) for _ in range(steps)),
-        lambda ids: model(input_ids=ids, labels=ids, use_cache=False).loss,
+        lambda ids: model(input_ids=ids, labels=ids, use_cache=False, **_no_images(model, ids)).loss,
         torch.optim.Adam([weight for weight in model.parameters() if weight.requires_grad], lr=lr, betas=(0.9, 0.95)),
         Schedule(steps, lr, warmup_steps=steps // 10, decay="linear"),
         tokens_per_step=n_rows * rows.shape[1],
         name="placebo",
     )
+
+
+def _no_images(model: Any, ids: Int[Tensor, "rows length"]) -> dict[str, Tensor]:
+    """Return what Gemma-3 with its vision tower asks for in training: which tokens are of images."""
+    core = hooks.core_model(model)
+    is_asked = hasattr(core.config, "vision_config") and "token_type_ids" in inspect.signature(core.forward).parameters
+    return {"token_type_ids": torch.zeros_like(ids)} if is_asked else {}
 
 
 def _row_order(n: int, seed: int) -> Iterator[int]:
@@ -132,11 +148,7 @@ def _row_order(n: int, seed: int) -> Iterator[int]:
 
 def load_base(base: str, dtype: str) -> tuple[Any, Any]:
     """Load the whole base model and its tokenizer. Eager attention: a fine-tune of Gemma-2 needs it."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    with quiet_transformers():
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, attn_implementation="eager")
-        return model, AutoTokenizer.from_pretrained(base)
+    return load_model(base, dtype, attention="eager"), load_auto(base, "tokenizer")
 
 
 def publish(model: Any, tokenizer: Any, out: Path, recipe: dict[str, Any]) -> Path:

@@ -18,7 +18,6 @@ import pandas
 import torch
 from jaxtyping import Float
 
-from crosscoders.common.statistics import beta_quantile
 from crosscoders.dictionary.crosscoder import Crosscoder
 from diffing.latents.verdict import alive_latents, eligible, specificity
 
@@ -136,9 +135,11 @@ def rate_interval(k: float, n: int, n_effective: float) -> tuple[float, float]:
     whose variance is 0 where every count is 0. With k chosen by `threshold_at` the same upper end bounds the rate of
     new latents of the same crosscoder (Wilks 1941).
     """
+    from scipy.stats import beta
+
     if not n:
         return 0.0, 1.0
     hits = k * n_effective / n
-    low = beta_quantile(0.025, hits, n_effective - hits + 1) if hits > 0 else 0.0
-    high = beta_quantile(0.975, hits + 1, n_effective - hits) if n_effective > hits else 1.0
+    low = float(beta.ppf(0.025, hits, n_effective - hits + 1)) if hits > 0 else 0.0
+    high = float(beta.ppf(0.975, hits + 1, n_effective - hits)) if n_effective > hits else 1.0
     return low, high

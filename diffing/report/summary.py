@@ -6,12 +6,16 @@ Reading order: `measures`, `count_rows`, `result_rows`, then the words: `headlin
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from crosscoders.activations.outliers import MULTIPLE, TOP
 from diffing.latents.decoder_norms import NORM_CLASSES
 from diffing.latents.verdict import VERDICTS
 from diffing.report.data import Run
 from diffing.report.text import amount, counted, number
 
-MEASURES = {"fve.base": "fraction", "fve.tuned": "fraction", "l0": "latents/token", "dead": "fraction"}
+MEASURES = {
+    "fve.base": "fraction", "fve.tuned": "fraction", "l0": "latents/token", "dead": "fraction",
+    "fve_rest.base": "fraction", "fve_rest.tuned": "fraction",
+}  # fmt: skip
 
 
 class Measure(NamedTuple):
@@ -109,9 +113,36 @@ def headline(run: Run) -> str:
     return f"{words}; on {measure.source}{n} it {' and '.join(fits)}."
 
 
+def outlier_sentence(run: Run) -> str:
+    """How much of the variance a few tokens of the cache hold, and what is explained of the others; empty where neither
+    is known."""
+    shares = [run.look("inputs", "cache", f"{name}_share") for name in ("top", "outlying")]
+    found = measures(run)
+    sentences = []
+    if all(isinstance(share, list) and len(share) == 2 for share in shares):
+        top, outlying = ([f"{value:.1%}" for value in share] for share in shares)
+        sentences.append(
+            f"Of the variance of base and tuned model in the cache, {top[0]} and {top[1]} lie in the {TOP:.1%} of "
+            f"tokens of largest norm, {outlying[0]} and {outlying[1]} in those beyond {MULTIPLE:g} times the median."
+        )
+    if "fve_rest.base" in found and "fve_rest.tuned" in found:
+        rest = found["fve_rest.base"].value, found["fve_rest.tuned"].value
+        sentences.append(f"On held-out tokens of ordinary norm the FVE is {rest[0]:.3f} and {rest[1]:.3f}.")
+    return " ".join(sentences)
+
+
 def count_sentence(run: Run) -> str:
     n, alive, n_tokens = len(run.latents), int(run.latents.alive.sum()), run.latents.n_tokens
     return f"Verdicts on {counted(n, 'latent')}, {number(alive)} of them alive, from {number(n_tokens)} tokens:"
+
+
+def refused_sentence(run: Run) -> str:
+    """How many rows of the data were left out and why; empty where none was, or where that is not known."""
+    refused = run.look("inputs", "cache", "refused")
+    if not isinstance(refused, dict) or not refused:
+        return ""
+    listed = ", ".join(f"{number(count)} {reason}" for reason, count in refused.items() if isinstance(count, int))
+    return f"Rows of the data that could not be read and were left out: {listed}."
 
 
 def class_sentence(run: Run) -> str:

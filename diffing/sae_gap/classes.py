@@ -8,7 +8,12 @@ from crosscoders.text.padding import Batch
 from crosscoders.text.tokens import ROLES, Rows
 from sae_lora.evaluation.classes import roles_of
 
-CLASSES = {"template": ("template",), "response": ("assistant",), "prompt": ("user", "system"), "text": ("text",)}
+CLASSES = {
+    "template": ("template",),
+    "response": ("assistant",),
+    "prompt": ("user", "system", "tool"),
+    "text": ("text",),
+}
 """Roles of each class; together with all predictions, `all`, they are what the gaps are measured over."""
 
 

@@ -21,6 +21,7 @@ from crosscoders.common.devices import choose_device
 from crosscoders.common.errors import InputError
 from crosscoders.common.progress import say
 from crosscoders.common.results import closing, result, row
+from crosscoders.common.statistics import bootstrap_interval, resample
 from crosscoders.models.names import hash_model
 from diffing.sae_gap.classes import CLASSES, RoleClasses
 from diffing.sae_gap.settings import SaeGapSettings
@@ -33,7 +34,6 @@ from sae_lora.fitting.loop import fit
 from sae_lora.fitting.settings import FitConfig
 from sae_lora.lora.adapter import choose_layers, load_adapter
 
-RESAMPLES = 2000
 CELLS = cells.CELLS[:4]
 """Without the ablations."""
 
@@ -48,7 +48,7 @@ def gap_run(settings: SaeGapSettings) -> dict[str, cells.Measured]:
     plans = {role: _plan(settings, config) for role, config in configs.items()}
     measured = {}
     for role, config in configs.items():
-        folder = fit(config, Path(settings.out) / role)
+        folder = fit(config, Path(settings.out) / role, force=settings.force)
         plan, device = plans[role], choose_device(settings.device)
         dictionaries = with_control(load_dictionaries(plan, config, device), config.control, config.seed)
         adapted = load_adapter(load_model(plan, config, device), folder, dictionaries)
@@ -119,8 +119,7 @@ def gap_rows(measured: Mapping[str, cells.Measured], seed: int = 0) -> list[dict
     on, dictionary off: its cost); and the shares `ce_gap.closed` and `kl.closed`.
     """
     n = len(next(iter(measured.values())).n_tokens)
-    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
-    weights = np.concatenate([np.ones((1, n)), drawn])
+    weights = resample(n, seed)
     entries = [row("sae-gap.sequences", n, "sequences", n)]
     for name in ("all", *CLASSES):
         parts = {role: _sums(of_role, name) for role, of_role in measured.items()}
@@ -135,7 +134,7 @@ def gap_rows(measured: Mapping[str, cells.Measured], seed: int = 0) -> list[dict
             of_models["tuned_minus_placebo"] = _difference(of_models["tuned"], of_models["placebo"])
         for role, quantities in of_models.items():
             for quantity, values in quantities.items():
-                low, high = np.percentile(values[1:], [2.5, 97.5]).tolist() if n > 1 else (None, None)
+                low, high = bootstrap_interval(values) if n > 1 else (None, None)
                 unit = "fraction" if quantity.endswith("closed") else "nats/token"
                 entries.append(row(f"sae-gap.{role}.{name}.{quantity}", float(values[0]), unit, n_class, low, high))
     return entries

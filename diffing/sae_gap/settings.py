@@ -40,6 +40,8 @@ class SaeGapSettings(TextConfig):
     """Learning rate of AdamW."""
     out: str
     """Folder: a fit for each model, and sae-gap.json; interrupted fits go on."""
+    force: bool = False
+    """Go on where the estimate of memory is above what the machine has."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

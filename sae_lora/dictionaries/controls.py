@@ -49,7 +49,7 @@ class Control(FrozenDictionary):
         return self.source.encode(x)
 
     def decode(self, latents: Float[Tensor, "tokens dict_size"]) -> Float[Tensor, "tokens d_model"]:
-        """Of the decoder controls; for the others see `reconstruct`."""
+        """Decode with the decoder controls; for the others see `reconstruct`."""
         assert self.kind not in WITHOUT_LATENTS
         if self.kind == "shuffled-decoder":  # sum_j f_j d_sigma(j) = sum_i f_sigma^-1(i) d_i
             latents = torch.zeros_like(latents).index_copy(1, self.permutation, latents)
@@ -71,46 +71,47 @@ class Control(FrozenDictionary):
         return super().reconstruct(x)
 
     def identity(self) -> dict[str, Any]:
-        """That of the dictionary, with the hash of the control and, in `control`, what it was made from."""
-        made = {"kind": self.kind, "seed": self.seed, "source_hash": self.source_identity["hash"]}
-        return {**self.source_identity, "hash": self.content_hash(), "control": made}
+        """Return the identity of the dictionary, with the hash of the control and, in `control`, what it was made
+        from."""
+        described = {"kind": self.kind, "seed": self.seed, "source_hash": self.source_identity["hash"]}
+        return {**self.source_identity, "hash": self.content_hash(), "control": described}
 
 
 def with_control(dictionaries: Sequence[FrozenDictionary], kind: ControlKind, seed: int) -> list[FrozenDictionary]:
-    """The dictionaries, each turned into this control with a seed of its own; `none` leaves them as they are."""
+    """Return the dictionaries, each turned into this control with a seed of its own; `none` leaves them as they are."""
     if kind == "none":
         return list(dictionaries)
     return [Control(dictionary, kind, seed + number) for number, dictionary in enumerate(dictionaries)]
 
 
 def as_fitted(dictionaries: Sequence[FrozenDictionary], sidecar: dict[str, Any]) -> list[FrozenDictionary]:
-    """The dictionaries, with the control that a fit's sidecar names."""
-    made = sidecar["dictionaries"][0]["control"] or {"kind": "none", "seed": 0}
-    return with_control(dictionaries, made["kind"], made["seed"])
+    """Return the dictionaries, with the control that a fit's sidecar names."""
+    control = sidecar["dictionaries"][0]["control"] or {"kind": "none", "seed": 0}
+    return with_control(dictionaries, control["kind"], control["seed"])
 
 
 def decoder_of(dictionary: FrozenDictionary) -> Float[Tensor, "dict_size *models d_model"]:
-    """The decoder's weights in any layout, in place."""
+    """Return the decoder's weights in any layout, in place."""
     return next(value for name, value in dictionary.state_dict().items() if name.split(".")[-1] == "W_dec")
 
 
 def with_random_decoder(dictionary: FrozenDictionary, seed: int) -> FrozenDictionary:
-    """A copy whose decoder rows have random directions, isotropic, and the norms that they had."""
-    made = copy.deepcopy(dictionary)
-    W_dec = decoder_of(made)
+    """Return a copy whose decoder rows have random directions, isotropic, and the norms that they had."""
+    copied = copy.deepcopy(dictionary)
+    W_dec = decoder_of(copied)
     drawn = torch.randn(W_dec.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(
         W_dec.device
     )
     norms = W_dec.double().norm(dim=-1, keepdim=True)
     W_dec.copy_(drawn / drawn.norm(dim=-1, keepdim=True) * norms)
-    return made
+    return copied
 
 
 # ---------------------------------------------------------------------------------------------------------- the noise
 
 
 def unit_noise(x: Float[Tensor, "tokens d_model"], seed: int) -> Float[Tensor, "tokens d_model"]:
-    """An isotropic unit vector for each token, a pure function of its float32 bits and the seed.
+    """Return an isotropic unit vector for each token, a pure function of its float32 bits and the seed.
 
     The bits are hashed to a 64-bit key, which starts a SplitMix64 sequence of d_model numbers (Steele, Lea, Flood
     2014); normal quantiles of those, normalised.
@@ -127,12 +128,12 @@ def unit_noise(x: Float[Tensor, "tokens d_model"], seed: int) -> Float[Tensor, "
 
 
 def _mixed(z: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
-    """The finalizer of SplitMix64."""
+    """Apply the finalizer of SplitMix64."""
     z = (z ^ _shifted(z, 30)) * (0xBF58476D1CE4E5B9 - 2**64)
     z = (z ^ _shifted(z, 27)) * (0x94D049BB133111EB - 2**64)
     return z ^ _shifted(z, 31)
 
 
 def _shifted(z: Int[Tensor, "*shape"], n_bits: int) -> Int[Tensor, "*shape"]:
-    """A logical shift to the right; torch's own copies the sign."""
+    """Shift logically to the right; torch's own copies the sign."""
     return (z >> n_bits) & ((1 << (64 - n_bits)) - 1)

@@ -62,7 +62,7 @@ class FrozenDictionary(nn.Module):
         return next(t.dtype for t in self.state_dict().values() if t.is_floating_point())
 
     def begin(self, ids: Int[Tensor, "rows seq"], attention_mask: Tensor | None) -> None:
-        """Called before a forward pass of the model with its ids, for dictionaries that read more than x."""
+        """Take the ids before a forward pass of the model, for dictionaries that read more than x."""
 
     def encode(self, x: Float[Tensor, "tokens d_model"]) -> Float[Tensor, "tokens dict_size"]:
         raise NotImplementedError
@@ -73,16 +73,16 @@ class FrozenDictionary(nn.Module):
     def reconstruct(
         self, x: Float[Tensor, "tokens d_model"]
     ) -> tuple[Float[Tensor, "tokens dict_size"], Float[Tensor, "tokens d_model"]]:
-        """Latents and what stands in place of x: decode(encode(x)), but for controls that need x itself."""
+        """Return the latents and what stands in place of x: decode(encode(x)), but for controls that need x itself."""
         latents = self.encode(x)
         return latents, self.decode(latents)
 
     def forward(self, x: Float[Tensor, "tokens d_model"]) -> Float[Tensor, "tokens d_model"]:
-        """What stands in place of x."""
+        """Return what stands in place of x."""
         return self.reconstruct(x)[1]
 
     def content_hash(self) -> str:
-        """sha256 over layout, settings, side and every tensor; equal for equal content under any path.
+        """Return sha256 over layout, settings, side and every tensor; equal for equal content under any path.
 
         The hook point is not part of it: the same weights at another place are the same dictionary, misplaced, and the
         sidecar records both.
@@ -95,9 +95,16 @@ class FrozenDictionary(nn.Module):
         return digest.hexdigest()
 
     def identity(self) -> dict[str, Any]:
-        """What a sidecar records of it."""
-        kept = {key: value for key, value in asdict(self.info).items() if key not in ("model_names", "model_hashes")}
-        return {"hash": self.content_hash(), "dtype": str(self.dtype).removeprefix("torch."), **kept, "control": None}
+        """Return what a sidecar records of it."""
+        described = {
+            key: value for key, value in asdict(self.info).items() if key not in ("model_names", "model_hashes")
+        }
+        return {
+            "hash": self.content_hash(),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            **described,
+            "control": None,
+        }
 
 
 class JumpReLU(FrozenDictionary):
@@ -134,12 +141,12 @@ class SaeLens(FrozenDictionary):
         self.sae: Any = sae.requires_grad_(False).eval()
 
     def encode(self, x: Float[Tensor, "tokens d_model"]) -> Float[Tensor, "tokens dict_size"]:
-        found: Tensor = self.sae.encode(x)
-        return found
+        latents: Tensor = self.sae.encode(x)
+        return latents
 
     def decode(self, latents: Float[Tensor, "tokens dict_size"]) -> Float[Tensor, "tokens d_model"]:
-        found: Tensor = self.sae.decode(latents)
-        return found
+        x_hat: Tensor = self.sae.decode(latents)
+        return x_hat
 
 
 class CrosscoderSide(FrozenDictionary):
@@ -179,8 +186,8 @@ class PairSide(CrosscoderSide):
             raise InputError(
                 "the other model of the crosscoder keeps no key-value cache. Generate with use_cache=False."
             )
-        found = hooks.run_to(self.others[0], [self.hook_point], ids, attention_mask)[self.hook_point]
-        self.beside = found.clone().flatten(0, 1).to(self.dtype)  # a clone is no inference tensor
+        activation = hooks.run_to(self.others[0], [self.hook_point], ids, attention_mask)[self.hook_point]
+        self.beside = activation.clone().flatten(0, 1).to(self.dtype)  # a clone is no inference tensor
 
     def encode(self, x: Float[Tensor, "tokens d_model"]) -> Float[Tensor, "tokens dict_size"]:
         assert self.beside is not None and self.beside.shape == x.shape

@@ -34,7 +34,7 @@ class Shapes(NamedTuple):
 
 
 def read_shapes(path: Path) -> Shapes:
-    """Sizes of the dictionary in the archive, from the headers of its arrays.
+    """Return the sizes of the dictionary in the archive, from the headers of its arrays.
 
     Raises:
         InputError: no such file, a git-lfs pointer, or arrays of other names, types or shapes than Gemma Scope's.
@@ -45,33 +45,33 @@ def read_shapes(path: Path) -> Shapes:
             raise CorruptData(
                 f"{path} holds {len(archive.infolist()):,} files; Gemma Scope's hold {len(NAMES)} arrays."
             )
-        found = {_canonical(info.filename): _header(archive, info, path) for info in archive.infolist()}
+        headers = {_canonical(info.filename): _header(archive, info, path) for info in archive.infolist()}
         inflated = sum(info.file_size for info in archive.infolist())
-    missing = [name for name in NAMES if name not in found]
+    missing = [name for name in NAMES if name not in headers]
     if missing:
         raise InputError(
-            f"{path} has no array {missing[0]!r}; it holds {', '.join(sorted(found)[:6]) or 'nothing'}. Expected Gemma "
-            f"Scope's {', '.join(NAMES)}."
+            f"{path} has no array {missing[0]!r}; it holds {', '.join(sorted(headers)[:6]) or 'nothing'}. Expected "
+            f"Gemma Scope's {', '.join(NAMES)}."
         )
     if inflated > _FREE_BYTES and inflated > MAX_RATIO * path.stat().st_size:
         raise CorruptData(
             f"{path} would inflate from {files.size_text(path.stat().st_size)} to {files.size_text(inflated)}, which "
             "no trained weights do. Download it again from its publisher."
         )
-    (dict_size,), (d_model,) = _vector(found, "b_enc", path), _vector(found, "b_dec", path)
+    (dict_size,), (d_model,) = _vector(headers, "b_enc", path), _vector(headers, "b_dec", path)
     expected = {"W_enc": (d_model, dict_size), "W_dec": (dict_size, d_model), "threshold": (dict_size,)}
     for name, shape in expected.items():
-        if found[name][0] != shape:
-            transposed = " It is transposed." if found[name][0] == shape[::-1] and len(shape) == 2 else ""
+        if headers[name][0] != shape:
+            transposed = " It is transposed." if headers[name][0] == shape[::-1] and len(shape) == 2 else ""
             raise InputError(
-                f"{path}: {name!r} has shape {found[name][0]}, expected {shape} from its biases.{transposed} Use the "
+                f"{path}: {name!r} has shape {headers[name][0]}, expected {shape} from its biases.{transposed} Use the "
                 "file as published."
             )
-    return Shapes(d_model, dict_size, str(found["W_enc"][1]))
+    return Shapes(d_model, dict_size, str(headers["W_enc"][1]))
 
 
 def read_arrays(path: Path) -> dict[str, Tensor]:
-    """The five tensors in float32. Call `read_shapes` first.
+    """Return the five tensors in float32. Call `read_shapes` first.
 
     Raises:
         CorruptData: bytes that do not inflate to what was declared, or are not finite.
@@ -102,7 +102,7 @@ def _archive(path: Path) -> zipfile.ZipFile:
 
 
 def _canonical(filename: str) -> str:
-    """Published files say W_enc or w_enc."""
+    """Return a name in its one spelling: published files say W_enc or w_enc."""
     name = filename.removesuffix(".npy")
     return f"W_{name[2:]}" if name.startswith("w_") else name
 
@@ -124,15 +124,15 @@ def _header(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> tupl
 
 
 def _npy_header(file: Any) -> tuple[tuple[int, ...], np.dtype, int]:
-    """Shape, type, and bytes of the whole member by its own header."""
+    """Return the shape, type and bytes of the whole member by its own header."""
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, _, dtype = read(file)
     return shape, dtype, file.tell() + math.prod(shape) * dtype.itemsize
 
 
-def _vector(found: dict[str, tuple[tuple[int, ...], np.dtype]], name: str, path: Path) -> tuple[int]:
-    shape = found[name][0]
+def _vector(headers: dict[str, tuple[tuple[int, ...], np.dtype]], name: str, path: Path) -> tuple[int]:
+    shape = headers[name][0]
     if len(shape) != 1:
         raise InputError(f"{path}: {name!r} has shape {shape}, expected one axis. Use the file as published.")
     return (shape[0],)

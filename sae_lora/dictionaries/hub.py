@@ -28,7 +28,7 @@ class Converted(NamedTuple):
 
 
 def fetch(name: str) -> Path | Converted:
-    """The folder of a published dictionary, its files downloaded or in the hub's cache; or who converts it.
+    """Return the folder of a published dictionary, its files downloaded or in the hub's cache; or say who converts it.
 
     Raises:
         InputError: it can only be a path, and nothing is there; an unknown release or id; it cannot be fetched.
@@ -58,32 +58,32 @@ def fetch(name: str) -> Path | Converted:
     return Converted(release, sae_id, scale)
 
 
-def config_of(found: Converted) -> dict[str, Any]:
-    """The settings that SAELens gives it, without weights.
+def config_of(converted: Converted) -> dict[str, Any]:
+    """Return the settings that SAELens gives a published dictionary, without weights.
 
     Raises:
         InputError: it cannot be fetched.
     """
     from sae_lens.loading.pretrained_sae_loaders import load_sae_config_from_huggingface
 
-    with _one_line("/".join(found[:2])):
-        return load_sae_config_from_huggingface(found.release, found.sae_id)
+    with _one_line("/".join(converted[:2])):
+        return load_sae_config_from_huggingface(converted.release, converted.sae_id)
 
 
-def sae_of(found: Converted) -> Any:
-    """The SAE, in float32, its activation scale folded into the weights.
+def sae_of(converted: Converted) -> Any:
+    """Return the SAE, in float32, its activation scale folded into the weights.
 
     Raises:
         InputError: it cannot be fetched.
     """
     from sae_lens import SAE
 
-    with _one_line("/".join(found[:2])):
-        return SAE.from_pretrained(found.release, found.sae_id)
+    with _one_line("/".join(converted[:2])):
+        return SAE.from_pretrained(converted.release, converted.sae_id)
 
 
 def _folder(name: str, releases: list[str]) -> Path:
-    """A folder of a repository that is in no list of SAELens."""
+    """Return a folder of a repository that is in no list of SAELens."""
     owner, _, rest = name.partition("/")
     repository, _, folder = rest.partition("/")
     if not folder:
@@ -107,8 +107,8 @@ def _files(name: str, repo_id: str, folder: str, files: tuple[str, ...]) -> Path
     import huggingface_hub
 
     with _one_line(name):
-        found = [Path(huggingface_hub.hf_hub_download(repo_id, f"{folder}/{file}")) for file in files]
-    return found[0].parent
+        paths = [Path(huggingface_hub.hf_hub_download(repo_id, f"{folder}/{file}")) for file in files]
+    return paths[0].parent
 
 
 @contextmanager

@@ -35,7 +35,7 @@ _SAE_LENS_CHANGES_NOTHING = ("device", "dtype", "metadata", "architecture")
 def load_dictionary(
     path: str | Path, *, hook_point: str | None = None, side: Side | None = None, d_model: int | None = None
 ) -> FrozenDictionary:
-    """A frozen dictionary from a local folder or file, or from the hub as RELEASE/ID (`hub`).
+    """Load a frozen dictionary from a local folder or file, or from the hub as RELEASE/ID (`hub`).
 
     hook_point: where it belongs, for files that do not say it; a file that says another one is refused. side: of a
     crosscoder of two models. d_model: width of the model, checked before the weights are read.
@@ -54,7 +54,7 @@ def load_dictionary(
 
 
 def inspect_dictionary(path: str | Path, *, hook_point: str | None = None, side: Side | None = None) -> DictionaryInfo:
-    """Everything that can be known without reading weights.
+    """Read everything that can be known without reading weights.
 
     Raises:
         InputError: nothing there, nor on the hub; an unknown layout, architecture or normalisation, shapes that do not
@@ -63,13 +63,13 @@ def inspect_dictionary(path: str | Path, *, hook_point: str | None = None, side:
     """
     given = Path(path)
     if not given.exists():
-        found = hub.fetch(str(path))
-        if isinstance(found, hub.Converted):
+        published = hub.fetch(str(path))
+        if isinstance(published, hub.Converted):
             _require_no_side(side, path)
-            config = hub.config_of(found)
-            allowed = NORMALISATIONS if found.scale is None else (*NORMALISATIONS, "expected_average_only_in")
+            config = hub.config_of(published)
+            allowed = NORMALISATIONS if published.scale is None else (*NORMALISATIONS, "expected_average_only_in")
             return _sae_lens_info(config, str(path), hook_point, allowed)
-        return replace(inspect_dictionary(found, hook_point=hook_point, side=side), path=str(path))
+        return replace(inspect_dictionary(published, hook_point=hook_point, side=side), path=str(path))
     layout = _layout(given)
     if layout != "crosscoder":
         _require_no_side(side, path)
@@ -83,7 +83,7 @@ def inspect_dictionary(path: str | Path, *, hook_point: str | None = None, side:
 
 
 def reads_two_models(path: str | Path) -> bool:
-    """Whether it is a local crosscoder of two models, which has sides."""
+    """Say whether it is a local crosscoder of two models, which has sides."""
     given = Path(path)
     return given.exists() and _layout(given) == "crosscoder" and _crosscoder_shape(given)[0].get("n_models") == 2
 
@@ -97,7 +97,7 @@ def _layout(given: Path) -> Literal["gemma-scope", "sae-lens", "crosscoder"]:
 
 
 def read_dictionary(info: DictionaryInfo, other: nn.Module | None = None) -> FrozenDictionary:
-    """The weights of an inspected dictionary; `other`: the crosscoder's other model, see `PairSide`."""
+    """Read the weights of an inspected dictionary; `other`: the crosscoder's other model, see `PairSide`."""
     path = Path(info.path)
     fetched = path if path.exists() else hub.fetch(info.path)
     if info.layout == "sae-lens":
@@ -107,9 +107,9 @@ def read_dictionary(info: DictionaryInfo, other: nn.Module | None = None) -> Fro
         archive = fetched / "params.npz" if fetched.is_dir() else fetched
         return JumpReLU(info, gemma_scope.read_arrays(archive)).requires_grad_(False)
     crosscoder = load_crosscoder(path)
-    found = (crosscoder.b_dec.shape[1], crosscoder.config.dict_size)
-    if found != (info.d_model, info.dict_size):
-        raise CorruptData(f"{path} has (d_model, dict_size) {found}, its config says {(info.d_model, info.dict_size)}.")
+    sizes = (crosscoder.b_dec.shape[1], crosscoder.config.dict_size)
+    if sizes != (info.d_model, info.dict_size):
+        raise CorruptData(f"{path} has (d_model, dict_size) {sizes}, its config says {(info.d_model, info.dict_size)}.")
     return CrosscoderSide(info, crosscoder) if other is None else PairSide(info, crosscoder, other)
 
 
@@ -118,15 +118,15 @@ def _require_no_side(side: Side | None, path: str | Path) -> None:
         raise InputError(f"side {side!r} is for crosscoders of two models; {str(path)!r} is an SAE. Leave it out.")
 
 
-def _chosen_hook_point(found: str | None, given: str | None, path: str | Path) -> str:
-    if found is None and given is None:
+def _chosen_hook_point(recorded: str | None, given: str | None, path: str | Path) -> str:
+    if recorded is None and given is None:
         raise InputError(
             f"{str(path)!r} does not say its hook point. Give it: --hook-point blocks.12.hook_resid_post, or as the "
             "files say where they come from."
         )
-    if found is not None and given is not None and found != given:
-        raise InputError(f"{str(path)!r} belongs to hook_point {found!r}, not {given!r}. Leave out the hook point.")
-    return str(found or given)
+    if recorded is not None and given is not None and recorded != given:
+        raise InputError(f"{str(path)!r} belongs to hook_point {recorded!r}, not {given!r}. Leave out the hook point.")
+    return str(recorded or given)
 
 
 # ---------------------------------------------------------------------------------------------------- Gemma Scope
@@ -217,23 +217,23 @@ def _require_shapes(folder: Path, d_in: int, d_sae: int) -> None:
     files.refuse_lfs_pointer(path)
     try:
         with safe_open(path, "pt") as file:
-            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise CorruptData(f"{path} is not a safetensors file ({error}). Download or make it again.") from None
     for name, shape in (("W_enc", (d_in, d_sae)), ("W_dec", (d_sae, d_in)), ("b_dec", (d_in,))):
-        if found.get(name) != shape:
-            transposed = " It is transposed." if len(shape) == 2 and found.get(name) == shape[::-1] else ""
+        if shapes.get(name) != shape:
+            transposed = " It is transposed." if len(shape) == 2 and shapes.get(name) == shape[::-1] else ""
             raise InputError(
-                f"{path}: {name!r} has shape {found.get(name)}, expected {shape} from its cfg.json.{transposed} Use "
+                f"{path}: {name!r} has shape {shapes.get(name)}, expected {shape} from its cfg.json.{transposed} Use "
                 "the files as published."
             )
 
 
-def _read_sae_lens(info: DictionaryInfo, found: Path | hub.Converted) -> FrozenDictionary:
+def _read_sae_lens(info: DictionaryInfo, source: Path | hub.Converted) -> FrozenDictionary:
     from sae_lens import SAE
 
     try:
-        sae = hub.sae_of(found) if isinstance(found, hub.Converted) else SAE.load_from_disk(found, device="cpu")
+        sae = hub.sae_of(source) if isinstance(source, hub.Converted) else SAE.load_from_disk(source, device="cpu")
     except InputError:
         raise
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -247,7 +247,7 @@ def _read_sae_lens(info: DictionaryInfo, found: Path | hub.Converted) -> FrozenD
 
 
 def _crosscoder_shape(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Its settings, and the record of the activations that it was trained on."""
+    """Return the settings of a crosscoder, and the record of the activations that it was trained on."""
     config_path = path / "config.json"
     config = files.read_object(config_path) if config_path.is_file() else {}
     if config.get("format") == "model-diffing/crosscoder":

@@ -19,15 +19,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from crosscoders.common.results import row
-from crosscoders.common.statistics import wilson
+from crosscoders.common.statistics import bootstrap_interval, resample, wilson
 from crosscoders.models import predictions
 from crosscoders.models.resume import ToLogits, final_states, head_alone
 from crosscoders.text.padding import Batch
 from sae_lora.dictionaries.frozen import FrozenDictionary
-from sae_lora.evaluation.cells import RESAMPLES
 from sae_lora.fitting.correctors import Fitted
 from sae_lora.lora.adapter import lora_off
-from sae_lora.splicing import splice
+from sae_lora.splicing import kept_positions, splice
 
 MIN_TOKENS = 10
 """Latents that fire on fewer tokens have no rate worth comparing, and are not ablated."""
@@ -158,7 +157,7 @@ def _firing(
 
     with lora_off(fitted.model), splice(fitted.model, dictionaries, keep_ids=keep_ids, observe=keep):
         final_states(fitted.model, batch)
-    kept = torch.isin(batch.ids, torch.tensor(list(keep_ids), device=batch.ids.device)) | (batch.attention_mask == 0)
+    kept = kept_positions(batch.ids, batch.attention_mask, keep_ids)
     row_of = torch.arange(len(kept), device=kept.device)[:, None].expand_as(kept)[~kept]
     counts = torch.zeros(len(kept), len(chosen), dtype=torch.int64, device=kept.device)
     return counts.index_add(0, row_of, found[0].long()).cpu()
@@ -186,11 +185,11 @@ def rate_rows(
     found = []
     alive = counts[:, counts.max(axis=0) > 0]
     if alive.shape[1] > 1 and alive.std(axis=1).all():
-        drawn = _drawn(alive.shape[1], seed)
-        values = [float(np.corrcoef(alive[:, i])[0, 1]) for i in drawn[1:] if alive[:, i].std(axis=1).all()]
-        low, high = np.percentile(values, [2.5, 97.5]).tolist()
-        value = float(np.corrcoef(alive)[0, 1])
-        found.append(row(f"eval.rates.{hook_point}.correlation", value, "correlation", alive.shape[1], low, high))
+        values = _correlations(alive, resample(alive.shape[1], seed))
+        limits = bootstrap_interval(values)
+        found.append(
+            row(f"eval.rates.{hook_point}.correlation", float(values[0]), "correlation", alive.shape[1], *limits)
+        )
     often = counts[:, counts.max(axis=0) >= MIN_TOKENS]
     if often.shape[1]:
         n_changed = int((often.max(axis=0) > 2 * often.min(axis=0)).sum())
@@ -200,6 +199,17 @@ def rate_rows(
     return found
 
 
+def _correlations(
+    pair: Float[np.ndarray, "2 n"], weights: Float[np.ndarray, "resamples n"]
+) -> Float[np.ndarray, " varying"]:
+    """Correlation of two counts under each row of weights; rows without variance are left out."""
+    x, y = pair - pair.mean(axis=1, keepdims=True)
+    mean_x, mean_y, xx, yy, xy = (weights @ np.stack([x, y, x * x, y * y, x * y], axis=1)).T / len(x)
+    var_x, var_y, covariance = xx - mean_x**2, yy - mean_y**2, xy - mean_x * mean_y
+    varies = (var_x > 1e-12 * xx) & (var_y > 1e-12 * yy)  # equal values leave rounding of their square
+    return np.clip(covariance[varies] / np.sqrt(var_x[varies] * var_y[varies]), -1, 1)
+
+
 def effect_rows(hook_point: str, found: Effects, seed: int = 0) -> list[dict[str, Any]]:
     """Rows eval.effects.<hook point>.{before,after,ratio,halved} and .random.{before,after,ratio}; means over latents
     of nats per firing token, ratios of those means, 95% bootstrap intervals over latents."""
@@ -207,24 +217,18 @@ def effect_rows(hook_point: str, found: Effects, seed: int = 0) -> list[dict[str
     n = int(able.sum())
     if not n:
         return []
-    drawn = _drawn(n, seed)
+    weights = resample(n, seed) / n
     rows = []
     for kind, name in enumerate(PERTURBATIONS):
         place = f"eval.effects.{hook_point}." + ("" if name == "latent" else f"{name}.")
         each = found.kl[kind][:, able] / found.n_firing[able]
-        before, after = (values[drawn].mean(axis=1) for values in each)
+        before, after = (weights @ values for values in each)
         columns = [("before", before, "nats/firing"), ("after", after, "nats/firing")]
         if (before > 0).all():
             columns.append(("ratio", after / before, "ratio"))
         for key, values, unit in columns:
-            low, high = np.percentile(values[1:], [2.5, 97.5]).tolist()
-            rows.append(row(place + key, float(values[0]), unit, n, low, high))
+            rows.append(row(place + key, float(values[0]), unit, n, *bootstrap_interval(values)))
         if name == "latent":
             n_halved = int((each[1] < each[0] / 2).sum())
             rows.append(row(place + "halved", n_halved / n, "fraction", n, *wilson(n_halved, n)))
     return rows
-
-
-def _drawn(n: int, seed: int) -> Int[np.ndarray, "resamples n"]:
-    """Indices of the latents themselves, then of each resample."""
-    return np.concatenate([np.arange(n)[None], np.random.default_rng(seed).integers(n, size=(RESAMPLES, n))])

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from crosscoders.common.errors import InputError
 from crosscoders.common.results import row
+from crosscoders.common.statistics import bootstrap_interval, resample
 from crosscoders.dictionary import metrics
 from crosscoders.models import predictions
 from crosscoders.models.resume import ToLogits, final_states, head_alone, require_head
@@ -29,7 +30,6 @@ from sae_lora.splicing import splice
 CELLS = ("plain", "spliced", "adapted", "adapted_spliced", "zero_ablated", "mean_ablated")
 """Adapter and dictionary off; dictionary on; adapter on; both on; the adapter off and a constant in place of x."""
 QUANTITIES = ("ce", "kl", "top1")
-RESAMPLES = 2000
 UNITS = {"ce": "nats/token", "kl": "nats/token", "top1": "fraction"}
 
 
@@ -180,7 +180,7 @@ class Means:
         self.ce, self.kl, self.top1 = (dict(zip(CELLS, part, strict=True)) for part in means)
 
     def entry(self, name: str, values: Float[np.ndarray, " resamples"], unit: str) -> dict[str, Any]:
-        low, high = np.percentile(values[1:], [2.5, 97.5]).tolist() if self.has_interval else (None, None)
+        low, high = bootstrap_interval(values) if self.has_interval else (None, None)
         return row(name, float(values[0]), unit, self.n, low, high)
 
     def gap(self, cell: str) -> Float[np.ndarray, " resamples"]:
@@ -204,12 +204,6 @@ class Means:
                 for cell in ("spliced", "adapted_spliced"):
                     found[f"loss_recovered.{kind}.{cell}"] = (whole - self.gap(cell)) / whole
         return found
-
-
-def resample(n_sequences: int, seed: int) -> Float[np.ndarray, "resamples sequences"]:
-    """How often each sequence counts: once in row 0, then as drawn."""
-    drawn = np.random.default_rng(seed).multinomial(n_sequences, np.full(n_sequences, 1 / n_sequences), size=RESAMPLES)
-    return np.concatenate([np.ones((1, n_sequences)), drawn])
 
 
 def rows(measured: Measured, seed: int = 0) -> list[dict[str, Any]]:

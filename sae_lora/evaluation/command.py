@@ -138,10 +138,10 @@ def _plan(settings: EvalSettings | CompareSettings, sidecar: dict[str, Any]) -> 
 
 
 def _load(
-    settings: TextConfig, plan: Plan, sidecar: dict[str, Any], device: torch.device
+    settings: EvalSettings | CompareSettings, plan: Plan, sidecar: dict[str, Any], device: torch.device
 ) -> tuple[Fitted, list[FrozenDictionary]]:
     """The fit on its model, and the dictionaries or controls that it started from."""
-    memory.require([eval_need(settings, plan, device)], MEND)
+    memory.require([eval_need(settings, plan, device)], MEND, force=settings.force)
     dictionaries = as_fitted(load_dictionaries(plan, settings, device), sidecar)
     return load_corrector(load_model(plan, settings, device), sidecar["folder"], dictionaries), dictionaries
 

@@ -24,6 +24,8 @@ class EvalSettings(TextConfig):
     """Latents to ablate before and after, of each dictionary; 0: none."""
     out: str | None = None
     """JSON file for the results."""
+    force: bool = False
+    """Go on where the estimate of memory is above what the machine has."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -46,3 +48,5 @@ class CompareSettings(TextConfig):
     """Other model of a crosscoder, for the same reason."""
     out: str | None = None
     """JSON file for the results."""
+    force: bool = False
+    """Go on where the estimate of memory is above what the machine has."""

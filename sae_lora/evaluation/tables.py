@@ -3,7 +3,8 @@
 from typing import Any
 
 from crosscoders.common.results import row
-from sae_lora.evaluation.cells import CELLS, Means, Measured, resample
+from crosscoders.common.statistics import resample
+from sae_lora.evaluation.cells import CELLS, Means, Measured
 
 
 def summary(found: list[dict[str, Any]]) -> str:

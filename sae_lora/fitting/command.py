@@ -2,12 +2,11 @@
 
 import shlex
 import time
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from crosscoders.common import files
-from crosscoders.common.checks import to_dict
+from crosscoders.common.checks import config_of, to_dict
 from crosscoders.common.progress import say
 from crosscoders.common.results import closing, result, row
 from sae_lora.fitting.loop import fit
@@ -15,10 +14,10 @@ from sae_lora.fitting.settings import FitConfig, FitSettings
 
 
 def fit_command(settings: FitSettings) -> dict[str, Any]:
-    """`sae-lora fit`"""
+    """Run `sae-lora fit`."""
     started = time.perf_counter()
-    config = FitConfig(**{field.name: getattr(settings, field.name) for field in fields(FitConfig)})
-    folder = fit(config, settings.out)
+    config = config_of(FitConfig, settings)
+    folder = fit(config, settings.out, force=settings.force)
     closing(started, f"adapter in {folder}")
     say(f"next: sae-lora eval {shlex.quote(settings.out)} --data HELD_OUT")
     n_tokens = files.read_object(Path(settings.out) / "run.json", "inputs")["inputs"]["tokens"]["n"]

@@ -99,7 +99,7 @@ class Affine(Corrected):
 
 
 def trainable_copy(dictionary: FrozenDictionary) -> FrozenDictionary:
-    """A copy whose weights train, all but thresholds, through which no gradient goes.
+    """Return a copy whose weights train, all but thresholds, through which no gradient goes.
 
     Raises:
         InputError: weights in less than float32, which small steps would not move.
@@ -110,10 +110,10 @@ def trainable_copy(dictionary: FrozenDictionary) -> FrozenDictionary:
             "Convert it, or choose another corrector."
         )
     shared = {id(model): model for model in getattr(dictionary, "others", [])}  # the pair's other model stays one
-    made = copy.deepcopy(dictionary, shared)
-    for name, weight in made.named_parameters():
+    copied = copy.deepcopy(dictionary, shared)
+    for name, weight in copied.named_parameters():
         weight.requires_grad_("threshold" not in name)
-    return made
+    return copied
 
 
 _MAKERS = {"mean-scale": MeanScale, "affine": Affine, "sae": trainable_copy}
@@ -121,11 +121,11 @@ _MAKERS = {"mean-scale": MeanScale, "affine": Affine, "sae": trainable_copy}
 
 def _correct(model: Any, dictionaries: Sequence[FrozenDictionary], corrector: CorrectorKind) -> Fitted:
     corrected = [_MAKERS[corrector](dictionary) for dictionary in dictionaries]
-    return Fitted(model, corrected, [w for made in corrected for w in made.parameters() if w.requires_grad])
+    return Fitted(model, corrected, [w for each in corrected for w in each.parameters() if w.requires_grad])
 
 
 def start(config: FitConfig, model: nn.Module, dictionaries: Sequence[FrozenDictionary], layers: list[int]) -> Fitted:
-    """The corrector of a config, before its first step. `layers`: those that get LoRA."""
+    """Make the corrector of a config, before its first step. `layers`: those that get LoRA."""
     if config.corrector != "lora":
         return _correct(model, dictionaries, config.corrector)
     adapted = adapter.add_lora(
@@ -150,7 +150,7 @@ def save(
 
 
 def load_corrector(model: nn.Module, folder: str | Path, dictionaries: Sequence[FrozenDictionary]) -> Fitted:
-    """What `sae-lora fit` saved, on a model and the dictionaries that it was fitted around, from the lowest on.
+    """Load what `sae-lora fit` saved, on a model and the dictionaries that it was fitted around, from the lowest on.
 
     Raises:
         InputError: as `sidecar.read_sidecar` and `sidecar.require_same_dictionaries`.
@@ -163,11 +163,11 @@ def load_corrector(model: nn.Module, folder: str | Path, dictionaries: Sequence[
     sidecar.require_same_dictionaries(described, dictionaries)
     fitted = _correct(model, dictionaries, described["corrector"])
     path = Path(described["folder"]) / sidecar.CORRECTOR_WEIGHTS
-    found = files.read_tensors(path, files.Written(**described["weights"]))
+    tensors = files.read_tensors(path, files.Written(**described["weights"]))
     named = dict(_named(fitted.dictionaries))
-    assert found.keys() == named.keys()  # the checksum and the dictionaries' hashes were right
+    assert tensors.keys() == named.keys()  # the checksum and the dictionaries' hashes were right
     for name, weight in named.items():
-        weight.data.copy_(found[name])
+        weight.data.copy_(tensors[name])
         weight.requires_grad_(False)
     return fitted
 

@@ -37,7 +37,7 @@ class Step(NamedTuple):
 
 
 def trainable(sae: Any, hook_point: str) -> SaeLens:
-    """A training SAE of SAELens as a dictionary whose weights take gradients.
+    """Return a training SAE of SAELens as a dictionary whose weights take gradients.
 
     Raises:
         InputError: another architecture than topk, whose sparsity would need a term of its own.
@@ -109,13 +109,13 @@ def auxiliary(
     x_hat: Float[Tensor, "tokens d_model"],
     dead: Bool[Tensor, " dict_size"],
 ) -> Float[Tensor, ""]:
-    """How much of err = x - x_hat, a constant, the d_model / 2 dead latents of largest pre-activation leave."""
+    """Return how much of err = x - x_hat, a constant, the d_model / 2 dead latents of largest pre-activation leave."""
     sae, err = dictionary.sae, (x - x_hat).detach()
     pre = sae.process_sae_in(x) @ sae.W_enc[:, dead] + sae.b_enc[dead]
     if sae.cfg.rescale_acts_by_decoder_norm:
         pre = pre * sae.W_dec[dead].norm(dim=1)
     chosen = pre.topk(min(x.shape[1] // 2, pre.shape[1]), dim=1)
-    kept = torch.zeros_like(pre).scatter(1, chosen.indices, chosen.values.relu())
-    latents = pre.new_zeros(len(x), len(dead)).index_copy(1, dead.nonzero().squeeze(1), kept)
+    largest = torch.zeros_like(pre).scatter(1, chosen.indices, chosen.values.relu())
+    latents = pre.new_zeros(len(x), len(dead)).index_copy(1, dead.nonzero().squeeze(1), largest)
     err_hat = dictionary.decode(latents) - dictionary.decode(torch.zeros_like(latents[:1]))  # without bias
     return auxiliary_loss((err - err_hat).square().sum(dim=1, keepdim=True), err[:, None])

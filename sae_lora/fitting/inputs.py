@@ -9,10 +9,12 @@ from torch import nn
 
 from crosscoders.common import files
 from crosscoders.common.devices import model_dtype
-from crosscoders.common.errors import CorruptData, InputError
-from crosscoders.models import hooks
-from crosscoders.models.names import hash_model, load_auto, quiet_transformers, require_no_lost_path
+from crosscoders.common.errors import InputError
+from crosscoders.models import hooks, loading
+from crosscoders.models.limits import require_readable
+from crosscoders.models.names import hash_model, load_auto, require_no_lost_path
 from crosscoders.models.skeleton import skeleton
+from crosscoders.text.packing import separated
 from crosscoders.text.padding import Batch, padding_id
 from crosscoders.text.tokens import Rows, pad_rows, tokenize_documents
 from sae_lora.dictionaries.frozen import DictionaryInfo, FrozenDictionary, Side, require_fit
@@ -37,13 +39,14 @@ class Plan(NamedTuple):
     """Name and hash of the crosscoder's other model."""
 
     def batches(self, batch_rows: int, device: torch.device, order: Sequence[int] | None = None) -> Iterator[Batch]:
-        """All sequences once, in an order that is a pure function of the plan; or the batches of these numbers."""
+        """Yield all sequences once, in an order that is a pure function of the plan; or the batches of these
+        numbers."""
         batches = self.rows.batches(batch_rows)
         for number in range(len(batches)) if order is None else order:
             yield pad_rows(self.rows, batches[number], self.pad_id).to(device)
 
     def token_hash(self) -> str:
-        """sha256 over the checksums of the token ids and of the borders of sequences."""
+        """Return sha256 over the checksums of the token ids and of the borders of sequences."""
         return files.hash_json([files.checksum(array.tobytes()) for array in (self.rows.ids, self.rows.offsets)])
 
 
@@ -68,7 +71,10 @@ def make_plan(
         CorruptData: a damaged dictionary.
     """
     require_no_lost_path(model)
-    text = load_auto(model, "config").get_text_config()
+    loading.require_whole(model)
+    model_config = load_auto(model, "config")
+    loading.require_loadable(model, model_config)
+    text = model_config.get_text_config()
     infos = [inspect_dictionary(path, hook_point=point, side=side) for path, point in dictionaries]
     model_hash = hash_model(model)
     if fitted_to is not None and fitted_to["hash"] != model_hash:
@@ -91,40 +97,42 @@ def make_plan(
     tokenizer = load_auto(config.tokenizer or model, "tokenizer")
     rows = tokenize_documents(config.data_config(), tokenizer)
     if config.pack:
-        rows = rows.packed(config.n_tokens // config.context_length, config.context_length)
+        rows = separated(rows, tokenizer).packed(config.n_tokens // config.context_length, config.context_length)
+    require_readable(rows, [model], tokenizer)
     infos.sort(key=lambda info: hooks.place(info.hook_point))
     return Plan(
         model, model_hash, modules, text.num_hidden_layers, infos, rows, special_ids(tokenizer),
-        padding_id(tokenizer), beside,
+        padding_id(tokenizer, int(text.vocab_size)), beside,
     )  # fmt: skip
 
 
 def _beside(other: str, infos: list[DictionaryInfo], model_hash: str) -> dict[str, str]:
-    """Name and hash of the other model, after checking that the one dictionary is a side of their crosscoder."""
+    """Return the name and hash of the other model, after checking that the one dictionary is a side of their
+    crosscoder."""
     if len(infos) > 1 or infos[0].side not in ("base", "tuned"):
         raise InputError(
             f"other_model {other!r} is for one crosscoder of two models with side base or tuned. Leave it out."
         )
     require_no_lost_path(other)
-    text, found = load_auto(other, "config").get_text_config(), hash_model(other)
+    text, other_hash = load_auto(other, "config").get_text_config(), hash_model(other)
     known = {"d_model": hooks.width(text, infos[0].hook_point), "n_layers": text.num_hidden_layers}
-    require_fit(infos[0], **known, model_name=other, model_hash=found)
-    if found == model_hash:
+    require_fit(infos[0], **known, model_name=other, model_hash=other_hash)
+    if other_hash == model_hash:
         raise InputError(f"other_model {other!r} is the model itself. Give the other one of the crosscoder's pair.")
-    return {"name": other, "hash": found}
+    return {"name": other, "hash": other_hash}
 
 
 def load_dictionaries(plan: Plan, config: TextConfig, device: torch.device) -> list[FrozenDictionary]:
-    """The dictionaries of a plan, from the lowest on."""
+    """Load the dictionaries of a plan, from the lowest on."""
     other = None
     if plan.other is not None:
         n_layers = hooks.layer_of(plan.infos[0].hook_point) + 1
-        other = _pretrained(plan.other["name"], config, device, num_hidden_layers=n_layers)
+        other = _pretrained(plan.other["name"], config, device, n_layers)
     return [read_dictionary(info, other).to(device) for info in plan.infos]
 
 
 def load_model(plan: Plan, config: TextConfig, device: torch.device) -> nn.Module:
-    """The whole model, frozen and in evaluation mode.
+    """Load the whole model, frozen and in evaluation mode.
 
     Raises:
         InputError, CorruptData: weights that do not load.
@@ -132,17 +140,6 @@ def load_model(plan: Plan, config: TextConfig, device: torch.device) -> nn.Modul
     return _pretrained(plan.model, config, device)
 
 
-def _pretrained(name: str, config: TextConfig, device: torch.device, **limit: int) -> nn.Module:
-    import transformers
-    from safetensors import SafetensorError
-
-    dtype = model_dtype(config.model_dtype, device)
-    try:
-        with quiet_transformers():
-            model: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **limit)
-    except SafetensorError as error:
-        raise CorruptData(f"the weights of {name!r} are damaged ({error}). Copy them again.") from None
-    except (OSError, ValueError, RuntimeError) as error:
-        line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"the weights of {name!r} do not load: {line} Check the folder's files.") from error
+def _pretrained(name: str, config: TextConfig, device: torch.device, n_layers: int | None = None) -> nn.Module:
+    model: nn.Module = loading.load_model(name, model_dtype(config.model_dtype, device), n_layers=n_layers)
     return model.eval().requires_grad_(False).to(device)

@@ -37,8 +37,10 @@ PLACES = ("model", "dictionary", "data", "store_folder")
 """Settings that say where something is, of which the run records hashes."""
 
 
-def fit(config: FitConfig, out: str | Path) -> Path:
+def fit(config: FitConfig, out: str | Path, *, force: bool = False) -> Path:
     """Fit an adapter, or go on with an interrupted run in `out`, and return the adapter's folder.
+
+    force: as in `memory.require`.
 
     Raises:
         InputError: anything that the settings, the dictionaries or the data get wrong; `out` holds another run.
@@ -52,7 +54,7 @@ def fit(config: FitConfig, out: str | Path) -> Path:
     )
     layers = choose_layers(config.layers, plan.infos, plan.n_layers) if config.corrector == "lora" else []
     device = choose_device(config.device)
-    needed = memory.require([fit_need(config, plan, layers, device)], MEND)
+    needed = memory.require([fit_need(config, plan, layers, device)], MEND, force=force)
     with files.exclusive(out), stop_requests() as stop:
         dictionaries = with_control(load_dictionaries(plan, config, device), config.control, config.seed)
         inputs = {
@@ -109,19 +111,19 @@ def fit(config: FitConfig, out: str | Path) -> Path:
 
 
 def batch_order(n_batches: int, epochs: int, seed: int) -> list[int]:
-    """Numbers of the batches of all epochs: the plan's order first, then permutations by seed and epoch."""
+    """Return the numbers of the batches of all epochs: the plan's order first, then permutations by seed and epoch."""
     others = (np.random.default_rng([seed, epoch]).permutation(n_batches).tolist() for epoch in range(1, epochs))
     return list(itertools.chain(range(n_batches), *others))
 
 
 def _what(config: FitConfig, plan: Plan, fitted: correctors.Fitted, layers: list[int]) -> str:
-    """What is fitted, around what, on how much; for people."""
+    """Say what is fitted, around what, on how much; for people."""
     kind = f"rank {config.rank} on layers {layers[0]} to {layers[-1]}" if layers else config.corrector
-    places = ", ".join(info.hook_point for info in plan.infos)
+    points = ", ".join(info.hook_point for info in plan.infos)
     control = "" if config.control == "none" else f", control {config.control}"
     often = f" {config.epochs} times" if config.epochs > 1 else ""
     return (
-        f"fit {kind} of {plan.model} ({fitted.n_weights:,} weights) around {places}{control}: "
+        f"fit {kind} of {plan.model} ({fitted.n_weights:,} weights) around {points}{control}: "
         f"{plan.rows.n_scored:,} tokens in {len(plan.rows.offsets) - 1:,} sequences{often}"
     )
 
@@ -136,7 +138,7 @@ class _Log:
         self.kl, self.n_tokens = self.kl + kl, self.n_tokens + n_tokens
 
     def write(self, step: int, grad_norm: float, lr: float) -> None:
-        """A line in the file and one for people."""
+        """Write a line in the file and one for people."""
         kl, rate = self.kl / self.n_tokens, round(self.n_tokens / (time.perf_counter() - self.since))
         line = {"step": step, "kl": kl, "grad_norm": grad_norm, "lr": lr, "n_tokens": self.n_tokens}
         with self.path.open("a") as file:
@@ -146,7 +148,7 @@ class _Log:
 
 
 def make_optimizer(fitted: correctors.Fitted, config: FitConfig) -> torch.optim.Optimizer:
-    """AdamW; without decay for corrector sae, as the others are at 0 where nothing changes."""
+    """Make AdamW; without decay for corrector sae, as the others are at 0 where nothing changes."""
     decay = 0.0 if config.corrector == "sae" else config.weight_decay
     return torch.optim.AdamW(fitted.weights, lr=config.lr, weight_decay=decay, fused=True)
 
@@ -158,8 +160,8 @@ def common_prefix(
     config: FitConfig,
     device: torch.device,
 ) -> resume.Prefix | None:
-    """The part up to the residual-stream point at or before the lowest dictionary, if all LoRA comes after it and
-    nothing changes by starting there."""
+    """Return the part up to the residual-stream point at or before the lowest dictionary, if all LoRA comes after it
+    and nothing changes by starting there."""
     lowest = hooks.entry_point(fitted.dictionaries[0].hook_point)
     if layers and layers[0] < first_layer_after(lowest):
         return None
@@ -180,7 +182,7 @@ def take_step(
     step: int,
     out: Path,
 ) -> tuple[float, float]:
-    """One optimiser step; the sum of KL and the norm of the gradient before clipping."""
+    """Take one optimiser step; return the sum of KL and the norm of the gradient before clipping."""
     with torch.random.fork_rng():
         torch.manual_seed(config.seed * 1_000_003 + step)  # dropout; resuming draws the same
         total = objective.batch_kl(

@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from crosscoders.common import devices
 from crosscoders.common.memory import PROCESS_BYTES, Need
@@ -14,17 +13,16 @@ from crosscoders.models.hooks import first_layer_after
 from crosscoders.models.skeleton import parameter_count
 from sae_lora.fitting.inputs import Plan
 from sae_lora.fitting.settings import FitConfig, TextConfig
+from sae_lora.lora.targets import find_targets
 
 MEND = "Lower --batch-rows or --context-length, or use a smaller dictionary or another --device."
 
 
 def fit_need(config: FitConfig, plan: Plan, layers: Sequence[int], device: torch.device) -> Need:
     """Weights, dictionaries, what is trained with its gradient and moments, and the largest step."""
-    blocks = hooks.decoder_layers(plan.skeleton)
-    linear = [module for layer in layers for module in blocks[layer].modules() if isinstance(module, nn.Linear)]
     sizes = [(info.d_model, info.dict_size) for info in plan.infos]
     n_trained = {
-        "lora": sum(config.rank * (module.in_features + module.out_features) for module in linear),
+        "lora": find_targets(plan.skeleton, layers).n_weights(config.rank),
         "mean-scale": sum(d + 1 for d, _ in sizes),
         "affine": sum(d * (d + 1) for d, _ in sizes),
         "sae": sum(n * (2 * d + 1) + d for d, n in sizes),
@@ -44,12 +42,13 @@ def fit_need(config: FitConfig, plan: Plan, layers: Sequence[int], device: torch
 
 
 def eval_need(config: TextConfig, plan: Plan, device: torch.device) -> Need:
-    """Weights, dictionaries, and the largest batch; logits exist of one sequence."""
+    """Return the memory for weights, dictionaries, and the largest batch; logits exist of one sequence."""
     return _need(config, plan, device, n_trained=0, n_kept=0, n_logits=config.context_length)
 
 
 def _need(config: TextConfig, plan: Plan, device: torch.device, *, n_trained: int, n_kept: int, n_logits: int) -> Need:
-    """n_kept: layers that keep what the backward pass reads. n_logits: positions that have logits at a time."""
+    """Return the memory of a run. n_kept: layers that keep what the backward pass reads. n_logits: positions that have
+    logits at a time."""
     dtype = devices.model_dtype(config.model_dtype, device)
     config_of: Any = plan.skeleton.config
     text = config_of.get_text_config()
@@ -78,7 +77,7 @@ def _need(config: TextConfig, plan: Plan, device: torch.device, *, n_trained: in
 
 
 def _largest(config: TextConfig, plan: Plan, n_heads: int) -> tuple[int, int]:
-    """Positions of the largest padded batch, and attention scores of one layer on it."""
+    """Return the positions of the largest padded batch, and attention scores of one layer on it."""
     lengths = np.diff(plan.rows.offsets)
     shapes = [(len(numbers), int(lengths[numbers].max())) for numbers in plan.rows.batches(config.batch_rows)]
     rows, width = max(shapes, key=lambda shape: shape[0] * shape[1])

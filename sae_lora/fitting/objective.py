@@ -37,12 +37,12 @@ class _KlTotal(torch.autograd.Function):
             log_p = predictions.log_probs(to_logits(teacher[rows]))
             final = student[rows].detach().requires_grad_(gradient is not None)
             with torch.enable_grad():
-                found = to_logits(final)
-            log_q, p = predictions.log_probs(found.detach()), log_p.exp()
+                logits = to_logits(final)
+            log_q, p = predictions.log_probs(logits.detach()), log_p.exp()
             total += predictions.kl(log_p, log_q, p).sum()
             if gradient is not None:
-                slope = log_q.exp_().sub_(p).to(found.dtype)
-                (gradient[rows],) = torch.autograd.grad(found, final, slope)
+                slope = log_q.exp_().sub_(p).to(logits.dtype)
+                (gradient[rows],) = torch.autograd.grad(logits, final, slope)
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return total
@@ -59,7 +59,7 @@ def kl_total(
     to_logits: ToLogits,
     chunk_tokens: int = 64,
 ) -> Float[Tensor, ""]:
-    """Sum over tokens of KL(p || q), nats; differentiable in the student's final hidden states.
+    """Return the sum over tokens of KL(p || q), nats; differentiable in the student's final hidden states.
 
     p, q: what `to_logits` makes of the final hidden states of teacher and student, for one chunk of tokens at a time.
     """
@@ -69,7 +69,8 @@ def kl_total(
 
 @contextlib.contextmanager
 def lora_dropout(model: nn.Module) -> Iterator[None]:
-    """Dropout of LoRA alone; the model's own stays off, so that teacher and student differ by the splice only."""
+    """Switch on the dropout of LoRA alone; the model's own stays off, so that teacher and student differ by the splice
+    only."""
     modules = [m for name, m in model.named_modules() if "lora_dropout" in name.split(".")]
     try:
         for module in modules:
@@ -90,8 +91,8 @@ class States(NamedTuple):
 
 
 def states(model: Any, dictionary: FrozenDictionary, batch: Batch, keep_ids: Sequence[int]) -> States:
-    """Of the model without adapter, around one dictionary; x_hat at the last point of the residual stream that is at or
-    before its own."""
+    """Compute the states of the model without adapter, around one dictionary; x_hat at the last point of the residual
+    stream that is at or before its own."""
     with torch.no_grad(), lora_off(model):
         final = final_states(model, batch)
         start = hooks.entry_point(dictionary.hook_point)
@@ -111,7 +112,7 @@ def batch_kl(
     stored: States | None = None,
     observe: Observe | None = None,
 ) -> Float[Tensor, ""]:
-    """Sum of KL over the positions of a batch that are not padding, with its graph.
+    """Return the sum of KL over the positions of a batch that are not padding, with its graph.
 
     prefix: what lies below it runs once. stored: what was kept of this batch; the teacher is then its head alone, and
     with a prefix the lowest dictionary and what lies below are not run at all. observe: as in `splice`.
@@ -133,5 +134,5 @@ def batch_kl(
 
 
 def scaled(total: Float[Tensor, ""], batch: Batch, loss: Literal["mean", "sum"]) -> Float[Tensor, ""]:
-    """The loss of a step."""
+    """Return the loss of a step."""
     return total / (batch.attention_mask.sum() if loss == "mean" else len(batch.ids))

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from crosscoders.common.checks import require_positive, require_range
 from crosscoders.common.errors import InputError
-from crosscoders.text.settings import DataConfig, DataSource
+from crosscoders.text.settings import TEMPLATE_DATE, DataConfig, DataSource
 from sae_lora.dictionaries.settings import WITHOUT_LATENTS, ControlKind
 
 CorrectorKind = Literal["lora", "mean-scale", "affine", "sae"]
@@ -22,13 +22,18 @@ class TextConfig:
     context_length: int = 1024
     """Tokens of a sequence; a document is cut there, or goes on in the next sequence with `pack`."""
     pack: bool = False
-    """Join all documents and cut them into n_tokens // context_length full sequences, across their borders."""
+    """Join all documents, with EOS between two where the second has no BOS, and cut them into
+    n_tokens // context_length full sequences, across their borders."""
     batch_rows: int = 8
     """Sequences in one forward pass."""
     tokenizer: str | None = None
     """Model whose tokenizer and chat template read the documents; default: the model's own."""
     chat_template: str | None = None
     """File with a chat template, for chats and a tokenizer without one."""
+    template_date: str = TEMPLATE_DATE
+    """YYYY-MM-DD, which a chat template that writes today's date gets instead, so that the day does not matter."""
+    max_refused: float = 0.1
+    """Largest share of rows that cannot be read; they are left out and counted. 0: the first one ends the run."""
     model_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type in which the model runs; auto: bfloat16 on a GPU, float32 on a CPU."""
     device: str = "auto"
@@ -52,6 +57,8 @@ class TextConfig:
             n_tokens=self.n_tokens,
             context_length=self.n_tokens + 1 if self.pack else self.context_length,
             chat_template=self.chat_template,
+            template_date=self.template_date,
+            max_refused=self.max_refused,
             seed=self.seed,
         )
 
@@ -145,21 +152,21 @@ class FitConfig(TextConfig):
             )
 
     def lr_at(self, step: int, n_steps: int) -> float:
-        """Constant, then a linear fall to 0 over the last lr_decay_fraction of the steps."""
+        """Return the rate of a step: constant, then a linear fall to 0 over the last lr_decay_fraction of the steps."""
         n_decay = int(self.lr_decay_fraction * n_steps)
         return self.lr * min(1.0, (n_steps - step) / n_decay) if n_decay else self.lr
 
     def chosen_chunk(self, device_type: str) -> int:
-        """The setting `chunk_tokens`, or its default on a device."""
+        """Return the setting `chunk_tokens`, or its default on a device."""
         return self.chunk_tokens or (64 if device_type == "cpu" else 512)
 
     def chosen_alpha(self) -> float:
-        """The setting `alpha`, or its default."""
+        """Return the setting `alpha`, or its default."""
         return self.rank / 2 if self.alpha is None else self.alpha
 
 
 def pair_up(dictionary: str | list[str], hook_point: str | list[str] | None) -> list[tuple[str, str | None]]:
-    """Each dictionary with its hook point, where one is given.
+    """Return each dictionary with its hook point, where one is given.
 
     Raises:
         InputError: none, or another number of hook points than of dictionaries.
@@ -200,3 +207,5 @@ class FitSettings(FitConfig):
 
     out: str
     """Run folder; an interrupted run there goes on."""
+    force: bool = False
+    """Go on where the estimate of memory is above what the machine has."""

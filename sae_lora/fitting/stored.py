@@ -49,8 +49,8 @@ class StoredStates:
         with files.exclusive(self.folder):
             if not path.is_file():
                 self._run(model, plan, batch_rows, device)
-                found = [file._asdict() for file in self.files]
-                files.write_json(path, {"format_version": FORMAT_VERSION, **self.described, "files": found})
+                entries = [file._asdict() for file in self.files]
+                files.write_json(path, {"format_version": FORMAT_VERSION, **self.described, "files": entries})
         manifest = files.read_object(path, "files", *self.described)
         self.files = [files.Written(**file) for file in manifest["files"]]
         say(f"states of {len(self.files):,} batches in {self.folder}")
@@ -62,11 +62,11 @@ class StoredStates:
             if path is not None and path.is_file():  # a whole file of a run that was interrupted
                 self.files.append(files.written(path))
             else:
-                found = states(model, self.dictionary, batch, plan.keep_ids)
+                states_of_batch = states(model, self.dictionary, batch, plan.keep_ids)
                 if path is None:
-                    self.held[number] = found
+                    self.held[number] = states_of_batch
                 else:
-                    self.files.append(files.write_tensors(path, found._asdict()))
+                    self.files.append(files.write_tensors(path, states_of_batch._asdict()))
             progress.update(1)
         progress.close()
 
@@ -74,7 +74,7 @@ class StoredStates:
         return None if self.folder is None else self.folder / f"{number:08d}.safetensors"
 
     def read(self, number: int, device: torch.device) -> States:
-        """States of a batch; a file is checked against its checksum each time.
+        """Read the states of a batch; a file is checked against its checksum each time.
 
         Raises:
             CorruptData: it has changed.
@@ -82,14 +82,14 @@ class StoredStates:
         path = self._path(number)
         if path is None:
             return self.held[number]
-        found = files.read_tensors(path, self.files[number])
-        return States(found["x_hat"].to(device), found["final"].to(device))
+        tensors = files.read_tensors(path, self.files[number])
+        return States(tensors["x_hat"].to(device), tensors["final"].to(device))
 
 
 def open_states(
     config: FitConfig, plan: Plan, model: Any, dictionary: FrozenDictionary, device: torch.device
 ) -> StoredStates | None:
-    """What the settings ask to store, filled; None where they ask for nothing.
+    """Open what the settings ask to store, filled; return None where they ask for nothing.
 
     Raises:
         InputError: what was stored is not what the model gives, bit for bit.
@@ -103,13 +103,13 @@ def open_states(
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."), "batch_rows": config.batch_rows,
         "device": device.type,
     }  # fmt: skip
-    found = StoredStates(Path(config.store_folder) if config.store_folder else None, described, dictionary)
-    found.fill(model, plan, config.batch_rows, device)
+    stored = StoredStates(Path(config.store_folder) if config.store_folder else None, described, dictionary)
+    stored.fill(model, plan, config.batch_rows, device)
     first = next(plan.batches(config.batch_rows, device))
     with torch.no_grad(), lora_off(model):
-        if not torch.equal(final_states(model, first), found.read(0, device).final):
+        if not torch.equal(final_states(model, first), stored.read(0, device).final):
             raise InputError(
-                f"{found.folder or 'the store'} holds states that differ in bits from those of {plan.model!r} here, as "
-                "another machine or torch makes them. Use another --store-folder."
+                f"{stored.folder or 'the store'} holds states that differ in bits from those of {plan.model!r} here, "
+                "as another machine or torch makes them. Use another --store-folder."
             )
-    return found
+    return stored

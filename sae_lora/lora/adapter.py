@@ -14,16 +14,17 @@ import torch
 from torch import nn
 
 from crosscoders.common.errors import InputError
-from crosscoders.models import hooks
+from crosscoders.models.adapters import with_adapter
 from crosscoders.models.hooks import first_layer_after
 from crosscoders.models.names import quiet_transformers
 from sae_lora.dictionaries.frozen import DictionaryInfo, FrozenDictionary
 from sae_lora.lora.sidecar import read_sidecar, require_same_dictionaries
+from sae_lora.lora.targets import find_targets
 
 
 @contextlib.contextmanager
 def lora_off(model: Any) -> Iterator[None]:
-    """The model without its LoRA, if it has any.
+    """Run the model without its LoRA, if it has any.
 
     As PEFT's `disable_adapter`, which also reads the state of every weight of the model each time.
     """
@@ -44,7 +45,7 @@ def lora_off(model: Any) -> Iterator[None]:
 
 
 def choose_layers(layers: str | list[int], infos: Sequence[DictionaryInfo], n_layers: int) -> list[int]:
-    """Numbers of the layers that get LoRA.
+    """Return the numbers of the layers that get LoRA.
 
     Raises:
         InputError: no layer after the dictionary, or one that the model does not have.
@@ -68,39 +69,33 @@ def choose_layers(layers: str | list[int], infos: Sequence[DictionaryInfo], n_la
 def add_lora(
     model: nn.Module, layers: Sequence[int], *, rank: int, alpha: float, dropout: float = 0.0, seed: int = 0
 ) -> Any:
-    """The model as a PEFT model with LoRA on every linear map of these layers; it computes what it did, since B = 0.
+    """The model as a PEFT model with LoRA on every linear map of these layers (`targets`); it computes what it did,
+    since B = 0.
 
     Raises:
-        InputError: no linear maps in those layers.
+        InputError: no linear maps in those layers; dropout on experts.
     """
     import peft
 
-    blocks = hooks.decoder_layers(model)
-    wanted = {id(module) for layer in layers for module in blocks[layer].modules() if isinstance(module, nn.Linear)}
-    names = [name for name, module in model.named_modules() if id(module) in wanted]
-    if not names:
+    targets = find_targets(model, layers)
+    if not targets.shapes:
         raise InputError(f"the layers of {type(model).__name__} hold no linear maps that LoRA could adapt.")
-    config = peft.LoraConfig(
-        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=names, bias="none", task_type="CAUSAL_LM"
-    )
+    config = targets.config(rank=rank, alpha=alpha, dropout=dropout)
     with torch.random.fork_rng(), quiet_transformers():
         torch.manual_seed(seed)
         return peft.get_peft_model(model, config).eval()
 
 
 def load_adapter(model: nn.Module, folder: str | Path, dictionaries: Sequence[FrozenDictionary]) -> Any:
-    """The model with a saved adapter, after checking that the dictionaries are those that it was fitted around.
+    """Load a saved adapter onto the model, after checking that the dictionaries are those that it was fitted around.
 
     Raises:
         InputError: as `read_sidecar` and `require_same_dictionaries`; the folder of another corrector.
     """
-    import peft
-
     sidecar = read_sidecar(folder)
     if sidecar["corrector"] != "lora":
         raise InputError(
             f"{sidecar['folder']} is corrector {sidecar['corrector']!r}, no LoRA. Use sae_lora.load_corrector."
         )
     require_same_dictionaries(sidecar, dictionaries)
-    with quiet_transformers():
-        return peft.PeftModel.from_pretrained(model, sidecar["folder"]).eval()
+    return with_adapter(model, sidecar["folder"]).eval()

@@ -21,7 +21,7 @@ CORRECTOR_WEIGHTS = "corrector.safetensors"
 
 
 def weights_file(corrector: str) -> str:
-    """Name of the file with the weights that were trained."""
+    """Return the name of the file with the weights that were trained."""
     return "adapter_model.safetensors" if corrector == "lora" else CORRECTOR_WEIGHTS
 
 
@@ -42,7 +42,7 @@ def write_sidecar(
 
 
 def read_sidecar(folder: str | Path) -> dict[str, Any]:
-    """The sidecar of an adapter folder, or of the `adapter` in a run folder, with `folder` added.
+    """Read the sidecar of an adapter folder, or of the `adapter` in a run folder, with `folder` added.
 
     Raises:
         InputError: no adapter, or one without a sidecar, or of another version.
@@ -58,32 +58,32 @@ def read_sidecar(folder: str | Path) -> dict[str, Any]:
             "whole folder of `sae-lora fit`, or load it with plain PEFT if it is none."
         )
     keys = ("format", "format_version", "model", "tokens", "corrector", "dictionaries", "weights")
-    found = files.read_object(path / SIDECAR, *keys)
-    if (found["format"], found["format_version"]) != (FORMAT, FORMAT_VERSION):
+    sidecar = files.read_object(path / SIDECAR, *keys)
+    if (sidecar["format"], sidecar["format_version"]) != (FORMAT, FORMAT_VERSION):
         raise InputError(
-            f"{path / SIDECAR} has format {found['format']!r} version {found['format_version']}; expected {FORMAT!r} "
-            f"version {FORMAT_VERSION}."
+            f"{path / SIDECAR} has format {sidecar['format']!r} version {sidecar['format_version']}; expected "
+            f"{FORMAT!r} version {FORMAT_VERSION}."
         )
-    weights = path / weights_file(found["corrector"])
-    if not weights.is_file() or files.written(weights)._asdict() != found["weights"]:
+    weights = path / weights_file(sidecar["corrector"])
+    if not weights.is_file() or files.written(weights)._asdict() != sidecar["weights"]:
         raise CorruptData(f"{weights} is not the file that {SIDECAR} describes. Copy or fit it again.")
-    return {**found, "folder": str(path)}
+    return {**sidecar, "folder": str(path)}
 
 
 def require_same_dictionaries(sidecar: dict[str, Any], dictionaries: Sequence[FrozenDictionary]) -> None:
     """Raise InputError unless these are the dictionaries, at the hook points, that the adapter was fitted around."""
-    found = {dictionary.hook_point: dictionary for dictionary in dictionaries}
+    by_point = {dictionary.hook_point: dictionary for dictionary in dictionaries}
     for entry in sidecar["dictionaries"]:
         point = entry["hook_point"]
-        if point not in found:
+        if point not in by_point:
             raise InputError(f"the adapter {sidecar['folder']!r} needs a dictionary at {point!r}; none was given.")
-        content = found.pop(point).content_hash()
+        content = by_point.pop(point).content_hash()
         if content != entry["hash"]:
             raise InputError(
                 f"the dictionary at {point!r} has hash {content[:12]} but the adapter {sidecar['folder']!r} was fitted "
                 f"around {entry['hash'][:12]} ({entry['path']}). Give that one."
             )
-    if found:
+    if by_point:
         raise InputError(
-            f"the adapter {sidecar['folder']!r} knows no dictionary at {next(iter(found))!r}. Leave it out."
+            f"the adapter {sidecar['folder']!r} knows no dictionary at {next(iter(by_point))!r}. Leave it out."
         )

@@ -180,8 +180,8 @@ def test_causal_rows_get_the_published_names() -> None:
 def test_intervals_are_cut_at_zero_except_for_signed_units() -> None:
     values = [0.01, 0.05]
     assert interval(values, upper=None)[0] == 0
-    mean, half = 0.03, 12.706 * math.sqrt(0.0008) / math.sqrt(2)
-    assert interval(values, lower=None, upper=None) == pytest.approx((mean - half, mean + half))
+    mean, half = 0.03, 12.7062 * math.sqrt(0.0008) / math.sqrt(2)
+    assert interval(values, lower=None, upper=None) == pytest.approx((mean - half, mean + half), rel=1e-5)
     summaries: list[summary.Summary] = [{"x": (value, "ratio")} for value in values]
     assert over_seeds("p", summaries, signed=("ratio",))[0]["low"] < 0 == over_seeds("p", summaries)[0]["low"]
 

@@ -12,7 +12,20 @@ import torch
 from torch import Tensor
 
 from benchmarks import __main__ as command
-from benchmarks.throughput import adapters, caching, equality, gpu, growth, memory, peers, reading, scaling, steps
+from benchmarks.throughput import (  # fmt: skip
+    adapters,
+    caching,
+    equality,
+    gpu,
+    growth,
+    loading,
+    memory,
+    ours,
+    peers,
+    reading,
+    scaling,
+    steps,
+)
 from benchmarks.throughput.adapters import Known, Peer
 from benchmarks.throughput.steps import Shape
 from benchmarks.timing import cpu_seconds, median_row, ratio_row
@@ -42,10 +55,10 @@ def require_rows(rows: list[dict[str, Any]], *names: str) -> None:
 def test_rows_of_steps() -> None:
     name = "throughput.step.12x40x30x3"
     tail = ("ratio_to_encode", "speedup_over_dense", "tokens_per_second", "encode.gflop_per_second")
-    require_rows(steps.step_rows(TINY, n_rounds=2), *(f"{name}.{end}" for end in tail))
-    require_rows(steps.step_rows(TINY, dead_share=0.5, n_rounds=2), *(f"{name}.aux.{end}" for end in tail))
+    require_rows(ours.step_rows(TINY, n_rounds=2), *(f"{name}.{end}" for end in tail))
+    require_rows(ours.step_rows(TINY, dead_share=0.5, n_rounds=2), *(f"{name}.aux.{end}" for end in tail))
     ends = ("share_of_dense_roof", "speedup_over_dense", "tokens_per_second")
-    require_rows(steps.relu_rows(TINY, n_rounds=2), *(f"throughput.step.12x40x30.l1.{end}" for end in ends))
+    require_rows(ours.relu_rows(TINY, n_rounds=2), *(f"throughput.step.12x40x30.l1.{end}" for end in ends))
 
 
 def test_rows_of_growth() -> None:
@@ -153,7 +166,7 @@ def test_per_token_rule_takes_k_of_each_token() -> None:
 @pytest.mark.parametrize("name", [name for name, known in adapters.PEERS.items() if known.pip])
 def test_adapters_of_installed_packages_hold_what_they_claim(name: str) -> None:
     try:
-        build = peers.load(name)
+        build = loading.load(name)
     except EnvironmentFault as error:
         pytest.skip(str(error))
     equality.check(name, adapters.PEERS[name], build, peers.CHECK_SHAPE)
@@ -174,7 +187,8 @@ def test_a_peer_that_is_not_there_or_not_equal_is_left_out_with_the_reason(monke
         "missing": KNOWN._replace(package="no_such_package", pip="no-such-package"),
         "wrong": KNOWN._replace(package="json", pip="wrong", build=wrong),
     }
-    monkeypatch.setattr(peers, "PEERS", only)
+    for module in (peers, loading):
+        monkeypatch.setattr(module, "PEERS", only)
     found = peers.rows(quick=True, checkouts={}, installed=True)
     assert found.rows == []
     assert "pip install no-such-package" in found.left_out["missing"] and "selects other" in found.left_out["wrong"]
@@ -220,7 +234,7 @@ def test_importing_a_checkout_leaves_modules_paths_and_torch_as_they_were(tmp_pa
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("import torch\nprint('hello')\ntorch.Tensor.backward = lambda *_: None\n")
     path, backward = list(sys.path), torch.Tensor.backward
-    peers.load("crosscode", tmp_path)
+    loading.load("crosscode", tmp_path)
     assert torch.Tensor.backward is backward
     assert sys.path == path and "crosscode" not in sys.modules
 
@@ -239,9 +253,9 @@ def test_wrong_checkouts_are_refused_in_one_line(tmp_path: Path) -> None:
         (f"crosscode={tmp_path / 'nowhere'}", "is not a folder"),
     ):
         with pytest.raises(InputError, match=message):
-            peers.read_checkouts([given])
+            loading.read_checkouts([given])
     with pytest.raises(InputError, match="no package 'crosscode'"):
-        peers.load("crosscode", tmp_path)
+        loading.load("crosscode", tmp_path)
 
 
 def test_the_command_runs_one_part_and_keeps_it_under_its_own_name(

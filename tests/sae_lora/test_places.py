@@ -162,14 +162,19 @@ def test_too_little_memory_is_one_line_before_weights_load(
     flags += ["--n-tokens", "100", "--rank", "2"]
     assert main([*flags, "--out", str(tmp_path / "run")]) == 0
     capsys.readouterr()
-    monkeypatch.setattr(memory, "free_ram", lambda: 100_000_000)
+    monkeypatch.setattr(memory, "ram_room", lambda: memory.Room(50_000_000, 100_000_000))
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
     evaluate = ["eval", str(tmp_path / "run"), "--data", pair.data, "--n-tokens", "100"]
     for command in ([*flags, "--out", str(tmp_path / "other")], evaluate):
         assert main(command) == 3
         line = capsys.readouterr().err.splitlines()[-1]
-        assert line.startswith("error: this needs about 15") and "are free. Lower --batch-rows" in line
+        assert line.startswith("error: this needs about 15") and "but there are 100.0 MB. Lower --batch-rows" in line
     assert not (tmp_path / "other").exists()
+    monkeypatch.undo()
+    monkeypatch.setattr(memory, "ram_room", lambda: memory.Room(50_000_000, 100_000_000))
+    for command in ([*flags, "--out", str(tmp_path / "other")], evaluate):
+        assert main([*command, "--force"]) == 0
+        assert "warning: this needs about 15" in capsys.readouterr().err
 
 
 def test_a_fit_counts_lora_and_logits_on_paper(pair: Any, tmp_path: Path) -> None:

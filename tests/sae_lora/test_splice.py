@@ -1,17 +1,22 @@
 """Splicing: what runs in place of an activation, at which positions, and that it ran."""
 
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import Pair, make_tokenizer
 from generation import stepwise_and_whole
-from splices import BOS, EOS, IDS, KEPT, MASK, POINT, Shift
+from splices import BOS, EOS, IDS, KEPT, MASK, PAD, POINT, Shift
 from torch import Tensor, nn
 
 from crosscoders import InputError
 from crosscoders.models import hooks
 from sae_lora.dictionaries.frozen import Constant
-from sae_lora.splicing import splice
+from sae_lora.fitting.inputs import make_plan
+from sae_lora.fitting.settings import TextConfig
+from sae_lora.splicing import FIRST_POSITION, kept_positions, special_ids, splice
 
 
 @pytest.fixture(scope="module")
@@ -145,3 +150,47 @@ def test_what_cannot_be_spliced_is_said(model: nn.Module) -> None:
     with pytest.raises(ZeroDivisionError), splice(model, Shift(1, 0)):
         raise ZeroDivisionError
     assert n_hooks(model) == 0
+
+
+def test_the_first_position_is_kept_where_there_is_no_bos(model: nn.Module) -> None:
+    keep_ids = special_ids(SimpleNamespace(bos_token_id=None, eos_token_id=EOS, pad_token_id=PAD))
+    assert keep_ids == [FIRST_POSITION, PAD, EOS]
+    x = after(model)
+    with splice(model, Shift(2.0, 1.0), keep_ids=keep_ids):
+        found = after(model)
+    assert torch.equal(found[KEPT], x[KEPT]) and torch.equal(found[~KEPT], 2 * x[~KEPT] + 1)
+    with splice(model, Shift(2.0, 1.0), keep_ids=[EOS]):
+        assert torch.equal(after(model)[:, 0], 2 * x[:, 0] + 1)
+    assert special_ids(SimpleNamespace(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=None)) == [EOS, BOS]
+
+
+def test_the_first_position_is_found_behind_left_padding_and_in_a_longer_mask() -> None:
+    ids, mask = torch.tensor([[PAD, PAD, 7, 8], [5, 6, 7, 8]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    wanted = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]]).bool()
+    assert torch.equal(kept_positions(ids, mask, [FIRST_POSITION]), wanted)
+    later = kept_positions(ids[:, -1:], torch.ones(2, 9, dtype=torch.int64), [FIRST_POSITION])
+    assert not later.any()  # with a key-value cache the ids are not the first ones
+
+
+def test_generation_without_bos_is_the_same_with_a_key_value_cache(model: nn.Module) -> None:
+    found = []
+    for use_cache in (True, False):
+        with splice(model, Shift(0.5, 0.3), keep_ids=[FIRST_POSITION, EOS]):
+            found.append(
+                model.generate(  # type: ignore[operator]
+                    torch.tensor([[7, 8, 9]]), attention_mask=torch.ones(1, 3, dtype=torch.int64), max_new_tokens=6,
+                    min_new_tokens=6, do_sample=False, use_cache=use_cache,
+                )
+            )  # fmt: skip
+    assert torch.equal(found[0], found[1])
+
+
+def test_a_fit_on_a_tokenizer_without_bos_keeps_the_first_position_and_does_not_score_it(
+    pair: Pair, tmp_path: Path
+) -> None:
+    make_tokenizer(tmp_path / "tokenizer", bos=False)
+    text = TextConfig(data=pair.data, n_tokens=200, context_length=16, tokenizer=str(tmp_path / "tokenizer"))
+    plan = make_plan(text, pair.base, [])
+    assert plan.keep_ids == [FIRST_POSITION, PAD, EOS]
+    for batch in plan.batches(4, torch.device("cpu")):
+        assert not batch.scored[:, 0].any() and torch.equal(batch.scored[:, 1:], batch.attention_mask[:, 1:].bool())

@@ -1,5 +1,6 @@
 """Store and cache: same bytes whatever happens, aligned pairs, every corruption found."""
 
+import errno
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -251,3 +253,40 @@ def test_a_lock_is_free_again_after_its_holder_was_killed(tmp_path: Path) -> Non
     time.sleep(0.05)
     with files.exclusive(tmp_path):
         assert (tmp_path / ".lock").is_file()
+
+
+@pytest.mark.parametrize(
+    "code, line",
+    [
+        (errno.EAGAIN, r"is being written by another process\. Wait for it"),
+        (errno.ENOLCK, r"cannot write to .*: its file system has no locks\. Choose another --out\."),
+        (errno.EIO, r"cannot write to .*: Input/output error\. Choose another --out\."),
+    ],
+)
+def test_a_lock_that_cannot_be_had_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, line: str
+) -> None:
+    def refused(handle: int, kind: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("fcntl.flock", refused)
+    with pytest.raises(EnvironmentFault, match=line), files.exclusive(tmp_path):
+        pass
+
+
+def test_a_folder_that_cannot_be_made_or_written_is_said_to_be_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(EnvironmentFault, match=r"file/x: Not a directory"), files.exclusive(tmp_path / "file" / "x"):
+        pass
+    real = os.open
+
+    def read_only(path: object, *rest: Any, **others: Any) -> int:
+        if str(path).endswith(".lock"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return real(path, *rest, **others)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "open", read_only)
+    with pytest.raises(EnvironmentFault, match=r"cannot write to .*: Permission denied"), files.exclusive(tmp_path):
+        pass

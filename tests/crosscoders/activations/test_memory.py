@@ -1,6 +1,8 @@
 """Memory: counted without loading, refused before anything loads, said in the opening line."""
 
+import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,11 +29,9 @@ def test_parameters_are_counted_as_they_are_loaded(pair: Pair) -> None:
         assert skeleton.parameter_count(pair.base, n_layers) == sum(p.numel() for p in model.parameters())
 
 
-def test_free_memory_is_no_more_than_the_machine_has() -> None:
-    free = memory.free_ram()
-    assert free is not None
-    total = int(Path("/proc/meminfo").read_text().split()[1]) * 1024
-    assert 0 < free <= total
+def test_free_memory_is_no_more_than_there_is_and_that_no_more_than_the_machine_has() -> None:
+    room = memory.ram_room()
+    assert 0 < room.free <= room.total <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_control_groups_limit_what_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,13 +44,11 @@ def test_control_groups_limit_what_is_free(tmp_path: Path, monkeypatch: pytest.M
     proc = tmp_path / "proc"
     (proc / "self").mkdir(parents=True)
     (proc / "self/cgroup").write_text("5:cpu:/\n0::/outer/inner\n")
-    (proc / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable: 8 kB\n")
     monkeypatch.setattr(memory, "Path", lambda first, *rest: Path(f"{tmp_path}{first}", *rest))
-    assert memory.free_ram() == 5000 - 4000 + 700
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=8000, total=9000))
+    assert memory.ram_room() == (5000 - 4000 + 700, 5000)
     (group.parent / "memory.max").write_text("max\n")
-    assert memory.free_ram() == 8 * 1024
-    (proc / "meminfo").unlink()
-    assert memory.free_ram() is None
+    assert memory.ram_room() == (8000, 9000)
 
 
 def test_a_training_run_counts_weights_batch_and_buffer_on_paper() -> None:
@@ -83,23 +81,25 @@ def test_more_hook_points_rows_and_tokens_in_a_shard_need_more(pair: Pair, tmp_p
 def test_too_little_memory_is_one_line_before_anything_loads(
     pair: Pair, cache_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(memory, "free_ram", lambda: 100_000_000)
+    monkeypatch.setattr(memory, "ram_room", lambda: memory.Room(50_000_000, 100_000_000))
     monkeypatch.setattr("crosscoders.activations.source.load_pair", lambda *a, **k: pytest.fail("a model was loaded"))
     argv = ["cache", "--base", pair.base, "--tuned", pair.tuned, "--data", pair.data, "--n-tokens", "600"]
     assert crosscoders_cli.main([*argv, "--hook-point", POINT, "--out", str(tmp_path / "cache")]) == 3
     line = capsys.readouterr().err.splitlines()[-1]
     assert (
-        line.startswith("error: this needs about 15") and "MB of memory, but 100.0 MB are free. Lower --batch" in line
+        line.startswith("error: this needs about 15") and "MB of memory, but there are 100.0 MB. Lower --batch" in line
     )
     assert not (tmp_path / "cache").exists()
     (tmp_path / "live.yaml").write_text(
         f"base: {pair.base}\ntuned: {pair.tuned}\ndata: {pair.data}\nhook_point: {POINT}\nn_tokens: 600\n"
     )
-    train = ["train", "--crosscoder.k", "4", "--batch-size", "64", "--n-tokens", "6400", "--threshold-start-step", "5"]
+    train = ["train", "--crosscoder.k", "4", "--batch-size", "64", "--n-tokens", "6400", "--lr-warmup-steps", "5"]
     train += ["--out", str(tmp_path / "run")]
     for source in (["--cache", str(cache_folder)], ["--live", str(tmp_path / "live.yaml")]):
         assert crosscoders_cli.main([*train, *source]) == 3
-        assert "are free. Lower --crosscoder.dict-size, --batch-size or" in capsys.readouterr().err.splitlines()[-1]
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert "but there are 100.0 MB. Lower --crosscoder.dict-size, --batch-size or" in line
+        assert line.endswith("--force goes on all the same.")
     assert not (tmp_path / "run").exists()
 
 
@@ -107,12 +107,46 @@ def test_a_gpu_that_is_too_small_is_named(monkeypatch: pytest.MonkeyPatch) -> No
     from crosscoders import EnvironmentFault
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2_000_000_000, 8_000_000_000))
-    need = memory.Need(1000, 3_000_000_000, torch.device("cuda:1"))
-    with pytest.raises(EnvironmentFault, match=r"about 3.0 GB of memory on cuda:1, but 2.0 GB are free. Mend"):
+    need = memory.Need(1000, 9_000_000_000, torch.device("cuda:1"))
+    with pytest.raises(EnvironmentFault, match=r"about 9.0 GB of memory on cuda:1, but there are 8.0 GB. Mend"):
         memory.require([need], "Mend.")
     assert "about 1.0 GB of memory on cuda:1 (2.0 GB free)" in memory.require([need._replace(gpu=10**9)], "")
-    with pytest.raises(EnvironmentFault, match=r"about 2.2 GB of memory on cuda:1"):  # two processes on one GPU
-        memory.require([need._replace(gpu=11 * 10**8)] * 2, "")
+    with pytest.raises(EnvironmentFault, match=r"about 8.2 GB of memory on cuda:1"):  # two processes on one GPU
+        memory.require([need._replace(gpu=41 * 10**8)] * 2, "")
+
+
+@pytest.mark.parametrize(
+    "wanted, force, warned",
+    [(1500, False, "1.5 kB of memory, but 1.0 kB are free. Mend."), (2500, True, "2.5 kB of memory, but 1.0 kB are")],
+)
+def test_more_than_is_free_is_a_warning_and_so_is_more_than_there_is_with_force(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], wanted: int, force: bool, warned: str
+) -> None:
+    monkeypatch.setattr(memory, "ram_room", lambda: memory.Room(1000, 2000))
+    assert memory.require([memory.Need(wanted)], "Mend.", force=force) == (
+        f"about {wanted / 1000:.1f} kB of memory (1.0 kB free)"
+    )
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: this needs about ") and warned in line
+
+
+def test_what_fits_is_not_warned_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(memory, "ram_room", lambda: memory.Room(1000, 2000))
+    memory.require([memory.Need(1000)], "Mend.")
+    assert capsys.readouterr().err == ""
+
+
+def test_force_caches_and_trains_where_the_estimate_is_above_the_machine(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(memory, "ram_room", lambda: memory.Room(50_000_000, 100_000_000))
+    cache, run = str(tmp_path / "cache"), str(tmp_path / "run")
+    argv = ["cache", "--base", pair.base, "--tuned", pair.tuned, "--data", pair.data, "--n-tokens", "600"]
+    assert crosscoders_cli.main([*argv, "--hook-point", POINT, "--out", cache, "--force"]) == 0
+    train = ["train", "--cache", cache, "--out", run, "--crosscoder.k", "4", "--crosscoder.dict-size", "24"]
+    train += ["--batch-size", "64", "--n-tokens", "640", "--lr-warmup-steps", "5", "--force"]
+    assert crosscoders_cli.main(train) == 0
+    assert capsys.readouterr().err.count("warning: this needs about") == 2
 
 
 def test_the_opening_line_says_the_estimate(pair: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -50,7 +50,7 @@ def test_a_remote_cache_has_the_bytes_of_a_local_one_and_reads_the_same(
     local = ActivationCache(cache_folder).read(100, 500)
     assert all((a == b).all() for a, b in zip(ActivationCache(url).read(100, 500), local, strict=True))
     run = str(tmp_path / "run")
-    argv = "--crosscoder.dict-size 24 --crosscoder.k 4 --n-tokens 640 --batch-size 64 --threshold-start-step 5".split()
+    argv = "--crosscoder.dict-size 24 --crosscoder.k 4 --n-tokens 640 --batch-size 64 --lr-warmup-steps 5".split()
     assert crosscoders_cli.main(["train", "--cache", url, "--out", run, *argv]) == 0
 
 

@@ -11,19 +11,17 @@ from crosscoders.kernels import gpu
 
 TRITON = """
 import torch
-from crosscoders.dictionary import selection, sparse
+from crosscoders.dictionary import selection
 from crosscoders.kernels import gpu
 device = "cuda" if torch.cuda.is_available() else "cpu"
 pre = torch.randn(13, 29, device=device)
-found = selection.active(pre, torch.full((29,), 0.8, device=device))
-f = torch.zeros(13, 29, device=device).index_put((found.tokens, found.latents), found.values)
+entries = selection.active(pre, torch.full((29,), 0.8, device=device))
+f = torch.zeros(13, 29, device=device).index_put((entries.tokens, entries.latents), entries.values)
 for width in (4, 256, 600):
-    W, bias, y = (torch.randn(*shape, device=device) for shape in ((29, width), (width,), (13, width)))
-    torch.testing.assert_close(gpu.bags(found.latents, found.values, found.starts, W, bias), f @ W + bias)
-    torch.testing.assert_close(gpu.bags(found.latents, found.values, found.starts, W), f @ W)
-    for n_parts in (1, 2):
-        expected = (y[found.tokens] * W[found.latents]).view(-1, n_parts, width // n_parts).sum(dim=2).T
-        torch.testing.assert_close(gpu.dots(found.tokens, found.latents, y, W, n_parts), expected)
+    W, y = (torch.randn(*shape, device=device) for shape in ((29, width), (13, width)))
+    torch.testing.assert_close(gpu.bags(entries.latents, entries.values, entries.starts, W), f @ W)
+    expected = (y[entries.tokens] * W[entries.latents]).sum(dim=1)
+    torch.testing.assert_close(gpu.dots(entries.tokens, entries.latents, y, W), expected)
 """
 
 

@@ -11,7 +11,7 @@ import torch
 from crosscoders import Crosscoder, CrosscoderConfig, TrainConfig
 from crosscoders.dictionary import selection, sparse
 from crosscoders.training.objective import forward
-from crosscoders.training.optimizer import Optimizer
+from crosscoders.training.optimizer import Optimizer, total_norm
 
 
 def dense(entries: selection.Active) -> torch.Tensor:
@@ -70,7 +70,7 @@ def test_ties_at_the_cut_keep_exactly_n_and_too_few_positive_entries_are_all_kep
 def test_the_largest_of_some_columns_for_each_token() -> None:
     pre, c, columns = random(6, 8), torch.rand(8), torch.tensor([1, 4, 5, 7])
     entries = selection.largest_per_token(pre, c, columns, 2)
-    found = torch.zeros(6, 8).index_put((entries.tokens, entries.dictionary_latents), entries.values)
+    found = torch.zeros(6, 8).index_put((entries.tokens, entries.latents), entries.values)
     for n in range(6):
         ranked = sorted(columns.tolist(), key=lambda j: -float(pre[n, j].relu() * c[j]))[:2]
         expected = torch.zeros(8)
@@ -78,9 +78,21 @@ def test_the_largest_of_some_columns_for_each_token() -> None:
         assert torch.equal(found[n], expected)
 
 
+@pytest.mark.parametrize("k", [1, 3, 7, 50])
+def test_ties_at_a_token_cut_go_to_the_lower_latents(k: int) -> None:
+    pre = (2 * random(40, 30)).round()  # a few values only, so nearly every cut has ties
+    columns = (torch.arange(30) % 3 > 0).nonzero().squeeze(1)
+    entries = selection.largest_per_token(pre, torch.ones(30), columns, k)
+    for n in range(40):
+        ranked = sorted(columns.tolist(), key=lambda j: (-float(pre[n, j]), j))[:k]
+        expected = sorted(j for j in ranked if pre[n, j] > 0)
+        assert entries.latents[entries.tokens == n].tolist() == expected
+
+
 def test_nan_is_never_selected_and_infinity_is() -> None:
     pre = torch.tensor([[torch.nan, torch.inf, 1.0, 3.0]])
     assert selection.active(pre, torch.zeros(4)).latents.tolist() == [1, 2, 3]
+    assert selection.largest_per_token(pre, torch.ones(4), torch.arange(1, 4), 2).latents.tolist() == [1, 3]
 
 
 def setting(
@@ -88,7 +100,8 @@ def setting(
 ) -> tuple[Crosscoder, TrainConfig, torch.Tensor]:
     shape = CrosscoderConfig(**{"dict_size": 20, "d_model": 6, "k": 3, "code_norm": code_norm, **other})
     config = TrainConfig(
-        crosscoder=shape, n_tokens=6400, batch_size=64, reconstruction=reconstruction, threshold_start_step=5,
+        crosscoder=shape, n_tokens=6400, batch_size=64, reconstruction=reconstruction, lr_warmup_steps=10,
+        threshold_start_step=5,
         aux_coefficient=0.0 if shape.k is None else 0.5, k_aux=None if shape.k is None else 2,
     )  # type: ignore[arg-type]  # fmt: skip
     model = Crosscoder(shape)
@@ -208,6 +221,12 @@ def test_the_optimiser_equals_plain_adam_with_clipped_gradients(clip_norm: float
         ours.step_(1e-2)
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         assert a.grad is None and (a - b).norm() <= 1e-5 * b.norm()
+
+
+def test_the_norm_of_many_gradients_is_exact_to_float32() -> None:
+    grads = [random(3000, 2, 256), random(3000, seed=1), random(2, 256, seed=2)]
+    expected = float(torch.cat([grad.double().flatten() for grad in grads]).norm())
+    assert float(total_norm(grads)) == pytest.approx(expected, rel=1e-6)  # torch's own is 2e-5 off
 
 
 @pytest.mark.parametrize("n_dead", [0, 8])

@@ -126,7 +126,7 @@ def test_a_device_that_is_not_there_is_refused(pair: Pair) -> None:
             load_pair(pair.base, pair.tuned, POST, device="cuda:7")
 
 
-def test_weights_that_are_cut_off_and_tokenizers_too_large_are_refused(pair: Pair, tmp_path: Path) -> None:
+def test_weights_that_are_cut_off_and_ids_beyond_the_embedding_are_refused(pair: Pair, tmp_path: Path) -> None:
     import shutil
 
     from transformers import AutoTokenizer
@@ -141,7 +141,11 @@ def test_weights_that_are_cut_off_and_tokenizers_too_large_are_refused(pair: Pai
     larger = AutoTokenizer.from_pretrained(pair.tuned)
     larger.add_tokens(["<one>", "<two>"])
     larger.save_pretrained(tmp_path / "larger")
-    refuse(pair.config(tmp_path / "d", tokenizer=str(tmp_path / "larger")), "ids up to 321 but a model's end at 319")
+    (tmp_path / "d.jsonl").write_text('{"text": "Return <two>"}\n' * 200)
+    refuse(
+        pair.config(tmp_path / "d", tokenizer=str(tmp_path / "larger"), data=str(tmp_path / "d.jsonl")),
+        r"holds token '<two>' with id 321, but the ids of .*base' end at 319. Name the tokenizer that fits",
+    )
 
 
 @pytest.mark.parametrize(

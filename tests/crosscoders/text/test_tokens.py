@@ -4,11 +4,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Pair
+import torch
+from conftest import Pair, make_tokenizer
 
 from crosscoders import CacheConfig, InputError
 from crosscoders.models.pair import inspect_pair
-from crosscoders.text.tokens import ROLES, pad_rows, tokenize_chat, tokenize_documents, tokenize_text
+from crosscoders.text.padding import make_batch, pad
+from crosscoders.text.tokens import (
+    ROLES,
+    pad_rows,
+    tokenize_chat,
+    tokenize_documents,
+    tokenize_prompt,
+    tokenize_text,
+)
 
 POST = "blocks.1.hook_resid_post"
 
@@ -91,3 +100,34 @@ def test_chats_without_a_template_anywhere_are_refused_and_a_file_helps(pair: Pa
     config = pair.config(tmp_path / "c", tuned=pair.base, chat_template=str(tmp_path / "t.jinja"))
     rows = tokenize_documents(config.data_config(), tokenizer_of(pair))
     assert rows.n_scored >= 600
+
+
+def test_a_prompt_ends_where_the_answer_begins_as_in_the_library_call(pair: Pair) -> None:
+    tokenizer, chat = tokenizer_of(pair), [{"role": "user", "content": "Return the sum?"}]
+    asked = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]  # type: ignore[attr-defined]
+    assert tokenize_prompt(tokenizer, "Return the sum?") == asked
+
+
+def test_a_prompt_without_a_template_is_plain_text(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    make_tokenizer(tmp_path, template=False)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenize_prompt(tokenizer, "Return the sum?") == tokenizer("Return the sum?")["input_ids"]
+
+
+def test_rows_are_padded_on_the_right_and_padding_is_neither_seen_nor_scored() -> None:
+    ids = [np.array([5, 6, 7]), np.array([8])]
+    assert pad(ids, -1, torch.int64).tolist() == [[5, 6, 7], [8, -1, -1]]
+    scored = [np.array([False, True, True]), np.array([True])]
+    batch = make_batch(ids, scored, np.array([4, 9]), pad_id=3)
+    assert batch.ids.tolist() == [[5, 6, 7], [8, 3, 3]]
+    assert batch.attention_mask.tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch.scored.tolist() == [[False, True, True], [True, False, False]]
+
+
+def test_rows_that_are_taken_keep_their_numbers_and_their_width() -> None:
+    ids = [np.array([5, 6, 7]), np.array([8])]
+    batch = make_batch(ids, [row > 5 for row in ids], np.array([4, 9]), pad_id=3).take(torch.tensor([1, 1]))
+    assert batch.numbers.tolist() == [9, 9] and batch.ids.tolist() == [[8, 3, 3]] * 2
+    assert batch.scored.tolist() == [[True, False, False]] * 2

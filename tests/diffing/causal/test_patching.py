@@ -98,7 +98,7 @@ def test_data_without_responses_is_refused(pair: Pair, cache_folder: Path, tmp_p
         read_chats(replace(cache.config.data_config(), data=str(tmp_path / "asked.jsonl")), tokenizer_of(pair), 5)
     make_tokenizer(tmp_path / "plain", template=False)
     plain = inspect_pair(pair.base, pair.tuned, [POST], tokenizer=str(tmp_path / "plain")).tokenizer
-    with pytest.raises(InputError, match="no chat template"):
+    with pytest.raises(InputError, match="tokenizer has a chat template"):
         read_chats(cache.config.data_config(), plain, 5)
 
 

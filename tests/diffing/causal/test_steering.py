@@ -1,5 +1,6 @@
 """Steering and the logit lens: the same with and without a cache of keys and values, units of x, direct readings."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ from conftest import Pair
 from generation import stepwise_and_whole
 from torch import Tensor
 
-from crosscoders import ActivationCache, Crosscoder, CrosscoderConfig, cache_activations
+from crosscoders import ActivationCache, Crosscoder, CrosscoderConfig, InputError, cache_activations
 from crosscoders.models import hooks
 from crosscoders.models.pair import ModelPair, load_pair
+from crosscoders.text.tokens import tokenize_prompt
 from crosscoders.training.feed import cache_inputs
 from diffing import cli
 from diffing.causal.lens import logit_lens
@@ -123,11 +125,63 @@ def test_the_commands_answer_and_read(run: Path, cache_folder: Path, capsys: pyt
     assert len(json.loads((run / "lens.json").read_text())["latents"]) == len(read_table(run))
 
 
+def test_steer_asks_in_the_template_and_on_the_date_of_the_cache(
+    pair: Pair, crosscoder: Crosscoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "t.jinja").write_text(
+        "{{ bos_token }}{{ strftime_now('%Y') }} {% for m in messages %}{{ m.content }}{% endfor %}"
+    )
+    settings = {"chat_template": str(tmp_path / "t.jinja"), "template_date": "1999-01-01", "n_tokens": 100}
+    cache = cache_activations(pair.config(tmp_path / "cache", **settings))
+    crosscoder.save(tmp_path / "run", provenance=cache_inputs(cache))
+    scale_run(tmp_path / "run", cache)
+    asked = []
+    monkeypatch.setattr(
+        "diffing.causal.steering.tokenize_prompt",
+        lambda tokenizer, *words, **more: asked.append(tokenize_prompt(tokenizer, *words, **more)) or asked[-1],
+    )
+    argv = ["steer", str(tmp_path / "run"), "--cache", str(cache.path), "--latent", "1", "--prompt", "Hello"]
+    assert cli.main([*argv, "--max-new-tokens", "2"]) == 0
+    tokenizer = load_pair(pair.base, pair.tuned, POST, whole=True).info.tokenizer
+    assert [tokenizer.decode(ids) for ids in asked] == ["<bos>1999 Hello"] * 2
+
+
 def test_wrong_latents_are_one_line(run: Path, cache_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["steer", str(run), "--cache", str(cache_folder), "--latent", "12", "--prompt", "x"]) == 2
     assert "there is no latent 12: this crosscoder has latents 0 to 11" in capsys.readouterr().err
     assert cli.main(["steer", str(run), "--latent", "1", "--prompt", "x", "--strengths", "[]"]) == 2
     assert "strengths is an empty list" in capsys.readouterr().err
+
+
+def test_answers_are_written_in_the_template_that_is_given(whole: ModelPair) -> None:
+    model, tokenizer = whole.models[1], whole.info.tokenizer
+    plain = answer(model, tokenizer, "Return it.", max_new_tokens=8)
+    assert answer(model, tokenizer, "Return it.", max_new_tokens=8, template=tokenizer.chat_template) == plain
+    other = "{{ bos_token }}{% for m in messages %}key key {{ m['content'] }}{% endfor %}"
+    wanted = tokenizer("key key Return it.", return_tensors="pt")
+    tokens = model.generate(**wanted, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    said = tokenizer.decode(tokens[0, wanted["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    assert answer(model, tokenizer, "Return it.", max_new_tokens=8, template=other) == said
+
+
+@pytest.mark.parametrize(
+    "template, line",
+    [
+        ("{{ raise_exception('no such role') }}", "no such role"),
+        ("{{ messages[0]['content'] + 1 }}", "can only concatenate str"),
+        ("{{ messages[7]['content'] }}", "list object has no element 7"),
+    ],
+)
+def test_a_template_that_fails_is_one_line(whole: ModelPair, template: str, line: str) -> None:
+    with pytest.raises(InputError, match=rf"the chat template refuses the prompt 'Hi': .*{line}"):
+        answer(whole.models[1], whole.info.tokenizer, "Hi", max_new_tokens=2, template=template)
+
+
+def test_a_prompt_with_an_id_beyond_the_model_is_refused(whole: ModelPair) -> None:
+    larger = copy.deepcopy(whole.info.tokenizer)
+    larger.add_tokens(["<one>"])
+    with pytest.raises(InputError, match=r"token '<one>' with id 320, but the ids of 'Gemma2ForCausalLM' end at 319"):
+        answer(whole.models[1], larger, "Hi <one>", max_new_tokens=2)
 
 
 def test_a_bridge_is_steered_off_the_residual_stream_as_the_model_in_it_is(

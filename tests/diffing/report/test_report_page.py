@@ -144,3 +144,13 @@ def test_figures_hold_no_text_from_files(tmp_path: Path) -> None:
     assert found and not set("<>&") & set(found[1])
     assert {"fve", "l0", "loss", "dead", "decoder-norm", "decoder-cosine", "nu"} == set(json.loads(found[1]))
     assert not any(word in found[1] for word in ("demo-chat", "refusal", "onerror", "alert"))
+
+
+def test_the_page_says_how_many_rows_of_the_data_were_left_out(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    setup = json.loads((run / "run.json").read_text())
+    assert "left out" not in page_of(run).text
+    setup["inputs"]["cache"]["refused"] = {"no_messages": 1200, "broken_json": 3}
+    put(run, "run.json", setup)
+    said = "Rows of the data that could not be read and were left out: 1,200 no_messages, 3 broken_json."
+    assert said in page_of(run).text

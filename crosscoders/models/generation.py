@@ -1,0 +1,21 @@
+"""Greedy answers, whatever a model's folder says about generation."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+
+@contextlib.contextmanager
+def greedy(model: Any) -> Iterator[None]:
+    """Let `generate` take the likeliest token each time; of the model's own generation settings only the ids of EOS and
+    padding hold, as penalties, forbidden n-grams and forced tokens change greedy answers too."""
+    import transformers
+
+    own = model.generation_config
+    model.generation_config = transformers.GenerationConfig(
+        do_sample=False, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id
+    )
+    try:
+        yield
+    finally:
+        model.generation_config = own

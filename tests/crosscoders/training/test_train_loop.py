@@ -1,0 +1,122 @@
+"""The training loop: order of data, one seed one result on every stream, faults."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Pair
+from training_runs import activations, config, run, weights
+
+from crosscoders import (
+    ActivationCache,
+    CorruptData,
+    CrosscoderConfig,
+    InputError,
+    cached_stream,
+    evaluate,
+    live_stream,
+    load_crosscoder,
+    load_pair,
+    tensor_stream,
+    train,
+)
+from crosscoders.activations.source import ActivationSource
+from crosscoders.common import files
+from crosscoders.text.tokens import tokenize_documents
+from crosscoders.training.loop import geometric_median
+
+
+def test_an_epoch_covers_every_token_once_except_the_rest_of_a_buffer() -> None:
+    x = torch.arange(103.0)[:, None, None].expand(-1, 2, 1)
+    stream = tensor_stream(x, batch_size=10, buffer_tokens=40, seed=1)
+    assert stream.steps_per_epoch == 10  # buffers of 40, 40 and 23 tokens: the last one leaves 3 over
+    batches = stream.batches(0)
+    first = torch.cat([next(batches)[:, 0, 0] for _ in range(10)])
+    second = torch.cat([next(batches)[:, 0, 0] for _ in range(10)])
+    for epoch in (first, second):
+        assert len(set(epoch.tolist())) == 100
+        assert set(epoch[:40].tolist()) == set(map(float, range(40)))
+    assert not torch.equal(first, second)
+
+
+def test_a_stream_started_at_any_step_gives_the_same_batches() -> None:
+    stream = tensor_stream(activations(103), batch_size=10, buffer_tokens=40, seed=1)
+    batches = stream.batches(0)
+    whole = [next(batches) for _ in range(20)]
+    for step in range(20):
+        assert torch.equal(next(iter(stream.batches(step))), whole[step])
+    assert not torch.equal(next(iter(tensor_stream(activations(103), batch_size=10, seed=2).batches(0))), whole[0])
+
+
+def test_too_few_tokens_for_a_batch_are_refused() -> None:
+    with pytest.raises(InputError, match="the data has 5 tokens, less than one batch of 10"):
+        tensor_stream(activations(5), batch_size=10)
+
+
+@pytest.mark.parametrize("activation", ["relu", "batchtopk"])
+def test_one_seed_gives_one_checkpoint_and_another_seed_another(tmp_path: Path, activation: str) -> None:
+    shape = CrosscoderConfig(dict_size=12, activation=activation, k=3 if activation == "batchtopk" else None)  # type: ignore[arg-type]
+    settings = config(crosscoder=shape, l1_coefficient=0.1 if activation == "relu" else 0.0)
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        run(tmp_path / name, replace(settings, seed=seed))
+    assert weights(tmp_path / "a") == weights(tmp_path / "b") != weights(tmp_path / "c")
+    states = [(tmp_path / n / "step-00000040" / "state.safetensors").read_bytes() for n in "ab"]
+    assert states[0] == states[1]
+
+
+def test_training_lowers_the_loss_and_writes_what_it_says(tmp_path: Path) -> None:
+    model = run(tmp_path / "a")
+    lines = [json.loads(line) for line in (tmp_path / "a" / "train.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "event" not in line]
+    assert [line["step"] for line in steps] == [10, 20, 30, 40]
+    assert steps[-1]["reconstruction"] < 0.8 * steps[0]["reconstruction"]
+    assert abs(steps[-1]["loss"] - steps[-1]["reconstruction"] - steps[-1]["auxiliary"]) < 1e-6
+    evaluated = json.loads((tmp_path / "a" / "eval.json").read_text())["rows"]
+    found = evaluate(model, activations().split(50))
+    assert {r["name"]: r["value"] for r in evaluated}["eval.fve.base"] == pytest.approx(found.fve[0], abs=1e-6)
+    assert float(model.threshold) > 0
+    loaded = load_crosscoder(tmp_path / "a")
+    assert torch.equal(loaded.encode(activations()), model.encode(activations()))
+
+
+def test_the_input_scale_makes_the_mean_norm_sqrt_d(tmp_path: Path) -> None:
+    model, x = run(tmp_path / "a"), activations()
+    torch.testing.assert_close(
+        model.normalise(x).norm(dim=2).mean(dim=0), torch.full((2,), 6**0.5), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_cache_and_live_stream_train_the_same_weights(pair: Pair, cache_folder: Path, tmp_path: Path) -> None:
+    cache, settings = ActivationCache(cache_folder), config()
+    loaded = load_pair(pair.base, pair.tuned, "blocks.1.hook_resid_post")
+    rows = tokenize_documents(pair.config(cache_folder).data_config(), loaded.info.tokenizer)
+    source = ActivationSource(loaded, rows, hook_point="blocks.1.hook_resid_post", batch_rows=4, dtype=torch.float32)
+    shared = {"batch_size": 32, "buffer_tokens": 256, "seed": 0}
+    train(settings, cached_stream(cache, **shared), tmp_path / "cached")
+    train(settings, live_stream(source, n_tokens=600, moments=cache.moments, **shared), tmp_path / "live")
+    assert weights(tmp_path / "cached") == weights(tmp_path / "live")
+
+
+def test_the_geometric_median_survives_a_point_on_the_guess_and_ignores_an_outlier() -> None:
+    x = torch.tensor([[-1.0, 0.0], [0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])[:, None]
+    torch.testing.assert_close(geometric_median(x), torch.zeros(1, 2))
+    outlier = torch.cat([x, torch.tensor([[[1000.0, 0.0]]])])
+    assert geometric_median(outlier).norm() < 1 < outlier.mean(dim=0).norm()
+
+
+def test_a_non_finite_loss_stops_before_the_step_and_names_term_step_and_state(tmp_path: Path) -> None:
+    x = activations()
+    folder = tmp_path / "a"
+    with pytest.raises(CorruptData, match=r"loss term 'reconstruction' is (nan|inf) at step \d+\. .*lower lr"):
+        run(folder, x=torch.where(torch.arange(500)[:, None, None] == 450, torch.tensor(torch.inf), x))
+    states = list(folder.glob("step-*"))
+    for state in states:
+        assert all(torch.isfinite(t).all() for t in files.read_tensors(state / "state.safetensors").values())
+
+
+def test_a_stream_of_another_width_is_refused(tmp_path: Path) -> None:
+    settings = config(crosscoder=CrosscoderConfig(dict_size=12, k=3, d_model=7))
+    with pytest.raises(InputError, match="the activations have d_model = 6 but the crosscoder config has 7"):
+        run(tmp_path / "a", settings)
