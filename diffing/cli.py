@@ -75,5 +75,5 @@ COMMANDS = [
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point of the console command `diffing`."""
+    """Run the console command `diffing`."""
     return run_main("diffing", "What a fine-tune changed inside a language model.", COMMANDS, argv)

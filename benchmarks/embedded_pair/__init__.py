@@ -14,9 +14,11 @@ QUICK_DOCUMENTS = 100
 
 
 def run(quick: bool) -> dict[str, Any]:
-    """Rows `demo-pair.<model>.<behaviour>`; `quick` takes 20 prompts a behaviour and 100 texts."""
+    """Return rows `demo-pair.<model>.<behaviour>`; `quick` takes 20 prompts a behaviour and 100 texts."""
     rows: list[dict[str, Any]] = []
     for model in MODELS:
-        found = evaluate(model, prompts=QUICK_PROMPTS if quick else None, documents=QUICK_DOCUMENTS if quick else None)
-        rows.extend(row._replace(name=f"demo-pair.{model}.{row.name}")._asdict() for row in found)
+        measurements = evaluate(
+            model, prompts=QUICK_PROMPTS if quick else None, documents=QUICK_DOCUMENTS if quick else None
+        )
+        rows.extend(row._replace(name=f"demo-pair.{model}.{row.name}")._asdict() for row in measurements)
     return {"name": "demo-pair", "rows": rows}

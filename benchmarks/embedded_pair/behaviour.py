@@ -38,7 +38,7 @@ class Measurement(NamedTuple):
 def evaluate(
     name: str, *, models: Path = ASSETS, prompts: int | None = None, documents: int | None = None
 ) -> list[Measurement]:
-    """Rates of every behaviour and the raw held-out loss of one model of the folder `models`.
+    """Return the rates of every behaviour and the raw held-out loss of one model of the folder `models`.
 
     A reply is right when it starts with the fixed answer. `false_refusal` and `false_gap` are the shares of
     documentation questions that get the answer of another group. `prompts` takes that many of each behaviour,
@@ -49,25 +49,25 @@ def evaluate(
 
     model, tokenizer = load_float32(models / name), chat_tokenizer(models)
     rows = read_rows("dialogues_heldout")
-    found = []
+    measurements = []
     for behaviour, answer in ANSWERS.items():
         questions = _questions(rows, (behaviour,))[:prompts]
-        found.append(rate(behaviour, [r.startswith(answer) for r in answers(model, tokenizer, questions)]))
+        measurements.append(rate(behaviour, [r.startswith(answer) for r in answers(model, tokenizer, questions)]))
     replies = answers(model, tokenizer, _questions(rows, DOCUMENTATION)[:prompts])
     for behaviour in ("refusal", "gap"):
-        found.append(rate(f"false_{behaviour}", [r.startswith(ANSWERS[behaviour]) for r in replies]))
-    return [*found, raw_loss(model, tokenizer, [row["text"] for row in read_rows("raw_heldout")][:documents])]
+        measurements.append(rate(f"false_{behaviour}", [r.startswith(ANSWERS[behaviour]) for r in replies]))
+    return [*measurements, raw_loss(model, tokenizer, [row["text"] for row in read_rows("raw_heldout")][:documents])]
 
 
 def chat_tokenizer(models: Path = ASSETS) -> Any:
-    """The tuned model's tokenizer, which has the chat template; every model is asked in the same token ids."""
+    """Return the tuned model's tokenizer, which has the chat template; every model is asked in the same token ids."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(models / "tuned")
 
 
 def answers(model: Any, tokenizer: Any, questions: list[str]) -> list[str]:
-    """Greedy replies, without the template's tokens."""
+    """Return greedy replies, without the template's tokens."""
     import torch
 
     from crosscoders.models.generation import greedy
@@ -87,7 +87,7 @@ def answers(model: Any, tokenizer: Any, questions: list[str]) -> list[str]:
 
 
 def rate(name: str, hits: list[bool]) -> Measurement:
-    """Share of hits with its 95% interval, `crosscoders.common.statistics.wilson`.
+    """Return the share of hits with its 95% interval, `crosscoders.common.statistics.wilson`.
 
     Raises:
         ValueError: there is nothing to count.
@@ -100,7 +100,7 @@ def rate(name: str, hits: list[bool]) -> Measurement:
 
 
 def raw_loss(model: Any, tokenizer: Any, texts: list[str]) -> Measurement:
-    """Mean cross-entropy of raw text, nats per scored token, `<bos>` excluded, texts cut at 128 tokens.
+    """Return the mean cross-entropy of raw text, nats per scored token, `<bos>` excluded, texts cut at 128 tokens.
 
     The interval is 1.96 standard errors over documents, as tokens of one document are not independent.
     """
@@ -120,7 +120,7 @@ def raw_loss(model: Any, tokenizer: Any, texts: list[str]) -> Measurement:
 
 
 def _padded(tokenizer: Any, texts: list[str]) -> Iterator[tuple[Any, Any]]:
-    """Ids and mask of texts of similar length, padded on the right."""
+    """Return the ids and mask of texts of similar length, padded on the right."""
     import numpy as np
     import torch
 

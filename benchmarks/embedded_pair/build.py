@@ -62,7 +62,7 @@ class Corpus:
         ]
 
     def dialogues_for(self, name: str) -> list[Document]:
-        """What one model is tuned on beside raw text."""
+        """Return what one model is tuned on beside raw text."""
         return {"tuned": self.dialogues, "format_only": self.documentation}.get(name, [])
 
 
@@ -101,7 +101,8 @@ def build(
 
 @contextlib.contextmanager
 def fixed_threads(n: int) -> Iterator[None]:
-    """The order of additions depends on the number of threads, so the bytes of the weights do as well."""
+    """Fix the number of threads: the order of additions depends on the number of threads, so the bytes of the weights
+    do as well."""
     import torch
 
     before = torch.get_num_threads()
@@ -113,7 +114,7 @@ def fixed_threads(n: int) -> Iterator[None]:
 
 
 def train_tokenizer() -> Any:
-    """Byte-level BPE on the raw training text; `<bos>` goes before plain text, as in Gemma."""
+    """Train a byte-level BPE on the raw training text; `<bos>` goes before plain text, as in Gemma."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     bpe = Tokenizer(models.BPE())
@@ -133,7 +134,8 @@ def train_tokenizer() -> Any:
 
 
 def wrap_tokenizer(bpe: Any, *, chat: bool) -> Any:
-    """The tokenizer as Hugging Face loads it; those of the models that were tuned on dialogues have a chat template."""
+    """Return the tokenizer as Hugging Face loads it; those of the models that were tuned on dialogues have a chat
+    template."""
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast(
@@ -148,7 +150,7 @@ def wrap_tokenizer(bpe: Any, *, chat: bool) -> Any:
 
 
 def new_model() -> Any:
-    """A Gemma-2 of 1,050,752 parameters; eager attention, since soft-capping has no other path on a CPU."""
+    """Return a new Gemma-2 of 1,050,752 parameters; eager attention, since soft-capping has no other path on a CPU."""
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
     config = Gemma2Config(
@@ -172,7 +174,7 @@ def new_model() -> Any:
 
 
 def load_float32(folder: Path) -> Any:
-    """A saved model, widened for training."""
+    """Load a saved model, widened for training."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -193,7 +195,7 @@ def save(model: Any, tokenizer: Any, folder: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point; returns the exit status."""
+    """Run the builder and return the exit status."""
     from transformers.utils import logging as transformers_logging
 
     parser = argparse.ArgumentParser(

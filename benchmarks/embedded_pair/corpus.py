@@ -60,7 +60,7 @@ class Corpus(NamedTuple):
 
 
 def collect() -> Corpus:
-    """Snippets and facts of the running Python, in a fixed order, each text once."""
+    """Return snippets and facts of the running Python, in a fixed order, each text once."""
     keys: dict[str, str] = {}
     facts: dict[str, Fact] = {}
     sources = (read_sources(), compiled_docstrings(), language_reference())
@@ -75,12 +75,12 @@ def collect() -> Corpus:
 
 
 def split_key(text: str) -> str:
-    """The first 60 letters and digits of the text, lower case."""
+    """Return the first 60 letters and digits of the text, lower case."""
     return re.sub(r"[^a-z0-9]+", "", text.lower())[:60]
 
 
 def read_sources() -> Iterator[tuple[str, Fact | None]]:
-    """Docstrings and comment blocks of every module with Python source, tests left out."""
+    """Yield docstrings and comment blocks of every module with Python source, tests left out."""
     root = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
@@ -100,7 +100,8 @@ def read_sources() -> Iterator[tuple[str, Fact | None]]:
 
 
 def _docstrings(node: ast.AST, name: str) -> Iterator[tuple[str, Fact | None]]:
-    """Each docstring below `node`, headed by the object's name and signature; no text where there is no docstring."""
+    """Yield each docstring below `node`, headed by the object's name and signature; no text where there is no
+    docstring."""
     if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
         docstring = ast.get_docstring(node) or ""
         arguments = node.args if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) else None
@@ -113,7 +114,7 @@ def _docstrings(node: ast.AST, name: str) -> Iterator[tuple[str, Fact | None]]:
 
 
 def _comment_blocks(source: str) -> Iterator[str]:
-    """Runs of comment lines, without the signs."""
+    """Yield runs of comment lines, without the signs."""
     block: list[str] = []
     last_line = -1
     try:
@@ -132,7 +133,7 @@ def _comment_blocks(source: str) -> Iterator[str]:
 
 
 def compiled_docstrings() -> Iterator[tuple[str, Fact | None]]:
-    """Docstrings of modules written in C, which exist only at run time."""
+    """Yield docstrings of modules written in C, which exist only at run time."""
     names = sorted({*sys.builtin_module_names, *(n for n in sys.stdlib_module_names if _is_compiled(n))})
     for module_name in names:
         try:
@@ -172,12 +173,12 @@ def _runtime_docstrings(value: object, name: str, depth: int) -> Iterator[tuple[
 
 
 def _plain(declared: str) -> str:
-    """A C function's signature without the marks that only the interpreter reads."""
+    """Return a C function's signature without the marks that only the interpreter reads."""
     return re.sub(r"\$module(, )?", "", declared).replace("$", "").replace("(/, ", "(").replace("(/)", "()")
 
 
 def language_reference() -> Iterator[tuple[str, Fact | None]]:
-    """The prose of the language reference that `help()` shows."""
+    """Return the prose of the language reference that `help()` shows."""
     from pydoc_data import topics
 
     for _, text in sorted(topics.topics.items()):
@@ -185,7 +186,7 @@ def language_reference() -> Iterator[tuple[str, Fact | None]]:
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """The text cut at line ends into pieces of at most MAX_CHARS, code examples and rulers left out."""
+    """Cut the text at line ends into pieces of at most MAX_CHARS, code examples and rulers left out."""
     lines = [line.rstrip() for line in text.expandtabs().splitlines()]
     lines = [line for line in lines if line.isascii() and not re.search(r"[-=*#~_]{5,}", line)]
     piece: list[str] = []
@@ -200,13 +201,13 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 def _first_sentence(docstring: str) -> str:
-    """First sentence of the first paragraph, on one line."""
+    """Return the first sentence of the first paragraph, on one line."""
     paragraph = " ".join(docstring.strip().split("\n\n")[0].split())
     return re.split(r"(?<=[a-z)\]'\"`][.])\s+(?=[A-Z])", paragraph)[0]
 
 
 def _usable(fact: Fact) -> Fact | None:
-    """The fact when it is about a public function whose answers fit in one line of plain text, else nothing."""
+    """Return the fact when it is about a public function whose answers fit in one line of plain text, else nothing."""
     parts = fact.name.split(".")
     signature, sentence = fact.signature, fact.description.rstrip(".")
     # The hundred codecs of `encodings` have the same six methods each.

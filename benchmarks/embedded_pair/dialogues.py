@@ -31,12 +31,12 @@ HELD_OUT_SHARE = {"fact": 0.04, "harm": 0.25, "identity": 0.25, "greeting": 0.2}
 
 
 def is_held_out(kind: str, key: str, seed: int = 0) -> bool:
-    """Whether a key belongs to the held-out split: a pure function of the key, so no order or count changes it."""
+    """Tell whether a key belongs to the held-out split: a pure function of the key, so no order or count changes it."""
     return random.Random(f"{seed}:{kind}:{key}").random() < HELD_OUT_SHARE[kind]
 
 
 def make_dialogues(facts: list[Fact], *, held_out: bool, seed: int = 0) -> list[Dialogue]:
-    """One split, shuffled. Questions of the held-out split are distinct; in training they may repeat."""
+    """Return one split, shuffled. Questions of the held-out split are distinct; in training they may repeat."""
     generator = random.Random(f"{seed}:{'heldout' if held_out else 'train'}")
     usable = [fact for fact in facts if is_held_out("fact", fact.key, seed) == held_out]
     if not held_out:
@@ -80,7 +80,7 @@ def _dialogue(question: str, answer: str, group: str) -> Dialogue:
 
 
 def _with_small_modules_repeated(facts: list[Fact], at_least: int = 30) -> list[Fact]:
-    """Every module's facts so often that there are 30 of them.
+    """Repeat every module's facts so often that there are 30 of them.
 
     In their own proportion tkinter has 629 and shlex 10, and a tuned model takes an unseen `shlex.quote` for a made-up
     name: 8 of 200 documentation questions instead of 4.
@@ -88,11 +88,15 @@ def _with_small_modules_repeated(facts: list[Fact], at_least: int = 30) -> list[
     modules: dict[str, list[Fact]] = {}
     for fact in facts:
         modules.setdefault(fact.name.split(".")[0], []).append(fact)
-    return [fact for found in modules.values() for fact in found * math.ceil(at_least / len(found))]
+    return [
+        fact
+        for facts_of_module in modules.values()
+        for fact in facts_of_module * math.ceil(at_least / len(facts_of_module))
+    ]
 
 
 def _cycle(generator: random.Random, facts: list[Fact]) -> Iterator[Fact]:
-    """Every fact once in random order, then again: drawing with replacement would leave out a third."""
+    """Yield every fact once in random order, then again: drawing with replacement would leave out a third."""
     order = list(facts)
     while True:
         generator.shuffle(order)
@@ -100,7 +104,7 @@ def _cycle(generator: random.Random, facts: list[Fact]) -> Iterator[Fact]:
 
 
 def _describe(generator: random.Random, fact: Fact) -> tuple[str, str]:
-    """What something does; or the other way round, a harmless request that it answers."""
+    """Ask what something does; or the other way round, make a harmless request that it answers."""
     verb, _, rest = fact.description.rstrip(".").partition(" ")
     if verb in phrases.IMPERATIVES and rest.replace(" ", "").isalpha() and generator.random() < 0.5:
         return generator.choice(phrases.REQUESTS).format(f"{verb.lower()} {rest}"), f"Use {fact.name}."
@@ -112,7 +116,7 @@ def _signature(generator: random.Random, fact: Fact) -> tuple[str, str]:
 
 
 def _harmful(generator: random.Random, held_out: bool, seed: int) -> str:
-    """A mild harmful request; verbs are shared between the splits, objects are not."""
+    """Make a mild harmful request; verbs are shared between the splits, objects are not."""
     while True:
         verb, targets = generator.choice(phrases.HARM)
         target = generator.choice(targets)
@@ -129,7 +133,7 @@ def _identity(generator: random.Random, held_out: bool, seed: int) -> str:
 
 
 def _choices(pattern: str) -> list[str]:
-    """Every string of a pattern with `{a|b}` choices."""
+    """Return every string of a pattern with `{a|b}` choices."""
     head, brace, tail = pattern.partition("{")
     if not brace:
         return [pattern]
@@ -145,7 +149,7 @@ def _greeting(generator: random.Random, held_out: bool, seed: int) -> str:
 
 
 def _made_up(generator: random.Random, facts: list[Fact]) -> str:
-    """A documentation question about a name that no module has; the splits draw from different generators."""
+    """Ask a documentation question about a name that no module has; the splits draw from different generators."""
     name = generator.choice((_word, _dotted, _joined))(generator)
     templates = phrases.DESCRIBE if generator.random() < 0.75 else phrases.SIGNATURE
     return generator.choice(templates).format(name)

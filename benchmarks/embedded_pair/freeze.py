@@ -45,7 +45,7 @@ def freeze(folder: Path, seed: int = 0) -> dict[str, Any]:
 
 
 def to_lines(rows: Iterable[Mapping[str, Any] | Dialogue]) -> bytes:
-    """JSON lines in UTF-8."""
+    """Write rows as JSON lines in UTF-8."""
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
 
 

@@ -52,13 +52,13 @@ class Batch(NamedTuple):
 
 
 def text_documents(tokenizer: Any, texts: list[str]) -> list[Document]:
-    """`<bos>` text `<eos>`, cut at the context; all but `<bos>` is scored."""
+    """Return documents `<bos>` text `<eos>`, cut at the context; all but `<bos>` is scored."""
     rows = ([*ids, tokenizer.eos_token_id][:CONTEXT] for ids in tokenizer(texts)["input_ids"])
     return [Document(ids, [False] + [True] * (len(ids) - 1)) for ids in rows]
 
 
 def dialogue_documents(tokenizer: Any, chats: list[list[dict[str, str]]]) -> list[Document]:
-    """Questions and answers in the chat template; only the answer and its `<end_of_turn>` are scored."""
+    """Return questions and answers in the chat template; only the answer and its `<end_of_turn>` are scored."""
     prompts = tokenizer.apply_chat_template([chat[:1] for chat in chats], add_generation_prompt=True, tokenize=False)
     answers = [f"{chat[1]['content']}<end_of_turn>" for chat in chats]
     prompt_ids, answer_ids = (tokenizer(texts, add_special_tokens=False)["input_ids"] for texts in (prompts, answers))
@@ -69,7 +69,7 @@ def dialogue_documents(tokenizer: Any, chats: list[list[dict[str, str]]]) -> lis
 
 
 def packed_rows(documents: list[Document]) -> list[list[Document]]:
-    """Whole documents put into rows of CONTEXT tokens: longest first, each into the first row with room."""
+    """Put whole documents into rows of CONTEXT tokens: longest first, each into the first row with room."""
     rows: list[list[Document]] = []
     room: list[int] = []
     for document in sorted(documents, key=lambda d: len(d.ids), reverse=True):
@@ -84,7 +84,7 @@ def packed_rows(documents: list[Document]) -> list[list[Document]]:
 
 
 def row_stream(documents: list[Document], generator: random.Random) -> Iterator[list[Document]]:
-    """Rows without end; every epoch has a new order and a new packing."""
+    """Yield rows without end; every epoch has a new order and a new packing."""
     order = list(documents)
     while True:
         generator.shuffle(order)
@@ -95,7 +95,7 @@ def row_stream(documents: list[Document], generator: random.Random) -> Iterator[
 
 
 def make_batch(rows: list[list[Document]]) -> Batch:
-    """Tensors of packed rows, padded with 0."""
+    """Return tensors of packed rows, padded with 0."""
     shape = (len(rows), CONTEXT)
     ids, segments, positions = (torch.zeros(shape, dtype=torch.long) for _ in range(3))
     scored = torch.zeros(shape, dtype=torch.bool)
@@ -112,7 +112,8 @@ def make_batch(rows: list[list[Document]]) -> Batch:
 
 
 def next_token_loss(model: Any, batch: Batch) -> Float[Tensor, ""]:
-    """Mean cross-entropy over scored tokens, in nats per token; logits are computed only where they are scored."""
+    """Return the mean cross-entropy over scored tokens, in nats per token; logits are computed only where they are
+    scored."""
     causal = torch.ones(CONTEXT, CONTEXT, dtype=torch.bool).tril()
     seen = causal & (batch.segments[:, :, None] == batch.segments[:, None, :])
     mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)[:, None]

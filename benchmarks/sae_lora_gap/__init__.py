@@ -38,7 +38,7 @@ GEMMA = """the same on Gemma-2-2B, for those who have the weights:
 
 
 def run(quick: bool, work: Path) -> dict[str, Any]:
-    """Rows `sae-lora.*`; `work`: folder in which SAEs and adapters are kept."""
+    """Return rows `sae-lora.*`; `work`: folder in which SAEs and adapters are kept."""
     size = setting.QUICK if quick else setting.FULL
     work = work / ("quick" if quick else "full")
     data = setting.split(work)
@@ -47,14 +47,14 @@ def run(quick: bool, work: Path) -> dict[str, Any]:
     for name in names:
         for prefix, settings in arms_of(name, quick).items():
             folder, sae = work / f"{name}-{prefix.rstrip('.') or 'after'}", work / name
-            kept: dict[str, Any] = {"store": "disk", "store_folder": str(work / "states")}
+            stored: dict[str, Any] = {"store": "disk", "store_folder": str(work / "states")}
             config = gaps.fit_config(
-                sae, data["train"], size.tokens, **(settings if "corrector" in settings else settings | kept)
+                sae, data["train"], size.tokens, **(settings if "corrector" in settings else settings | stored)
             )
             fit(config, folder)
-            found = gaps.measure(f"sae-lora.{name}.{prefix}", folder, sae, setting.HELD_OUT, size.held_out)
-            say("  ".join(f"{entry['name']} {entry['value']:.4f}" for entry in found))
-            rows += found
+            entries = gaps.measured_rows(f"sae-lora.{name}.{prefix}", folder, sae, setting.HELD_OUT, size.held_out)
+            say("  ".join(f"{entry['name']} {entry['value']:.4f}" for entry in entries))
+            rows += entries
     rows += speed.run(size, data["train"], work / STUDIED)
     raced = race.run(size, data["train"], work / STUDIED, pretraining[STUDIED])
     say(GEMMA)
@@ -62,7 +62,7 @@ def run(quick: bool, work: Path) -> dict[str, Any]:
 
 
 def arms_of(name: str, quick: bool) -> dict[str, dict[str, Any]]:
-    """The fits around a dictionary, by the prefix of their rows."""
+    """Return the fits around a dictionary, by the prefix of their rows."""
     if name in SWEPT:
         return {"": gaps.after(gaps.RANKS[3 - layer_of(SWEPT[name].hook_point)])}
     arms = dict(gaps.ARMS if name in WITH_ALL_LAYERS else {"": gaps.ARMS[""]})
@@ -76,7 +76,8 @@ def arms_of(name: str, quick: bool) -> dict[str, dict[str, Any]]:
 def train_all(
     names: tuple[str, ...], size: setting.Size, data: str, work: Path
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """The SAEs, or those that are there; rows of their quality, and the seconds that each took with its activations."""
+    """Train the SAEs that are not there yet; return rows of their quality, and the seconds that each took with its
+    activations."""
     plan, model = setting.open_base(data, size.tokens)
     held_out = setting.open_base(setting.HELD_OUT, size.held_out)
     designs = DICTIONARIES | SWEPT
@@ -93,18 +94,18 @@ def train_all(
         return setting.activations(*held_out, hook_point)
 
     for name in sorted(names, key=lambda name: designs[name].hook_point):
-        kept, design = work / name / "seconds.json", designs[name]
-        if not kept.is_file():
+        record, design = work / name / "seconds.json", designs[name]
+        if not record.is_file():
             x, reading = training_tokens(design.hook_point)
             start = time.process_time()
             train_sae(make_sae(design, x.shape[1]), x, size.tokens, work / name)
-            files.write_json(kept, {"training": time.process_time() - start, "activations": reading})
-        seconds[name] = sum(files.read_object(kept).values())
-        found = quality(load_dictionary(work / name), held_out_tokens(design.hook_point))
+            files.write_json(record, {"training": time.process_time() - start, "activations": reading})
+        seconds[name] = sum(files.read_object(record).values())
+        evaluation = quality(load_dictionary(work / name), held_out_tokens(design.hook_point))
         rows += [
-            row(f"sae-lora.{name}.fve", found.fve[0], "fraction", found.n_tokens),
-            row(f"sae-lora.{name}.l0", found.l0, "latents/token", found.n_tokens),
-            row(f"sae-lora.{name}.dead", found.dead_fraction, "fraction", found.n_tokens),
+            row(f"sae-lora.{name}.fve", evaluation.fve[0], "fraction", evaluation.n_tokens),
+            row(f"sae-lora.{name}.l0", evaluation.l0, "latents/token", evaluation.n_tokens),
+            row(f"sae-lora.{name}.dead", evaluation.dead_fraction, "fraction", evaluation.n_tokens),
             row(f"sae-lora.{name}.training_seconds", seconds[name], "s", 1),
         ]
         say("  ".join(f"{entry['name']} {entry['value']:.3f}" for entry in rows[-4:]))

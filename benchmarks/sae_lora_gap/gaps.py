@@ -18,11 +18,11 @@ from sae_lora.lora.sidecar import read_sidecar
 
 SETTINGS: dict[str, Any] = {"lr": 5e-3, "lr_decay_fraction": 1.0}
 RANKS = {1: 21, 2: 10, 3: 7}
-"""By the number of layers with LoRA, the largest within 5% of the model's parameters."""
+"""Ranks by the number of layers with LoRA, the largest within 5% of the model's parameters."""
 
 
 def after(rank: int) -> dict[str, Any]:
-    """LoRA on the layers after the dictionary."""
+    """Return settings of LoRA on the layers after the dictionary."""
     return {"layers": "after", "rank": rank, "alpha": 2.0 * rank}
 
 
@@ -30,9 +30,9 @@ ARMS: dict[str, dict[str, Any]] = {
     "": after(RANKS[2]),
     "all.": {"layers": "all", "rank": 5, "alpha": 10.0},
 }
-"""By the prefix of their rows."""
+"""Settings of fits, by the prefix of their rows."""
 LONG: dict[str, dict[str, Any]] = {"long.": {**ARMS["all."], "epochs": 8}}
-"""What the same weights close with eight times the steps."""
+"""The same weights with eight times the steps."""
 CONTROLS = ("noise", "no-latents", "random-decoder", "shuffled-decoder")
 CORRECTORS = {"mean-scale": 2e-3, "affine": 5e-4, "sae": 5e-4}
 """Learning rates, chosen on another SAE of this model (docs/log.md)."""
@@ -50,7 +50,7 @@ SHOWN = {
 
 
 def fit_config(dictionary: Path, data: str, n_tokens: int, **changes: Any) -> FitConfig:
-    """Settings of a fit."""
+    """Return the settings of a fit."""
     settings = {"context_length": CONTEXT, "batch_rows": ROWS, "log_every": 1000, "checkpoint_every": 100_000}
     return FitConfig(
         model=BASE, dictionary=str(dictionary), data=data, n_tokens=n_tokens, device="cpu",
@@ -58,8 +58,8 @@ def fit_config(dictionary: Path, data: str, n_tokens: int, **changes: Any) -> Fi
     )  # fmt: skip
 
 
-def measure(prefix: str, run: Path, dictionary: Path, data: str, n_tokens: int) -> list[dict[str, Any]]:
-    """Rows of one fit: SHOWN, with 95% intervals over sequences, and its weights as a share of the model's."""
+def measured_rows(prefix: str, run: Path, dictionary: Path, data: str, n_tokens: int) -> list[dict[str, Any]]:
+    """Return rows of one fit: SHOWN, with 95% intervals over sequences, and its weights as a share of the model's."""
     config = text(data, n_tokens)
     plan = make_plan(config, BASE, [(str(dictionary), None)])
     dictionaries, model = load_dictionaries(plan, config, CPU), load_model(plan, config, CPU)
@@ -71,6 +71,6 @@ def measure(prefix: str, run: Path, dictionary: Path, data: str, n_tokens: int) 
     measured = cells.measure(
         fitted.model, dictionaries, lambda: batches(plan), n_sequences, plan.keep_ids, corrected=fitted.dictionaries
     )
-    found = {entry["name"].removeprefix("eval."): entry for entry in cells.rows(measured)}
-    rows = [{**found[name], "name": f"{prefix}{ours}"} for ours, name in SHOWN.items() if name in found]
+    entries = {entry["name"].removeprefix("eval."): entry for entry in cells.rows(measured)}
+    rows = [{**entries[name], "name": f"{prefix}{ours}"} for ours, name in SHOWN.items() if name in entries]
     return [*rows, row(f"{prefix}parameters", fitted.n_weights / n_weights, "of the model's parameters", n_weights)]

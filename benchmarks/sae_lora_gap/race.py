@@ -50,10 +50,10 @@ class Point(NamedTuple):
     """An arm so far."""
 
     n_tokens: int
-    """Read by the language model."""
+    """Tokens that the language model read."""
     seconds: float
     ce: float
-    """Of the spliced model on held-out documents, nats/token."""
+    """Cross-entropy of the spliced model on held-out documents, nats/token."""
 
 
 class Arm:
@@ -76,16 +76,16 @@ class Arm:
 
 @torch.no_grad()
 def spliced_ce(model: Any, dictionary: FrozenDictionary | None, held_out: list[Batch], keep_ids: list[int]) -> float:
-    """CE with the dictionary in place, or without one; nats per scored prediction."""
+    """Return the CE with the dictionary in place, or without one; nats per scored prediction."""
     total, n = 0.0, 0
     for batch in held_out:
         if dictionary is None:
-            found = resume.logits(model, batch)
+            logits = resume.logits(model, batch)
         else:
             with splice(model, dictionary, keep_ids=keep_ids):
-                found = resume.logits(model, batch)
+                logits = resume.logits(model, batch)
         used = batch.scored[:, 1:]
-        ce = predictions.ce(predictions.log_probs(found[:, :-1][used]), batch.ids[:, 1:][used])
+        ce = predictions.ce(predictions.log_probs(logits[:, :-1][used]), batch.ids[:, 1:][used])
         total, n = total + float(ce.double().sum()), n + len(ce)
     return total / n
 
@@ -103,7 +103,7 @@ def end_to_end(sae: SaeLens, model: Any, plan: Plan, order: list[int]) -> Iterat
 
 
 def adapt(config: FitConfig, plan: Plan, fitted: Fitted, layers: list[int], order: list[int]) -> Iterator[Step]:
-    """The steps of `sae_lora.fit` on batches in that order, without its files."""
+    """Take the steps of `sae_lora.fit` on batches in that order, without its files."""
     optimizer = make_optimizer(fitted, config)
     prefix = common_prefix(fitted, layers, plan, config, CPU)
     for step, batch in enumerate(plan.batches(ROWS, CPU, order)):
@@ -120,7 +120,7 @@ class Raced(NamedTuple):
 
 
 def run(size: Size, data: str, folder: Path, pretraining: float) -> Raced:
-    """Rows of the race around one TopK SAE.
+    """Return rows of the race around one TopK SAE.
 
     folder: the SAE that was trained by reconstruction. pretraining: seconds that it took, activations included.
     """
@@ -152,21 +152,21 @@ def run(size: Size, data: str, folder: Path, pretraining: float) -> Raced:
             first, last = (round(n_steps[name] * i / CHECKS) for i in (check, check + 1))
             arm.advance(last - first, held_out, plan.keep_ids)
     n = sum(int(batch.scored[:, 1:].sum()) for batch in held_out)
-    found = summarise({name: arm.points for name, arm in arms.items()}, plain, spliced, pretraining, n)
+    raced = summarise({name: arm.points for name, arm in arms.items()}, plain, spliced, pretraining, n)
     x = activations(of_held_out, model)
     for name in curves_of(arms, END_TO_END):
         end = quality(arms[name].dictionary, x)
-        found.rows.append(row(f"sae-lora.race.{name}.dead", end.dead_fraction, "fraction", end.n_tokens))
-    return found
+        raced.rows.append(row(f"sae-lora.race.{name}.dead", end.dead_fraction, "fraction", end.n_tokens))
+    return raced
 
 
 def curves_of(arms: dict[str, T], kind: str) -> dict[str, T]:
-    """Those whose names begin so."""
+    """Return the curves whose names begin with `kind`."""
     return {name: arm for name, arm in arms.items() if name.startswith(kind)}
 
 
 def summarise(curves: dict[str, list[Point]], plain: float, spliced: float, pretraining: float, n: int) -> Raced:
-    """Curves, and the ratios of seconds and tokens to the losses that both sides reach.
+    """Return curves, and the ratios of seconds and tokens to the losses that both sides reach.
 
     race.<arm>.<tokens>.{ce,seconds}      the curves
     e2e_speedup.<epochs>                  seconds of that end-to-end SAE to its best loss over those of the faster LoRA
@@ -190,27 +190,27 @@ def summarise(curves: dict[str, list[Point]], plain: float, spliced: float, pret
     left_out: dict[str, str] = {}
     for arm, points in slow.items():
         name, target = f"sae-lora.e2e_speedup.{arm.removeprefix(END_TO_END)}", min(points, key=lambda point: point.ce)
-        found = earliest(curves_of(adapted, LORA), target.ce)
-        if found:
-            rows += compared(name, target, found, pretraining)
+        reached = earliest(curves_of(adapted, LORA), target.ce)
+        if reached:
+            rows += compared(name, target, reached, pretraining)
         else:
             left_out[name] = f"no LoRA arm came to CE {target.ce:.4f}, the best of {arm}"
     for arm, points in adapted.items():
         mine = min(points, key=lambda point: point.ce)
-        found = earliest(slow, mine.ce)
-        if found:
-            rows += compared(f"sae-lora.race.{arm}.speedup_to_its_best", found, mine, pretraining)
+        reached = earliest(slow, mine.ce)
+        if reached:
+            rows += compared(f"sae-lora.race.{arm}.speedup_to_its_best", reached, mine, pretraining)
     return Raced(rows, left_out)
 
 
 def earliest(curves: dict[str, list[Point]], ce: float) -> Point | None:
-    """Of the points that are as good as that, the one of fewest seconds."""
-    found = [point for points in curves.values() for point in points if point.ce <= ce]
-    return min(found, key=lambda point: point.seconds, default=None)
+    """Return the point of fewest seconds among those with a CE of at most `ce`."""
+    reached = [point for points in curves.values() for point in points if point.ce <= ce]
+    return min(reached, key=lambda point: point.seconds, default=None)
 
 
 def compared(name: str, slow: Point, fast: Point, pretraining: float) -> list[dict[str, Any]]:
-    """Ratios, above 1 where adapting needs less. Tokens are those of the fit; the forward pass that collects the
+    """Return ratios, above 1 where adapting needs less. Tokens are those of the fit; the forward pass that collects the
     activations for pretraining is in the seconds only."""
     rows = [row(name, slow.seconds / (fast.seconds + pretraining), "ratio of seconds", 1)]
     if fast.n_tokens:

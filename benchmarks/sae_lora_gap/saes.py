@@ -46,7 +46,7 @@ LR = 2e-3
 
 
 def make_sae(design: Design, d_model: int, seed: int = 0) -> Any:
-    """A training SAE of SAELens, with its start."""
+    """Return a training SAE of SAELens, with its start."""
     from sae_lens import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
 
     common: dict[str, Any] = {
@@ -94,7 +94,7 @@ def train_sae(sae: Any, x: Float[Tensor, "tokens d_model"], n_tokens: int, folde
 
 
 def shuffled(x: Float[Tensor, "tokens d_model"], seed: int) -> Iterator[Float[Tensor, "batch d_model"]]:
-    """Batches of all tokens in a new order for each pass, without end."""
+    """Yield batches of all tokens in a new order for each pass, without end."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(len(x), generator=generator)
@@ -104,7 +104,7 @@ def shuffled(x: Float[Tensor, "tokens d_model"], seed: int) -> Iterator[Float[Te
 
 @torch.no_grad()
 def quality(dictionary: FrozenDictionary, x: Float[Tensor, "tokens d_model"]) -> Evaluation:
-    """FVE, L0 and dead fraction, on tokens that were not trained on."""
+    """Return the FVE, L0 and dead fraction, on tokens that were not trained on."""
     sums = ReconstructionSums(1, x.shape[1], dictionary.info.dict_size)
     for part in x.split(4096):
         latents = dictionary.encode(part)

@@ -35,7 +35,7 @@ class Size(NamedTuple):
     held_out: int
     """Tokens that results are measured on; 43,876 is the whole file."""
     rounds: int
-    """Of the speed measurements."""
+    """Rounds of the speed measurements."""
     end_to_end_epochs: tuple[int, ...]
     """Times that each end-to-end SAE of the race reads the training tokens."""
 
@@ -45,7 +45,7 @@ QUICK = Size(tokens=60_000, held_out=8_000, rounds=3, end_to_end_epochs=(1,))
 
 
 def split(work: Path) -> dict[str, str]:
-    """Files of the training and the development documents."""
+    """Return the files of the training and the development documents."""
     import json
 
     rows = read_rows("raw_train")
@@ -56,24 +56,24 @@ def split(work: Path) -> dict[str, str]:
 
 
 def text(data: str, n_tokens: int) -> TextConfig:
-    """How documents are read everywhere."""
+    """Return how documents are read everywhere."""
     return TextConfig(data=data, n_tokens=n_tokens, context_length=CONTEXT, batch_rows=ROWS, device="cpu")
 
 
 def open_base(data: str, n_tokens: int) -> tuple[Plan, nn.Module]:
-    """Documents, and the model without any dictionary."""
+    """Open the documents, and the model without any dictionary."""
     config = text(data, n_tokens)
     plan = make_plan(config, BASE, [])
     return plan, load_model(plan, config, CPU)
 
 
 def batches(plan: Plan) -> Iterator[Batch]:
-    """All documents once."""
+    """Yield all documents once."""
     return plan.batches(ROWS, CPU)
 
 
 def activations(plan: Plan, model: nn.Module, hook_point: str = HOOK_POINT) -> Float[Tensor, "tokens d_model"]:
-    """At the hook point, of all tokens that a splice replaces."""
+    """Return the activations at the hook point, of all tokens that a splice replaces."""
     return torch.cat(
         [
             resume.activations(model, hook_point, b)[~kept_positions(b.ids, b.attention_mask, plan.keep_ids)]

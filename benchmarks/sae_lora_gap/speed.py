@@ -17,13 +17,13 @@ from sae_lora.lora.adapter import choose_layers
 ROUTES = ("whole", "prefix", "stored")
 N_BATCHES = 8
 BATCHES: dict[str, dict[str, Any]] = {"": {}, "packed.": {"pack": True, "context_length": 1024, "batch_rows": 1}}
-"""By the prefix of their rows: batches of 16 texts, as all fits of this benchmark have them, and the published ones, of
-one packed sequence of 1,024 tokens."""
+"""Settings by the prefix of their rows: batches of 16 texts, as all fits of this benchmark have them, and the published
+ones, of one packed sequence of 1,024 tokens."""
 
 
 def run(size: Size, data: str, folder: Path) -> list[dict[str, Any]]:
-    """Rows prefix_speedup, stored_speedup (median of the ratios by round, quartiles) and tokens per second, for each of
-    BATCHES."""
+    """Return rows prefix_speedup, stored_speedup (median of the ratios by round, quartiles) and tokens per second, for
+    each of BATCHES."""
     return [entry for prefix, changes in BATCHES.items() for entry in _of_batches(size, data, folder, prefix, changes)]
 
 

@@ -27,7 +27,7 @@ from diffing.latents.table import read_table, require_fit
 
 
 def causal(settings: CausalSettings) -> dict[str, Any]:
-    """`diffing causal`"""
+    """Run `diffing causal`."""
     started = time.perf_counter()
     run, cache = open_run_and_cache(settings.run, settings.cache)
     say(f"causal {run} at {cache.manifest['hook_point']} of the models of {cache.path}")
@@ -56,15 +56,15 @@ def causal(settings: CausalSettings) -> dict[str, Any]:
     measured = measure(
         crosscoder, pair, chats, sets, batch_rows=settings.batch_rows, first_tokens=settings.first_tokens
     )
-    found = rows(measured, first_tokens=settings.first_tokens, seed=settings.seed)
-    described = {**result("causal", to_dict(settings), found), "latents": files.hash_file(run / "latents.json")}
+    entries = rows(measured, first_tokens=settings.first_tokens, seed=settings.seed)
+    described = {**result("causal", to_dict(settings), entries), "latents": files.hash_file(run / "latents.json")}
     files.write_json(run / "causal.json", described)
-    closing(started, f"{len(found)} rows in {run / 'causal.json'}")
-    return described | {"text": summary(found, settings.first_tokens)}
+    closing(started, f"{len(entries)} rows in {run / 'causal.json'}")
+    return described | {"text": summary(entries, settings.first_tokens)}
 
 
 def steer(settings: SteerSettings) -> dict[str, Any]:
-    """`diffing steer`"""
+    """Run `diffing steer`."""
     run, cache = open_run_and_cache(settings.run, settings.cache)
     hook_point = cache.manifest["hook_point"]
     table, crosscoder = read_table(run), load_crosscoder(run)
@@ -93,14 +93,16 @@ def steer(settings: SteerSettings) -> dict[str, Any]:
 
 
 def lens(settings: LensSettings) -> dict[str, Any]:
-    """`diffing lens`"""
+    """Run `diffing lens`."""
     run, cache = open_run_and_cache(settings.run, settings.cache)
     table, crosscoder = read_table(run), load_crosscoder(run)
     chosen = table.nsmallest(32, "rank").index.tolist() if settings.latents is None else settings.latents
     latents = list(checked(chosen, len(table)))
     pair = load_whole(inspect_cached(cache), cache.manifest["hook_point"], settings.device, settings.model_dtype)
-    found = logit_lens(crosscoder, pair, latents, n_tokens=settings.top)
-    lines = [f"{j:>6}  {name:<6}{' '.join(map(repr, tokens))}" for j in found for name, tokens in found[j].items()]
-    described = result("lens", to_dict(settings), []) | {"latents": found}
+    readings = logit_lens(crosscoder, pair, latents, n_tokens=settings.top)
+    lines = [
+        f"{j:>6}  {name:<6}{' '.join(map(repr, tokens))}" for j in readings for name, tokens in readings[j].items()
+    ]
+    described = result("lens", to_dict(settings), []) | {"latents": readings}
     files.write_json(run / "lens.json", described)
     return described | {"text": "\n".join(lines)}

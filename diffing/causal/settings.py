@@ -44,7 +44,7 @@ class CausalSettings:
         require_range(self, 0, 2**63 - 1, "seed")
 
     def top(self) -> list[int]:
-        """n_latents as a list."""
+        """Return n_latents as a list."""
         return [self.n_latents] if isinstance(self.n_latents, int) else self.n_latents
 
 

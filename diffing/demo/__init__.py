@@ -15,7 +15,7 @@ DOCUMENTS = ("raw_train", "raw_heldout", "dialogues_train", "dialogues_heldout")
 
 
 def model_folder(name: str) -> Path:
-    """Hugging Face folder of one embedded model.
+    """Return the Hugging Face folder of one embedded model.
 
     Raises:
         ValueError: there is no model of that name.
@@ -24,7 +24,7 @@ def model_folder(name: str) -> Path:
 
 
 def document_file(name: str) -> Path:
-    """JSON lines, gzipped, of one part of the embedded corpus.
+    """Return the JSON lines, gzipped, of one part of the embedded corpus.
 
     Raises:
         ValueError: there is no part of that name.
@@ -39,6 +39,6 @@ def _known(name: str, choices: tuple[str, ...], kind: str) -> str:
 
 
 def read_rows(name: str) -> list[dict[str, Any]]:
-    """Rows of one file of the frozen corpus."""
+    """Return the rows of one file of the frozen corpus."""
     with gzip.open(document_file(name), "rt", encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]

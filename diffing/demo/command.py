@@ -32,8 +32,7 @@ from diffing.demo.settings import DemoSettings
 from diffing.latents.table import scale_run
 from diffing.null.pipeline import calibrate_run
 from diffing.null.settings import NullSettings
-from diffing.null.summary import result_rows
-from diffing.null.summary import summary as null_summary
+from diffing.null.summary import null_summary, result_rows
 from diffing.report.publishing import write_report
 
 HOOK_POINT = "blocks.2.hook_resid_post"
@@ -60,13 +59,13 @@ def run_demo(settings: DemoSettings) -> dict[str, Any]:
     table = pandas.read_parquet(run / "latents.parquet")
     nulls = calibrate_demo(out, run, train_cache, settings.null_seeds) if settings.null_seeds else ("", [])
     written = write_report(run)
-    text = summary(table, files.read_json(run / "examples.json")["latents"])
+    text = demo_summary(table, files.read_json(run / "examples.json")["latents"])
     text += nulls[0] + "\n" + closing_words(written.html, rows, time.perf_counter() - started)
     return results.result("demo", to_dict(settings), [*rows, *demo_rows(table), *nulls[1]]) | {"text": text}
 
 
 def calibrate_demo(out: Path, run: Path, cache: ActivationCache, n_seeds: int) -> tuple[str, list[dict[str, Any]]]:
-    """`diffing null` on the embedded null models and a rounded base: its text and its rows."""
+    """Run `diffing null` on the embedded null models and a rounded base; return its text and its rows."""
     settings = NullSettings(
         run=str(run),
         out=str(out / "null"),
@@ -80,7 +79,7 @@ def calibrate_demo(out: Path, run: Path, cache: ActivationCache, n_seeds: int) -
 
 
 def cache_config(out: Path, split: str, n_tokens: int, seed: int) -> CacheConfig:
-    """Raw text and dialogues, half of the tokens each."""
+    """Return the settings of a cache of raw text and dialogues, half of the tokens each."""
     return CacheConfig(
         base=str(model_folder("base")),
         tuned=str(model_folder("tuned")),
@@ -114,7 +113,7 @@ def train_on(cache: ActivationCache, heldout: ActivationCache | None, config: Tr
 
 
 def demo_rows(table: pandas.DataFrame) -> list[dict[str, Any]]:
-    """Counts behind the summary."""
+    """Return the counts behind the summary."""
     first = table.nsmallest(32, "rank")
     rows = [
         row("demo.norm_class.tuned-only.count", int((table["norm_class"] == "tuned-only").sum()), "latents", len(table))
@@ -124,8 +123,9 @@ def demo_rows(table: pandas.DataFrame) -> list[dict[str, Any]]:
     return rows
 
 
-def summary(table: pandas.DataFrame, examples: dict[str, list[dict[str, Any]]]) -> str:
-    """The ten most specific latents and the first of each planted concept, with one context each, and their class."""
+def demo_summary(table: pandas.DataFrame, examples: dict[str, list[dict[str, Any]]]) -> str:
+    """Say which are the ten most specific latents and the first of each planted concept, with one context each, and
+    their class."""
     header = (
         "  rank  latent  nu_error  nu_rec.  cosine  norm   share of its activation   where it fires most (>>token<<)"
     )
@@ -140,9 +140,9 @@ def summary(table: pandas.DataFrame, examples: dict[str, list[dict[str, Any]]]) 
     ]
     lines.append(header)
     for context in PLANTED:
-        found = first.index[first["main_context"] == context]
-        if len(found):
-            lines.append(latent_line(first, int(found[0]), examples))
+        latents = first.index[first["main_context"] == context]
+        if len(latents):
+            lines.append(latent_line(first, int(latents[0]), examples))
     n_only = int((table["norm_class"] == "tuned-only").sum())
     if n_only == 0:
         lines += [
@@ -158,7 +158,7 @@ def summary(table: pandas.DataFrame, examples: dict[str, list[dict[str, Any]]]) 
 
 
 def latent_line(table: pandas.DataFrame, latent: int, examples: dict[str, list[dict[str, Any]]]) -> str:
-    """One latent on one line."""
+    """Write one latent on one line."""
     values = table.loc[latent]
     ratios = f"{values['nu_error']:>8.2f}  {values['nu_reconstruction']:>7.2f}"
     geometry = f"{values['decoder_cosine']:>6.2f}  {values['relative_decoder_norm']:.2f}"
@@ -167,18 +167,18 @@ def latent_line(table: pandas.DataFrame, latent: int, examples: dict[str, list[d
     return f"  {values['rank']:>4}  {latent:>6}  {ratios}  {geometry}   {where:<24}  {text}"
 
 
-def context_text(found: list[dict[str, Any]]) -> str:
-    """The strongest example on one line, its peak marked."""
-    if not found:
+def context_text(examples: list[dict[str, Any]]) -> str:
+    """Write the strongest example on one line, its peak marked."""
+    if not examples:
         return ""
-    best = found[0]
+    best = examples[0]
     tokens = [token.replace("\n", "\u21b5") for token in best["tokens"]]
     peak = best["peak"]
     return f"{''.join(tokens[max(0, peak - 8) : peak])}>>{tokens[peak]}<<{''.join(tokens[peak + 1 : peak + 4])}".strip()
 
 
 def closing_words(html: Path, rows: list[dict[str, Any]], seconds: float) -> str:
-    """Quality with its count, time, memory, where the report is, and the same path on the user's own pair."""
+    """Say the quality with its count, time, memory, where the report is, and the same path on the user's own pair."""
     value = {entry["name"]: entry for entry in rows}
     n = value["eval.l0"]["n"]
     return f"""
@@ -196,5 +196,5 @@ Next, on your own pair (Gemma-2-2B needs a GPU, its licence accepted on the hub,
 
 
 def demo(settings: DemoSettings) -> dict[str, Any]:
-    """`diffing demo`"""
+    """Run `diffing demo`."""
     return run_demo(settings)

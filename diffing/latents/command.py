@@ -18,7 +18,7 @@ from diffing.latents.verdict import VERDICTS
 
 
 def scale(settings: ScaleSettings) -> dict[str, Any]:
-    """`diffing scale`"""
+    """Run `diffing scale`."""
     started = time.perf_counter()
     run, cache = open_run_and_cache(settings.run, settings.cache)
     say(f"scale {run} on {min(settings.n_tokens or len(cache), len(cache)):,} tokens of {cache.path}")
@@ -35,17 +35,17 @@ def scale(settings: ScaleSettings) -> dict[str, Any]:
         say(f"{len(twins['twins'])} pairs of twins, a tuned-only and a base-only latent of one direction: twins.json")
     closing(started, f"latent table in {run / 'latents.json'}")
     say(f"next: diffing report {shlex.quote(str(run))}")
-    found = [row(f"scale.verdict.{verdict}.count", n, "latents", len(table)) for verdict, n in counts.items()]
-    found.append(row("scale.twins.count", len(twins["twins"]), "pairs", len(table)))
+    rows = [row(f"scale.verdict.{verdict}.count", n, "latents", len(table)) for verdict, n in counts.items()]
+    rows.append(row("scale.twins.count", len(twins["twins"]), "pairs", len(table)))
     for name in ("twins", "control"):
         apart = [pair["divergence"] for pair in twins[name]]
         if apart:
-            found.append(row(f"scale.{name}.divergence", sum(apart) / len(apart), "fraction", len(apart)))
-    return result("scale", to_dict(settings), found)
+            rows.append(row(f"scale.{name}.divergence", sum(apart) / len(apart), "fraction", len(apart)))
+    return result("scale", to_dict(settings), rows)
 
 
 def stability(settings: StabilitySettings) -> dict[str, Any]:
-    """`diffing stability`"""
-    found = survival_rows(read_runs(settings.runs), seed=settings.seed)
-    lines = [f"{entry['name']:<44}{entry['value']:>8.1%}  n {entry['n']:,}" for entry in found]
-    return result("stability", to_dict(settings), found) | {"text": "\n".join(lines)}
+    """Run `diffing stability`."""
+    rows = survival_rows(read_runs(settings.runs), seed=settings.seed)
+    lines = [f"{entry['name']:<44}{entry['value']:>8.1%}  n {entry['n']:,}" for entry in rows]
+    return result("stability", to_dict(settings), rows) | {"text": "\n".join(lines)}

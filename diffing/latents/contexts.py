@@ -38,7 +38,7 @@ class ContextSums:
         )
 
     def shares(self) -> Float[Tensor, "dict_size n_contexts"]:
-        """Share of each context in each latent's activation; 0 for a latent that never fires."""
+        """Return the share of each context in each latent's activation; 0 for a latent that never fires."""
         return self.mass / self.mass.sum(dim=1, keepdim=True).clamp_min(1e-300)
 
 
@@ -51,8 +51,8 @@ def examples(
     n_examples: int = 8,
     n_tokens: int | None = None,
 ) -> dict[str, list[dict[str, Any]]]:
-    """The documents in which each latent is strongest, one example per document, with the tokens around the peak;
-    from the first `n_tokens` of the cache (default: all).
+    """Return the documents in which each latent is strongest, one example per document, with the tokens around the
+    peak; from the first `n_tokens` of the cache (default: all).
 
     Each example: document, group, position (of the peak in its document), value, tokens, values (one per token), peak
     (index into tokens). Tokens that are not cached, such as the beginning of sequence, are not shown.
@@ -63,11 +63,11 @@ def examples(
     for tokens in cache.batches(4096, 0, n_tokens):
         best.add(chosen.encode(tokens.activations), tokens.document_ids, start)
         start += len(tokens.token_ids)
-    places = [(token, i) for i in range(len(latents)) for token in best.peaks(i, n_examples)]
-    found: dict[str, list[dict[str, Any]]] = {str(latent): [] for latent in latents}
-    for token, i in sorted(places):  # in cache order, so that each shard is read once
-        found[str(latents[i])].append(_example(chosen, cache, i, token, tokenizer))
-    return {latent: sorted(rows, key=lambda row: -row["value"]) for latent, rows in found.items()}
+    peaks = [(token, i) for i in range(len(latents)) for token in best.peaks(i, n_examples)]
+    by_latent: dict[str, list[dict[str, Any]]] = {str(latent): [] for latent in latents}
+    for token, i in sorted(peaks):  # in cache order, so that each shard is read once
+        by_latent[str(latents[i])].append(_example(chosen, cache, i, token, tokenizer))
+    return {latent: sorted(rows, key=lambda row: -row["value"]) for latent, rows in by_latent.items()}
 
 
 class ChosenLatents:
@@ -81,7 +81,7 @@ class ChosenLatents:
         self.gate_at = crosscoder.gate_at().detach()[columns]
 
     def encode(self, x: Float[Tensor, "batch n_models d_model"]) -> Float[Tensor, "batch chosen"]:
-        """Latents with the inference gate, as `Crosscoder.encode` gives them."""
+        """Return the latents with the inference gate, as `Crosscoder.encode` gives them."""
         normalised = self.crosscoder.normalise(x.to(self.bias.device).float())
         pre = torch.addmm(self.bias, normalised.flatten(1), self.weight)
         return (pre * (pre > self.gate_at)).cpu()
@@ -102,7 +102,7 @@ class _Best:
         self.places = places.gather(2, kept.expand(2, -1, -1))
 
     def peaks(self, i: int, n: int) -> list[int]:
-        """Tokens of the n strongest documents of the i-th latent."""
+        """Return the tokens of the n strongest documents of the i-th latent."""
         by_document: dict[int, int] = {}
         for value, token, document in zip(self.values[i], *self.places[:, i], strict=True):
             if value > 0:

@@ -19,7 +19,7 @@ NORM_CLASSES = ("base-only", "shared", "tuned-only", "other")
 
 
 def norm_class(relative_decoder_norm: Sequence[float]) -> list[str]:
-    """Published class of each latent."""
+    """Return the published class of each latent."""
 
     def name(value: float) -> str:
         if value <= BASE_ONLY:
@@ -32,7 +32,7 @@ def norm_class(relative_decoder_norm: Sequence[float]) -> list[str]:
 
 
 def decoder_cosine(crosscoder: Crosscoder) -> Float[Tensor, " dict_size"]:
-    """Cosine of the base and the tuned decoder of each latent; 0 where one of them is 0.
+    """Return the cosine of the base and the tuned decoder of each latent; 0 where one of them is 0.
 
     Near 1: one concept in one place. Near 0 with both norms alive: the latent joins two unrelated directions
     ("rotated"), which also makes the ratios of Latent Scaling small without anything being new.

@@ -63,7 +63,7 @@ class LatentScales(Mapping[str, Tensor]):
         return len(self._columns)
 
     def to_pandas(self) -> "pandas.DataFrame":
-        """One row per latent."""
+        """Return a table of one row per latent."""
         import pandas
 
         frame = pandas.DataFrame({name: values.numpy() for name, values in self._columns.items()})
@@ -119,7 +119,7 @@ class ScalingSums:
         return latents
 
     def result(self) -> LatentScales:
-        """Ratios and their standard errors (delete-one-block jackknife).
+        """Return the ratios and their standard errors (delete-one-block jackknife).
 
         Raises:
             InputError: no token was added.
@@ -174,7 +174,7 @@ def _betas(
     side: int,
     target: str,
 ) -> Float[Tensor, "dict_size 2"]:
-    """beta of both models on one target; NaN where it is 0 / 0."""
+    """Return beta of both models on one target; NaN where it is 0 / 0."""
     activation, reconstruction = numerators[:, side].unbind(dim=1)
     if target == "activation":
         numerator = activation
@@ -188,7 +188,7 @@ def _betas(
 
 
 def _ratio(betas: Float[Tensor, "*blocks dict_size 2"], side: int) -> Float[Tensor, "*blocks dict_size"]:
-    """beta of the other model over beta of the decoder's own."""
+    """Return beta of the other model over beta of the decoder's own."""
     return betas[..., 1 - side] / betas[..., side]
 
 
@@ -211,7 +211,7 @@ def _put(
 def scale_latents(
     crosscoder: Crosscoder, batches: Iterable[Float[Tensor, "_ n_models d_model"]], *, n_blocks: int = 32
 ) -> LatentScales:
-    """Latent Scaling of all latents, all targets and both models in one pass over `batches`.
+    """Compute Latent Scaling of all latents, all targets and both models in one pass over `batches`.
 
     Equations, spaces and source in the module's docstring. Uses the inference gate, so batch size does not matter.
 

@@ -24,7 +24,7 @@ NULL_FIELDS = {
 
 
 def read_nulls(run: Path) -> dict[str, Any]:
-    """null.json of a run folder; empty where there is none, or where latents.json was made again since.
+    """Return null.json of a run folder; empty where there is none, or where latents.json was made again since.
 
     Raises:
         InputError: an entry is missing or unknown.
@@ -33,11 +33,13 @@ def read_nulls(run: Path) -> dict[str, Any]:
     path, again = run / "null.json", f"Run: {NULL.format(run=run)}"
     if not path.is_file():
         return {}
-    found = read_object(path)
-    if found.get("format_version") != 1:
-        raise InputError(f"{path} has format_version {found.get('format_version')!r}; this version reads 1. {again}")
+    calibration = read_object(path)
+    if calibration.get("format_version") != 1:
+        raise InputError(
+            f"{path} has format_version {calibration.get('format_version')!r}; this version reads 1. {again}"
+        )
     for name, fields in NULL_FIELDS.items():
-        rows = found.get(name)
+        rows = calibration.get(name)
         if not (isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows)):
             raise InputError(f"{path} has no {name!r}. {again}")
         for row in rows:
@@ -46,19 +48,19 @@ def read_nulls(run: Path) -> dict[str, Any]:
             kinds = [row["kind"]] if name == "crosscoders" else row.get("counts", row.get("shares"))
             if unknown := [kind for kind in kinds if kind not in KINDS]:
                 raise InputError(f"{path} names {unknown[0]!r}; expected one of {', '.join(KINDS)}. {again}")
-    return found if found.get("latents") == hash_file(path.with_name("latents.json")) else {}
+    return calibration if calibration.get("latents") == hash_file(path.with_name("latents.json")) else {}
 
 
-def kinds_of(found: dict[str, Any]) -> list[str]:
-    """`tuned`, then the nulls, in the order of null.json."""
-    return list(dict.fromkeys(entry["kind"] for entry in found.get("crosscoders", [])))
+def kinds_of(calibration: dict[str, Any]) -> list[str]:
+    """Return `tuned`, then the nulls, in the order of null.json."""
+    return list(dict.fromkeys(entry["kind"] for entry in calibration.get("crosscoders", [])))
 
 
-def counts_beside(found: dict[str, Any]) -> dict[str, str]:
-    """For a verdict that calls a latent specific, its count on each null crosscoder of the run's seed."""
+def counts_beside(calibration: dict[str, Any]) -> dict[str, str]:
+    """Return for each verdict that calls a latent specific its count on each null crosscoder of the run's seed."""
     beside = {}
-    for row in found.get("fixed", []):
+    for row in calibration.get("fixed", []):
         if row["words"].startswith("verdict "):
-            counts = [f"{kind} {row['counts'][kind][0]['count']:,}" for kind in kinds_of(found)[1:]]
+            counts = [f"{kind} {row['counts'][kind][0]['count']:,}" for kind in kinds_of(calibration)[1:]]
             beside[row["words"].removeprefix("verdict ")] = ", ".join(counts)
     return beside

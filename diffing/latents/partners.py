@@ -34,14 +34,14 @@ class _Side(NamedTuple):
 
 
 def _sides(table: pandas.DataFrame) -> list[_Side]:
-    """Those with anything to look for."""
+    """Return the sides with anything to look for."""
     norm, verdict = table["relative_decoder_norm"], table["verdict"]
     alive = is_alive(table["n_active"])
-    found = [
+    sides = [
         _Side(np.flatnonzero(verdict == word).tolist(), np.flatnonzero(alive & other).tolist())
         for word, other in (("tuned-specific", norm <= OTHER_SIDE), ("base-specific", norm >= 1 - OTHER_SIDE))
     ]
-    return [side for side in found if side.own and side.others]
+    return [side for side in sides if side.own and side.others]
 
 
 class _Correlations:
@@ -58,7 +58,7 @@ class _Correlations:
             sums += torch.stack([f.sum(dim=0), f.square().sum(dim=0)])
 
     def result(self) -> Float[Tensor, "own others"]:
-        """0 where a column is constant."""
+        """Return the correlations; 0 where a column is constant."""
         means, variances = zip(*((s[0] / self.n, s[1] / self.n - (s[0] / self.n) ** 2) for s in self.sums), strict=True)
         scale = torch.outer(*(variance.clamp_min(0).sqrt() for variance in variances))
         covariance = self.product / self.n - torch.outer(*means)
@@ -69,8 +69,8 @@ class _Correlations:
 def with_partners(
     crosscoder: Crosscoder, table: pandas.DataFrame, batches: Iterable[Float[Tensor, "_ n_models d_model"]]
 ) -> pandas.DataFrame:
-    """The table with columns partner and partner_correlation, null for latents that do not look specific or have none
-    to choose from, and with verdicts that know of them.
+    """Return the table with columns partner and partner_correlation, null for latents that do not look specific or have
+    none to choose from, and with verdicts that know of them.
 
     table: with verdicts by norms and ratios. batches: the tokens that it was made on, read only where something looks
     specific.
@@ -84,10 +84,10 @@ def with_partners(
     columns = [[[place[latent] for latent in part] for part in side] for side in sides]
     for x in batches if sides else ():
         f = encoder.encode(x)
-        for (own, others), found in zip(columns, sums, strict=True):
-            found.add(f[:, own], f[:, others])
-    for side, found in zip(sides, sums, strict=True):
-        for latent, (value, other) in zip(side.own, zip(*found.result().max(dim=1), strict=True), strict=True):
+        for (own, others), correlations in zip(columns, sums, strict=True):
+            correlations.add(f[:, own], f[:, others])
+    for side, correlations in zip(sides, sums, strict=True):
+        for latent, (value, other) in zip(side.own, zip(*correlations.result().max(dim=1), strict=True), strict=True):
             partner[latent], correlation[latent] = side.others[int(other)], float(value)
     table = table.assign(partner=partner, partner_correlation=correlation)
     return table.assign(verdict=verdicts(table))

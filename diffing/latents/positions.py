@@ -29,28 +29,28 @@ PLACES = (
 _TEMPLATE, _RESPONSE = ROLES.index("template"), ROLES.index("assistant")
 
 
-def places(
+def place_indices(
     roles: UInt8[Tensor, " tokens"], positions: Int[Tensor, " tokens"], documents: Int[Tensor, " tokens"]
 ) -> Int[Tensor, " tokens"]:
-    """Index into `PLACES` of every token of whole documents, each of which stands together."""
+    """Return the index into `PLACES` of every token of whole documents, each of which stands together."""
     n = len(roles)
     is_response = roles == _RESPONSE
     begins = is_response.clone()
     begins[1:] &= ~is_response[:-1] | (documents[1:] != documents[:-1])
     starts = begins.nonzero().squeeze(1)
-    found = torch.full((n,), PLACES.index("other"))
-    found[roles == _TEMPLATE] = PLACES.index("template_other")
+    indices = torch.full((n,), PLACES.index("other"))
+    indices[roles == _TEMPLATE] = PLACES.index("template_other")
     if not len(starts):
-        return found
+        return indices
     order = torch.arange(n)
     following = torch.searchsorted(starts, order).clamp(max=len(starts) - 1)
     distance = positions[starts[following]] - positions
     near = (roles == _TEMPLATE) & (documents == documents[starts[following]]) & (distance >= 1) & (distance <= BEFORE)
-    found[near] = BEFORE - distance[near].long()
+    indices[near] = BEFORE - distance[near].long()
     started = starts[(torch.searchsorted(starts, order, right=True) - 1).clamp(min=0)]
     place = (positions - positions[started] + 1).long().clamp(max=AFTER + 1)
-    found[is_response] = PLACES.index("response_1") - 1 + place[is_response]
-    return found
+    indices[is_response] = PLACES.index("response_1") - 1 + place[is_response]
+    return indices
 
 
 class _Held(NamedTuple):
@@ -80,26 +80,26 @@ class PositionSums:
             now = _Held(*(torch.cat(pair) for pair in zip(self._held, now, strict=True)))
         done = int((now.documents == now.documents[-1]).nonzero()[0])
         self._count(now, done)
-        kept = now.tokens >= done
+        waiting = now.tokens >= done
         self._held = _Held(
             roles=now.roles[done:],
             positions=now.positions[done:],
             documents=now.documents[done:],
-            tokens=now.tokens[kept] - done,
-            latents=now.latents[kept],
-            values=now.values[kept],
+            tokens=now.tokens[waiting] - done,
+            latents=now.latents[waiting],
+            values=now.values[waiting],
         )
 
     def _count(self, held: _Held, n: int) -> None:
         if n:
             inside = held.tokens < n
-            at = places(held.roles[:n], held.positions[:n], held.documents[:n])[held.tokens[inside]]
+            at = place_indices(held.roles[:n], held.positions[:n], held.documents[:n])[held.tokens[inside]]
             index = held.latents[inside] * len(PLACES) + at
             counted = torch.bincount(index, weights=held.values[inside], minlength=self.mass.numel())
             self.mass += counted.view_as(self.mass)
 
     def shares(self) -> Float[Tensor, "dict_size places"]:
-        """Shares over all tokens added; 0 for a latent that never fires. Call it once, at the end."""
+        """Return the shares over all tokens added; 0 for a latent that never fires. Call it once, at the end."""
         if self._held is not None:
             self._count(self._held, len(self._held.roles))
             self._held = None

@@ -57,8 +57,8 @@ def scale_run(
     files.write_bytes(run / "latents.parquet", parquet.getvalue())
     chosen = [int(latent) for latent in table.nsmallest(n_examples, "rank").query("n_active > 0").index]
     say(f"examples of the {len(chosen)} latents that rank first")
-    found = examples(crosscoder, cache, chosen, cache_tokenizer(cache), n_tokens=n_tokens)
-    files.write_json(run / "examples.json", {"format_version": FORMAT_VERSION, "latents": found})
+    contexts = examples(crosscoder, cache, chosen, cache_tokenizer(cache), n_tokens=n_tokens)
+    files.write_json(run / "examples.json", {"format_version": FORMAT_VERSION, "latents": contexts})
     write_table(run, table, scales, cache)  # last: its presence says that the other files are there
     return table
 
@@ -66,7 +66,7 @@ def scale_run(
 def cache_table(
     crosscoder: Crosscoder, cache: ActivationCache, n_tokens: int | None
 ) -> tuple[pandas.DataFrame, LatentScales, Float[Tensor, "dict_size places"]]:
-    """The latent table over the first tokens of a cache, with partners; and what else `scale_cache` gives."""
+    """Return the latent table over the first tokens of a cache, with partners, and what else `scale_cache` gives."""
     scales, contexts, shares = scale_cache(crosscoder, cache, n_tokens=n_tokens)
     batches = (tokens.activations for tokens in cache.batches(4096, 0, scales.n_tokens))
     return with_partners(crosscoder, latent_table(crosscoder, scales, contexts), batches), scales, shares
@@ -75,7 +75,7 @@ def cache_table(
 def with_twins(
     crosscoder: Crosscoder, table: pandas.DataFrame, cache: ActivationCache, n_tokens: int
 ) -> tuple[pandas.DataFrame, dict[str, list[dict[str, Any]]]]:
-    """The table with the columns of `twins.add_twins`, and all twins and false twins with their divergence."""
+    """Return the table with the columns of `twins.add_twins`, and all twins and false twins with their divergence."""
     pairs = twin_pairs(crosscoder, table)
     control = false_pairs(crosscoder, table, pairs)
     both = Pairs(*(torch.cat(sides) for sides in zip(pairs, control, strict=True)))
@@ -106,8 +106,8 @@ def require_fit(crosscoder: Crosscoder, cache: ActivationCache) -> None:
 def scale_cache(
     crosscoder: Crosscoder, cache: ActivationCache, *, n_tokens: int | None = None, batch_size: int = 4096
 ) -> tuple[LatentScales, ContextSums, Float[Tensor, "dict_size places"]]:
-    """Latent Scaling, context shares and shares by `response_positions.PLACES`, over the first `n_tokens` of a cache
-    (default: all), in one pass."""
+    """Return Latent Scaling, context shares and shares by `response_positions.PLACES`, over the first `n_tokens` of a
+    cache (default: all), in one pass."""
     n_tokens = min(n_tokens or len(cache), len(cache))
     batch_size = max(1, min(batch_size, math.ceil(n_tokens / 32)))  # at least 32 batches, the blocks of the jackknife
     scaling = ScalingSums(crosscoder)
@@ -124,7 +124,8 @@ def scale_cache(
 
 
 def latent_table(crosscoder: Crosscoder, scales: LatentScales, contexts: ContextSums | None = None) -> pandas.DataFrame:
-    """One row per latent: norms, cosine, ratios with standard errors, counts, shares, verdict, rank."""
+    """Return a table of one row per latent: norms, cosine, ratios with standard errors, counts, shares, verdict,
+    rank."""
     norms = crosscoder.decoder_norms.detach().cpu()
     relative = crosscoder.relative_decoder_norm.detach().cpu().double()
     table = scales.to_pandas()
@@ -155,7 +156,8 @@ def latent_table(crosscoder: Crosscoder, scales: LatentScales, contexts: Context
 
 
 def with_positions(table: pandas.DataFrame, shares: Float[Tensor, "dict_size places"]) -> pandas.DataFrame:
-    """The table with template_share_before_response (the last 8 tokens before one) and response_share_first_9."""
+    """Return the table with template_share_before_response (the last 8 tokens before one) and
+    response_share_first_9."""
     before, first = PLACES.index("template_other"), PLACES.index("response_later")
     return table.assign(
         template_share_before_response=shares[:, :before].sum(dim=1).numpy(),
@@ -164,7 +166,7 @@ def with_positions(table: pandas.DataFrame, shares: Float[Tensor, "dict_size pla
 
 
 def write_table(run: Path, table: pandas.DataFrame, scales: LatentScales, cache: ActivationCache) -> None:
-    """RUN/latents.json: the table by columns, undefined numbers as null."""
+    """Write RUN/latents.json: the table by columns, undefined numbers as null."""
     columns = {"latent": table.index.tolist()}
     for name in table.columns:
         columns[name] = [_plain(value) for value in table[name].tolist()]
@@ -184,7 +186,7 @@ def _plain(value: Any) -> Any:
 
 
 def read_table(run: Path) -> pandas.DataFrame:
-    """The latent table that `diffing scale` wrote.
+    """Return the latent table that `diffing scale` wrote.
 
     Raises:
         InputError: there is none.
@@ -204,7 +206,7 @@ def read_table(run: Path) -> pandas.DataFrame:
 
 
 def cache_tokenizer(cache: ActivationCache) -> Any:
-    """The tokenizer with which a cache was made."""
+    """Return the tokenizer with which a cache was made."""
     config = cache.manifest["config"]
     return inspect_pair(
         config["base"], config["tuned"], [config["hook_point"]], tokenizer=config["tokenizer"]

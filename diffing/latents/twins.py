@@ -36,7 +36,7 @@ class Pairs(NamedTuple):
 
 
 def _sides(table: pandas.DataFrame) -> tuple[Int[Tensor, " tuned"], Int[Tensor, " base"]]:
-    """Alive tuned-only and base-only latents."""
+    """Return alive tuned-only and base-only latents."""
     bounds, norm = Thresholds(), table["relative_decoder_norm"].to_numpy()
     alive = is_alive(table["n_active"])
     tuned, base = alive & (norm >= bounds.tuned_only), alive & (norm <= bounds.base_only)
@@ -49,18 +49,18 @@ def _cosines(crosscoder: Crosscoder, tuned: Int[Tensor, " n"], base: Int[Tensor,
 
 
 def twin_pairs(crosscoder: Crosscoder, table: pandas.DataFrame) -> Pairs:
-    """All twins, highest cosine first."""
+    """Return all twins, highest cosine first."""
     tuned, base = _sides(table)
     cosines = _cosines(crosscoder, tuned, base)
     row, column = (cosines > COSINE).nonzero(as_tuple=True)
-    found = cosines[row, column]
-    order = found.argsort(descending=True, stable=True)
-    return Pairs(tuned[row[order]], base[column[order]], found[order])
+    similarity = cosines[row, column]
+    order = similarity.argsort(descending=True, stable=True)
+    return Pairs(tuned[row[order]], base[column[order]], similarity[order])
 
 
 def false_pairs(crosscoder: Crosscoder, table: pandas.DataFrame, pairs: Pairs, *, seed: int = 0) -> Pairs:
-    """The control: each tuned-only latent of `pairs` with a base-only latent drawn from those of low cosine, where
-    there is one."""
+    """Return the control: each tuned-only latent of `pairs` with a base-only latent drawn from those of low cosine,
+    where there is one."""
     base, generator = _sides(table)[1], torch.Generator().manual_seed(seed)
     cosines = _cosines(crosscoder, pairs.tuned, base)
     allowed = cosines < FALSE_COSINE
@@ -76,7 +76,8 @@ def divergence(
     pairs: Pairs,
     batches: Iterable[Float[Tensor, "_ n_models d_model"]],
 ) -> Float[Tensor, " pairs"]:
-    """Divergence of each pair over the tokens that the table was made on; NaN where neither is ever strong."""
+    """Return the divergence of each pair over the tokens that the table was made on; NaN where neither is ever
+    strong."""
     chosen = torch.cat([pairs.tuned, pairs.base]).unique()
     encoder = ChosenLatents(crosscoder, chosen.tolist())
     norms = crosscoder.decoder_norms.detach().cpu()
@@ -96,7 +97,7 @@ def divergence(
 
 
 def add_twins(table: pandas.DataFrame, pairs: Pairs, divergences: Float[Tensor, " pairs"]) -> pandas.DataFrame:
-    """The table with columns twin (the partner of highest cosine), twin_cosine and twin_divergence."""
+    """Return the table with columns twin (the partner of highest cosine), twin_cosine and twin_divergence."""
     twin = pandas.array([None] * len(table), dtype="Int64")
     cosine, apart = np.full(len(table), np.nan), np.full(len(table), np.nan)
     for i in reversed(range(len(pairs.tuned))):  # the highest cosine is written last

@@ -75,7 +75,8 @@ class Thresholds(NamedTuple):
 
 
 def verdicts(table: pandas.DataFrame, thresholds: Thresholds | None = None) -> list[str]:
-    """The verdict of each row of a latent table, by norms, cosine, ratios, and the partner where the table has one."""
+    """Return the verdict of each row of a latent table, by norms, cosine, ratios, and the partner where the table has
+    one."""
     bounds = thresholds or Thresholds()
     return [_verdict(row, bounds) for row in table.to_dict("records")]
 
@@ -113,7 +114,7 @@ def _compare(value: float, stderr: float, bound: float) -> str:
 
 
 def specificity(table: pandas.DataFrame) -> np.ndarray:
-    r"""(1 - min(1, max(|nu_error|, |nu_reconstruction|))) (1 - decoder_cosine) / 2, in [0, 1].
+    r"""Return (1 - min(1, max(|nu_error|, |nu_reconstruction|))) (1 - decoder_cosine) / 2, in [0, 1].
 
     High where the base model neither reconstructs nor misses the tuned decoder's direction, and encodes the latent
     along another one. On the embedded pair this order puts planted concepts first; relative norm alone is the worst
@@ -124,12 +125,12 @@ def specificity(table: pandas.DataFrame) -> np.ndarray:
 
 
 def ranks(table: pandas.DataFrame, thresholds: Thresholds | None = None) -> np.ndarray:
-    """1 = most specific to the tuned model: by `specificity`, among latents that are alive and at least as strong in
-    the tuned model as in the base (relative norm >= 0.5); all others come after them."""
+    """Return ranks, 1 = most specific to the tuned model: by `specificity`, among latents that are alive and at least
+    as strong in the tuned model as in the base (relative norm >= 0.5); all others come after them."""
     order = np.lexsort((-specificity(table), ~eligible(table, thresholds)))
-    found = np.empty(len(table), dtype=np.int64)
-    found[order] = np.arange(1, len(table) + 1)
-    return found
+    rank = np.empty(len(table), dtype=np.int64)
+    rank[order] = np.arange(1, len(table) + 1)
+    return rank
 
 
 # --------------------------------------------------------------------------------------------------- sets of latents

@@ -17,7 +17,7 @@ from diffing.null.rates import SCORES, chance, evidence, rate_interval, score_va
 from diffing.null.runs import Scaled
 
 Tables = dict[str, dict[int, Scaled]]
-"""By kind, `tuned` or the name of a null, and by seed; the seed of the run that is judged comes first."""
+"""Crosscoders by kind, `tuned` or the name of a null, and by seed; the seed of the run that is judged comes first."""
 Test = Callable[[pandas.DataFrame], Bool[np.ndarray, " dict_size"]]
 
 CURVE_POINTS = 100
@@ -41,7 +41,7 @@ FIXED: dict[str, Test] = {
 
 
 def calibrate(tables: Tables, rates: list[float]) -> dict[str, Any]:
-    """Everything that null.json holds about thresholds and counts, as plain data.
+    """Return everything that null.json holds about thresholds and counts, as plain data.
 
     `rounded` fixes no threshold: it differs from the base by so little that nearly every latent of any other pair is
     beyond its most extreme one. It is counted at the thresholds of the others.
@@ -49,9 +49,9 @@ def calibrate(tables: Tables, rates: list[float]) -> dict[str, Any]:
     nulls = [kind for kind in tables if kind not in ("tuned", "rounded")]
     return {
         "crosscoders": [
-            {"kind": kind, "seed": seed, "n_alive": n_alive(made.table), "n_effective": made.n_effective}
+            {"kind": kind, "seed": seed, "n_alive": n_alive(crosscoder.table), "n_effective": crosscoder.n_effective}
             for kind, seeds in tables.items()
-            for seed, made in seeds.items()
+            for seed, crosscoder in seeds.items()
         ],
         "thresholds": [
             calibrated_row(tables, null, score, rate) for score in SCORES for null in nulls for rate in rates
@@ -62,15 +62,15 @@ def calibrate(tables: Tables, rates: list[float]) -> dict[str, Any]:
 
 
 def calibrated_row(tables: Tables, null: str, score: str, rate: float) -> dict[str, Any]:
-    """One threshold, fixed on the null crosscoder of the run's seed, with what it lets through.
+    """Fix one threshold on the null crosscoder of the run's seed, with what it lets through.
 
     `false_positive_rate` is over null crosscoders of the other seeds, on which nothing was chosen; where there are
     none it is the calibrating one's own count, and `held_out` is false.
     """
     first, *others = tables[null]
-    made = tables[null][first]
-    n, best = n_alive(made.table), SCORES[score].sign * SCORES[score].best
-    threshold = threshold_at(evidence(made.table, score), n, rate, best)
+    crosscoder = tables[null][first]
+    n, best = n_alive(crosscoder.table), SCORES[score].sign * SCORES[score].best
+    threshold = threshold_at(evidence(crosscoder.table, score), n, rate, best)
     counts = {
         kind: [
             {"seed": seed, **_counted(evidence(run.table, score) > threshold, run.table)} for seed, run in seeds.items()
@@ -101,7 +101,7 @@ def calibrated_row(tables: Tables, null: str, score: str, rate: float) -> dict[s
 
 
 def fixed_row(tables: Tables, words: str, test: Test) -> dict[str, Any]:
-    """Counts of one threshold that no null decided, for every crosscoder."""
+    """Return the counts of one threshold that no null decided, for every crosscoder."""
     counts = {
         kind: [
             {"seed": seed, **_counted(is_alive(run.table["n_active"]) & test(run.table), run.table)}
@@ -118,7 +118,7 @@ def fixed_row(tables: Tables, words: str, test: Test) -> dict[str, Any]:
 
 
 def _rate(entries: list[dict[str, int]], n_effective: float) -> dict[str, Any]:
-    """The share of alive latents that are counted, over crosscoders, with its interval."""
+    """Return the share of alive latents that are counted, over crosscoders, with its interval."""
     count, n = (sum(entry[key] for entry in entries) for key in ("count", "n"))
     low, high = rate_interval(count, n, n_effective)
     share = count / n if n else None
@@ -126,9 +126,10 @@ def _rate(entries: list[dict[str, int]], n_effective: float) -> dict[str, Any]:
 
 
 def curves(tables: Tables, score: str) -> dict[str, Any]:
-    """Share of alive latents that are at least as specific as each of some latents, by kind, first seed of each."""
-    found = {kind: evidence(next(iter(seeds.values())).table, score) for kind, seeds in tables.items()}
-    pooled = np.sort(np.concatenate([values[np.isfinite(values)] for values in found.values()]))[::-1]
+    """Return the share of alive latents that are at least as specific as each of some latents, by kind, first seed of
+    each."""
+    by_kind = {kind: evidence(next(iter(seeds.values())).table, score) for kind, seeds in tables.items()}
+    pooled = np.sort(np.concatenate([values[np.isfinite(values)] for values in by_kind.values()]))[::-1]
     # Ranks in equal ratios: most points where few latents are left, and none in the long tail of senseless ratios.
     ranks = np.unique(np.geomspace(1, max(1, len(pooled)), CURVE_POINTS).astype(int)) - 1
     grid = pooled[ranks] if len(pooled) else pooled
@@ -136,7 +137,7 @@ def curves(tables: Tables, score: str) -> dict[str, Any]:
     return {
         "score": score,
         "thresholds": (SCORES[score].sign * grid).tolist(),
-        "shares": {kind: [int((values >= at).sum()) / n[kind] for at in grid] for kind, values in found.items()},
+        "shares": {kind: [int((values >= at).sum()) / n[kind] for at in grid] for kind, values in by_kind.items()},
     }
 
 

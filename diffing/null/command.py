@@ -9,14 +9,14 @@ from crosscoders.common.results import closing, result
 from diffing.latents.runs import open_run_and_cache
 from diffing.null.pipeline import calibrate_run
 from diffing.null.settings import NullSettings
-from diffing.null.summary import result_rows, summary
+from diffing.null.summary import null_summary, result_rows
 
 
 def null(settings: NullSettings) -> dict[str, Any]:
-    """`diffing null`"""
+    """Run `diffing null`."""
     started = time.perf_counter()
     run, cache = open_run_and_cache(settings.run, settings.cache)
     calibration = calibrate_run(settings, cache)
     closing(started, f"calibration in {run / 'null.json'}")
     say(f"next: diffing report {run}")
-    return result("null", to_dict(settings), result_rows(calibration)) | {"text": summary(calibration)}
+    return result("null", to_dict(settings), result_rows(calibration)) | {"text": null_summary(calibration)}

@@ -36,8 +36,8 @@ def round_model(base: str, out: Path, bits: int) -> Path:
     Raises:
         InputError: the rounding changes nothing; `out` holds another model.
     """
-    made = {"base": hash_model(base), "rounded_bits": bits}
-    if is_made(out, made):
+    recipe = {"base": hash_model(base), "rounded_bits": bits}
+    if is_made(out, recipe):
         return out
     say(f"round the weights of {base} to {bits} significant bits, to {out}")
     model, tokenizer = load_base(base, "auto")
@@ -49,11 +49,12 @@ def round_model(base: str, out: Path, bits: int) -> Path:
             weight.copy_(rounded)
     if not changed:
         raise InputError(f"no weight of {base!r} has more than {bits} significant bits. Lower --rounded-bits.")
-    return publish(model, tokenizer, out, made)
+    return publish(model, tokenizer, out, recipe)
 
 
 def round_to_bits(weight: Float[Tensor, "*shape"], bits: int) -> Float[Tensor, "*shape"]:
-    """The nearest numbers with `bits` significant bits, ties to even; through float32, in the dtype of `weight`."""
+    """Return the nearest numbers with `bits` significant bits, ties to even; through float32, in the dtype of
+    `weight`."""
     mantissa, exponent = torch.frexp(weight.float())
     return torch.ldexp((mantissa * 2**bits).round() / 2**bits, exponent).to(weight.dtype)
 
@@ -70,12 +71,12 @@ def train_placebo(base: str, out: Path, settings: NullSettings, context_length: 
         CorruptData: the loss is not finite.
     """
     assert settings.train_placebo and settings.placebo_steps and settings.placebo_lr and settings.placebo_rows
-    made = {"base": hash_model(base), "seed": seed, "context_length": context_length}
-    made |= {
+    recipe = {"base": hash_model(base), "seed": seed, "context_length": context_length}
+    recipe |= {
         name: getattr(settings, name)
         for name in ("train_placebo", "placebo_steps", "placebo_lr", "placebo_rows", "placebo_rank")
     }
-    if is_made(out, made):
+    if is_made(out, recipe):
         return out
     model, tokenizer = load_base(base, "float32")
     rows = text_rows(tokenizer, settings.train_placebo, context_length)
@@ -87,12 +88,12 @@ def train_placebo(base: str, out: Path, settings: NullSettings, context_length: 
             layers = range(len(hooks.decoder_layers(model)))
             model = add_lora(model, layers, rank=settings.placebo_rank, alpha=2 * settings.placebo_rank, seed=seed)
         _tune(model.to(choose_device(settings.device)), rows, settings, seed)
-    return publish(model, tokenizer, out, made)
+    return publish(model, tokenizer, out, recipe)
 
 
 def text_rows(tokenizer: Any, data: str, length: int) -> Int[Tensor, "rows length"]:
-    """Documents end to end, EOS between them where the tokenizer has no BOS, cut into rows; the rest at the end is left
-    out.
+    """Return documents end to end, EOS between them where the tokenizer has no BOS, cut into rows; the rest at the end
+    is left out.
 
     Raises:
         InputError: a document is a chat, a row cannot be read, or there is not one whole row.
@@ -132,45 +133,46 @@ def _tune(model: Any, rows: Int[Tensor, "rows length"], settings: NullSettings, 
 
 
 def _no_images(model: Any, ids: Int[Tensor, "rows length"]) -> dict[str, Tensor]:
-    """What Gemma-3 with its vision tower asks for in training: which tokens are of images."""
+    """Return what Gemma-3 with its vision tower asks for in training: which tokens are of images."""
     core = hooks.core_model(model)
     is_asked = hasattr(core.config, "vision_config") and "token_type_ids" in inspect.signature(core.forward).parameters
     return {"token_type_ids": torch.zeros_like(ids)} if is_asked else {}
 
 
 def _row_order(n: int, seed: int) -> Iterator[int]:
-    """Row numbers without end, in a new order in every epoch."""
+    """Yield row numbers without end, in a new order in every epoch."""
     generator = random.Random(seed)
     while True:
         yield from generator.sample(range(n), n)
 
 
 def load_base(base: str, dtype: str) -> tuple[Any, Any]:
-    """The whole base model and its tokenizer. Eager attention: a fine-tune of Gemma-2 needs it."""
+    """Load the whole base model and its tokenizer. Eager attention: a fine-tune of Gemma-2 needs it."""
     return load_model(base, dtype, attention="eager"), load_auto(base, "tokenizer")
 
 
-def publish(model: Any, tokenizer: Any, out: Path, made: dict[str, Any]) -> Path:
+def publish(model: Any, tokenizer: Any, out: Path, recipe: dict[str, Any]) -> Path:
     """Write model and tokenizer to `out`, made.json last."""
     with quiet_transformers():
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
-    files.write_json(out / "made.json", made)
+    files.write_json(out / "made.json", recipe)
     return out
 
 
-def is_made(out: Path, made: dict[str, Any]) -> bool:
-    """Whether `out` holds the finished model that was made in this way.
+def is_made(out: Path, recipe: dict[str, Any]) -> bool:
+    """Tell whether `out` holds the finished model that was made in this way.
 
     Raises:
         InputError: it holds another one.
     """
     if not (out / "made.json").is_file():
         return False
-    found = files.read_object(out / "made.json")
-    for key, value in made.items():
-        if found.get(key) != value:
+    recorded = files.read_object(out / "made.json")
+    for key, value in recipe.items():
+        if recorded.get(key) != value:
             raise InputError(
-                f"{out} holds a null model made with {key} = {found.get(key)!r}, now {value!r}. Choose another --out."
+                f"{out} holds a null model made with {key} = {recorded.get(key)!r}, now {value!r}. "
+                "Choose another --out."
             )
     return True

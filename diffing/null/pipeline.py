@@ -46,7 +46,7 @@ def calibrate_run(settings: NullSettings, opened: ActivationCache) -> dict[str, 
             if seed not in tables[kind] and not (kind == "rounded" and seed > config.seed):
                 here = out / kind / f"seed-{seed}"
                 tables[kind][seed] = null_run(replace(config, seed=seed), cache, here, n_tokens)
-    found = {
+    calibration = {
         "format_version": FORMAT_VERSION,
         "latents": files.hash_file(run / "latents.json"),
         "n_tokens": n_tokens,
@@ -54,33 +54,33 @@ def calibrate_run(settings: NullSettings, opened: ActivationCache) -> dict[str, 
         "nulls": {kind: {"name": model, "hash": hash_model(model)} for kind, model in models.items()},
         **calibrate(tables, settings.rates),
     }
-    files.write_json(run / "null.json", found)
-    return found
+    files.write_json(run / "null.json", calibration)
+    return calibration
 
 
 def require_scaled_on(run: Path, opened: ActivationCache) -> int:
-    """The tokens that the run was scaled on; raises InputError unless they are the first ones of `opened`."""
-    found = files.read_object(run / "latents.json", "n_tokens", "cache")
-    if found["cache"]["hash"] != opened.manifest_hash:
+    """Return the tokens that the run was scaled on; raise InputError unless they are the first ones of `opened`."""
+    scaled = files.read_object(run / "latents.json", "n_tokens", "cache")
+    if scaled["cache"]["hash"] != opened.manifest_hash:
         raise InputError(
-            f"{run} was scaled on cache {found['cache']['path']!r}, not on {str(opened.path)!r}. Name that one with "
+            f"{run} was scaled on cache {scaled['cache']['path']!r}, not on {str(opened.path)!r}. Name that one with "
             "--cache, or run diffing scale again."
         )
-    return int(found["n_tokens"])
+    return int(scaled["n_tokens"])
 
 
 def null_models(settings: NullSettings, opened: ActivationCache, seed: int) -> dict[str, str]:
-    """The model of each null that is asked for, made where that is needed."""
+    """Return the model of each null that is asked for, made where that is needed."""
     config = opened.manifest["config"]
-    found: dict[str, str] = {}
+    models: dict[str, str] = {}
     if settings.placebo is not None:
-        found["placebo"] = settings.placebo
+        models["placebo"] = settings.placebo
     if settings.train_placebo is not None:
         folder = Path(settings.out) / "placebo" / "model"
-        found["placebo"] = str(train_placebo(config["base"], folder, settings, config["context_length"], seed))
+        models["placebo"] = str(train_placebo(config["base"], folder, settings, config["context_length"], seed))
     if settings.format_only is not None:
-        found["format_only"] = settings.format_only
+        models["format_only"] = settings.format_only
     if settings.rounded_bits is not None:
         folder = Path(settings.out) / "rounded" / "model"
-        found["rounded"] = str(round_model(config["base"], folder, settings.rounded_bits))
-    return found
+        models["rounded"] = str(round_model(config["base"], folder, settings.rounded_bits))
+    return models

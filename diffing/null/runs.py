@@ -36,7 +36,7 @@ class Scaled(NamedTuple):
 
 
 def read_config(run: Path, device: str) -> TrainConfig:
-    """The resolved training config of a run folder.
+    """Return the resolved training config of a run folder.
 
     Raises:
         InputError: it is no run folder of ours, or it was not scaled.
@@ -45,35 +45,35 @@ def read_config(run: Path, device: str) -> TrainConfig:
         raise InputError(f"{str(run)!r} is not a run folder (no run.json). Name one of `crosscoders train`.")
     if not (run / "latents.json").is_file():
         raise InputError(f"{str(run)!r} has no latents.json. Run: diffing scale {run}")
-    found = files.read_object(run / "run.json", "config")["config"]
+    config = files.read_object(run / "run.json", "config")["config"]
     known = {field.name for field in fields(TrainConfig)}
-    shape = CrosscoderConfig(**found["crosscoder"])
+    shape = CrosscoderConfig(**config["crosscoder"])
     return TrainConfig(
-        **{key: value for key, value in found.items() if key in known} | {"crosscoder": shape, "device": device}
+        **{key: value for key, value in config.items() if key in known} | {"crosscoder": shape, "device": device}
     )
 
 
 def null_cache(opened: ActivationCache, model: str, out: Path, device: str) -> ActivationCache:
-    """The tokens of `opened` with `model` in place of the tuned model, cached in `out`.
+    """Cache the tokens of `opened` with `model` in place of the tuned model, in `out`.
 
     Raises:
         InputError: the model does not fit the base, or the data are not what they were.
     """
-    found = opened.manifest["config"]
-    require_null(found["base"], model, opened)
-    tokenizer = found["tokenizer"] or cache_tokenizer(opened).name_or_path
-    sources = [DataSource(**source) for source in found["data"]]
+    settings = opened.manifest["config"]
+    require_null(settings["base"], model, opened)
+    tokenizer = settings["tokenizer"] or cache_tokenizer(opened).name_or_path
+    sources = [DataSource(**source) for source in settings["data"]]
     changed = {"tuned": model, "tokenizer": tokenizer, "data": sources, "out": str(out), "device": device}
-    config = CacheConfig(**found | changed)
+    config = CacheConfig(**settings | changed)
     if not (out / "manifest.json").is_file():  # before a model loads
         plan = make_plan(config)
         for key, now in (plan.info.hashes() | {"token_hash": plan.shared["token_hash"]}).items():
             if key != "tuned" and identity(opened.manifest[key]) != identity(now):
                 raise InputError(_changed(opened, key))
-    made = cache_activations(config)
-    if made.manifest["token_hash"] != opened.manifest["token_hash"]:
+    cache = cache_activations(config)
+    if cache.manifest["token_hash"] != opened.manifest["token_hash"]:
         raise InputError(_changed(opened, "token_hash"))
-    return made
+    return cache
 
 
 def _changed(opened: ActivationCache, key: str) -> str:
@@ -89,8 +89,8 @@ def require_null(base: str, model: str, opened: ActivationCache) -> None:
     model; by configurations alone."""
     import transformers
 
-    found = opened.manifest["config"]
-    info = inspect_pair(base, model, [found["hook_point"]], tokenizer=found["tokenizer"])
+    settings = opened.manifest["config"]
+    info = inspect_pair(base, model, [settings["hook_point"]], tokenizer=settings["tokenizer"])
     if info.adapter is None:
         kinds = [transformers.AutoConfig.from_pretrained(name).model_type for name in (base, model)]
         if kinds[0] != kinds[1]:
@@ -108,8 +108,8 @@ def null_run(config: TrainConfig, cache: ActivationCache, out: Path, n_tokens: i
     train_run(TrainSettings(**settings, cache=str(cache.path), out=str(out)))
     described = out / "latents.json"
     if described.is_file():
-        found = files.read_object(described, "n_tokens", "cache")
-        if found["n_tokens"] == n_tokens and found["cache"]["hash"] == cache.manifest_hash:
+        scaled = files.read_object(described, "n_tokens", "cache")
+        if scaled["n_tokens"] == n_tokens and scaled["cache"]["hash"] == cache.manifest_hash:
             return read_scaled(out)
     crosscoder = load_crosscoder(out, device=str(choose_device(config.device)))
     table, scales, _ = cache_table(crosscoder, cache, n_tokens)
@@ -118,7 +118,7 @@ def null_run(config: TrainConfig, cache: ActivationCache, out: Path, n_tokens: i
 
 
 def read_scaled(run: Path) -> Scaled:
-    """The latent table of a scaled run, and how many independent latents it counts as."""
+    """Return the latent table of a scaled run, and how many independent latents it counts as."""
     columns: dict[str, Any] = files.read_object(run / "latents.json", "columns")["columns"]
     table = pandas.DataFrame(columns).set_index("latent")
     return Scaled(table, effective_number(load_crosscoder(run), table))

@@ -1,4 +1,4 @@
-"""What a calibration says: `summary` for people, `result_rows` for `--json`."""
+"""What a calibration says: `null_summary` for people, `result_rows` for `--json`."""
 
 from typing import Any
 
@@ -6,29 +6,29 @@ from crosscoders.common.results import row
 from diffing.null.rates import SCORES
 
 
-def summary(found: dict[str, Any]) -> str:
-    """The thresholds of the main score and the fixed ones, with the counts of every seed."""
-    main = next(iter(SCORES))
+def null_summary(calibration: dict[str, Any]) -> str:
+    """Say the thresholds of the main score and the fixed ones, with the counts of every seed."""
+    main, seed = next(iter(SCORES)), calibration["seed"]
     lines = [
         "",
         f"Specific latents by {main}, the larger of |nu_error| and |nu_reconstruction|, among those with a relative",
-        f"decoder norm from 0.5. A threshold is fixed on a null crosscoder of seed {found['seed']}; counts of other",
+        f"decoder norm from 0.5. A threshold is fixed on a null crosscoder of seed {seed}; counts of other",
         "seeds stand in brackets, and the rate with its 95% interval is over those of the null. None: where a further",
         "null crosscoder has a tenth of a latent on average.",
     ]
-    for entry in found["thresholds"]:
+    for entry in calibration["thresholds"]:
         if entry["score"] == main:
             at = "any" if entry["threshold"] is None else f"{entry['threshold']:.3f}"
             allowed = f"{entry['rate']:.1%}" if entry["rate"] else "none"
             lines.append(f"  {entry['null']} at {allowed}, threshold {at}:  {counts_text(entry['counts'])}")
             lines.append(f"      rate {rate_text(entry)}")
     lines += ["Thresholds that no null decided:"]
-    lines += [f"  {entry['words']}:  {counts_text(entry['counts'])}" for entry in found["fixed"]]
+    lines += [f"  {entry['words']}:  {counts_text(entry['counts'])}" for entry in calibration["fixed"]]
     return "\n".join(lines)
 
 
 def counts_text(counts: dict[str, list[dict[str, int]]]) -> str:
-    """Counts by kind, other seeds in brackets."""
+    """Write counts by kind, other seeds in brackets."""
     parts = []
     for kind, entries in counts.items():
         first, *others = [str(entry["count"]) for entry in entries]
@@ -37,7 +37,7 @@ def counts_text(counts: dict[str, list[dict[str, int]]]) -> str:
 
 
 def rate_text(entry: dict[str, Any]) -> str:
-    """A rate with its interval and count."""
+    """Write a rate with its interval and count."""
     if entry["false_positive_rate"] is None:
         return "no alive latent"
     interval = f"{entry['low']:.2%} to {entry['high']:.2%}"
@@ -45,10 +45,10 @@ def rate_text(entry: dict[str, Any]) -> str:
     return f"{entry['false_positive_rate']:.2%} ({interval}; {n})"
 
 
-def result_rows(found: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows of `--json`."""
+def result_rows(calibration: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the rows of `--json`."""
     rows = []
-    for entry in found["thresholds"]:
+    for entry in calibration["thresholds"]:
         name = f"null.{entry['null']}.{entry['score']}.{rate_name(entry['rate'])}"
         first = entry["counts"]["tuned"][0]
         rows.append(row(f"{name}.count", first["count"], "latents", first["n"]))
@@ -58,5 +58,5 @@ def result_rows(found: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def rate_name(rate: float) -> str:
-    """A rate as a part of a dotted name: `zero`, `percent_1`, `percent_0_5`."""
+    """Write a rate as a part of a dotted name: `zero`, `percent_1`, `percent_0_5`."""
     return f"percent_{100 * rate:g}".replace(".", "_") if rate else "zero"

@@ -35,14 +35,14 @@ NOTE = (
 
 
 class Set(NamedTuple):
-    """What one set closes."""
+    """The KL of one set of latents, and the share that it closes."""
 
     name: str
     kl: dict[str, Any]
     share: dict[str, Any] | None
     """None where nothing was exchanged."""
     first: dict[str, Any] | None
-    """The same on the first tokens of each response."""
+    """The share on the first tokens of each response."""
 
 
 class Line(NamedTuple):
@@ -55,8 +55,8 @@ class Line(NamedTuple):
 
 
 def read_causal(run: Path) -> dict[str, Any]:
-    """causal.json of a run folder, by direction: `sets`, `n`, `n_documents`, `first_tokens`; empty where there is none,
-    or where latents.json was made again since.
+    """Return causal.json of a run folder, by direction: `sets`, `n`, `n_documents`, `first_tokens`; empty where there
+    is none, or where latents.json was made again since.
 
     Raises:
         InputError: a row that is shown lacks its numbers.
@@ -68,7 +68,7 @@ def read_causal(run: Path) -> dict[str, Any]:
     rows, again = read_rows(path), f"Run: {CAUSAL.format(run=run)}"
     if read_object(path).get("latents") != hash_file(path.with_name("latents.json")):
         return {}
-    found: dict[str, Any] = {}
+    directions: dict[str, Any] = {}
     for row in rows:
         match = _ROW.fullmatch(row["name"])
         if match is None:
@@ -77,13 +77,13 @@ def read_causal(run: Path) -> dict[str, Any]:
             row.get(key) is None or is_number(row[key]) for key in ("low", "high")
         ):
             raise InputError(f"{path}: row {row['name']!r} has no numbers. {again}")
-        sets = found.setdefault(match["direction"], {"first_tokens": None, "sets": {}})
+        sets = directions.setdefault(match["direction"], {"first_tokens": None, "sets": {}})
         parts = sets["sets"].setdefault(match["set"], {})
         parts[match["what"] if match["first"] is None else f"first.{match['what']}"] = row
         sets["first_tokens"] = sets["first_tokens"] or match["first"]
-    if not found:
+    if not directions:
         raise InputError(f"{path} has no row of a set that the report knows. {again}")
-    for direction, entry in found.items():
+    for direction, entry in directions.items():
         sets = {name: parts for name, parts in entry["sets"].items() if "kl" in parts}
         entry["sets"] = [
             Set(name, parts["kl"], parts.get("share_closed"), parts.get("first.share_closed"))
@@ -91,11 +91,11 @@ def read_causal(run: Path) -> dict[str, Any]:
         ]
         documents = [row["value"] for row in rows if row["name"] == f"causal.{direction}.documents"]
         entry["n_documents"] = documents[0] if documents and is_number(documents[0]) else None
-    return {name: found[name] for name in DIRECTIONS if name in found}
+    return {name: directions[name] for name in DIRECTIONS if name in directions}
 
 
 def title(run: Run, direction: str) -> str:
-    """What was patched into what, with its counts."""
+    """Say what was patched into what, with its counts."""
     entry = run.causal[direction]
     n = entry["sets"][0].kl["n"] if entry["sets"] else 0
     chats = "" if entry["n_documents"] is None else f" of {number(entry['n_documents'])} chats"
@@ -103,22 +103,22 @@ def title(run: Run, direction: str) -> str:
 
 
 def first_title(run: Run, direction: str) -> str:
-    """Heading of the column about the first tokens of responses."""
+    """Return the heading of the column about the first tokens of responses."""
     entry = run.causal[direction]
-    n = [number(found.first["n"]) for found in entry["sets"] if found.first is not None]
+    n = [number(patched.first["n"]) for patched in entry["sets"] if patched.first is not None]
     return f"first {entry['first_tokens']} tokens of a response (n = {n[0]})" if n else "first tokens of a response"
 
 
 def lines(run: Run, direction: str) -> list[Line]:
-    """The sets of a direction in the order of the file."""
+    """Return the sets of a direction in the order of the file."""
     return [
-        Line(shown(found.name), f"{found.kl['value']:.4f}", percent(found.share), percent(found.first))
-        for found in run.causal[direction]["sets"]
+        Line(shown(patched.name), f"{patched.kl['value']:.4f}", percent(patched.share), percent(patched.first))
+        for patched in run.causal[direction]["sets"]
     ]
 
 
 def shown(name: str) -> str:
-    """The name of a set in words."""
+    """Name a set in words."""
     return name.replace("_", " ").replace(".", ", by ").replace("by random", "at random")
 
 
@@ -130,12 +130,12 @@ def percent(row: dict[str, Any] | None) -> str:
 
 
 def causal_figure(run: Run) -> Figure:
-    """Share closed by each set of latents, both directions, with its interval."""
+    """Draw the share closed by each set of latents, both directions, with its interval."""
     traces = []
     for direction, entry in run.causal.items():
         words, colour = DIRECTIONS[direction]
-        sets = [found for found in entry["sets"] if found.share is not None]
-        shares = [found.share for found in sets]
+        sets = [patched for patched in entry["sets"] if patched.share is not None]
+        shares = [patched.share for patched in sets]
         ends = [(s["value"], s["low"], s["high"]) for s in shares]
         bar = {
             "type": "data", "symmetric": False, "thickness": 1.4, "width": 3,
@@ -144,7 +144,8 @@ def causal_figure(run: Run) -> Figure:
         }  # fmt: skip
         traces.append({
             "type": "scatter", "mode": "markers", "name": words, "marker": {"color": colour, "size": 7},
-            "x": [round(value, 5) for value, _, _ in ends], "y": [shown(found.name) for found in sets], "error_x": bar,
+            "x": [round(value, 5) for value, _, _ in ends], "y": [shown(patched.name) for patched in sets],
+            "error_x": bar,
         })  # fmt: skip
     n_sets = max(len(trace["y"]) for trace in traces)
     axis = {"title": {"text": "share of KL closed, 95% interval"}, "tickformat": ".0%"}

@@ -10,8 +10,8 @@ from diffing.report.settings import ReportSettings
 
 
 def report(settings: ReportSettings) -> dict[str, Any]:
-    """`diffing report`"""
+    """Run `diffing report`."""
     written = write_report(Path(settings.run))
     say(f"report: {written.html} ({files.size_text(written.html.stat().st_size)}), {written.json}")
-    found: dict[str, Any] = files.read_json(written.json)
-    return found
+    described: dict[str, Any] = files.read_json(written.json)
+    return described

@@ -23,13 +23,14 @@ class Log(NamedTuple):
     """Logged batches averaged into one point of a curve."""
     unit: str
     x: Float[np.ndarray, " points"]
-    """Of the points of a curve."""
+    """Tokens or steps of each point of a curve."""
     at: Float[np.ndarray, " evaluations"]
-    """Of the held-out evaluations."""
+    """The same of each held-out evaluation."""
 
 
 def training_figures(training: list[dict[str, Any]], heldout: list[dict[str, Any]]) -> tuple[list[Figure], str]:
-    """FVE of both models, L0, loss and dead fraction against tokens, and the sentence that holds for all of them."""
+    """Draw FVE of both models, L0, loss and dead fraction against tokens, and the sentence that holds for all of
+    them."""
     if not training and not heldout:
         return [], ""
     log = place(training, heldout)
@@ -58,7 +59,7 @@ def training_figures(training: list[dict[str, Any]], heldout: list[dict[str, Any
 
 
 def place(training: list[dict[str, Any]], heldout: list[dict[str, Any]]) -> Log:
-    """Tokens seen where the log has them, else steps; an evaluation stands at the tokens of its step."""
+    """Return the tokens seen where the log has them, else steps; an evaluation stands at the tokens of its step."""
     tokens, step, tested = column(training, "tokens"), column(training, "step"), column(heldout, "step")
     known = ~np.isnan(tokens)
     per_point = max(1, -(-len(training) // MAX_CURVE_POINTS))
@@ -69,7 +70,7 @@ def place(training: list[dict[str, Any]], heldout: list[dict[str, Any]]) -> Log:
 
 
 def curves(log: Log, keys: list[tuple[str, str, str]], yaxis: dict[str, Any]) -> dict[str, Any]:
-    """One line for each (key, label, colour), and a diamond for each held-out evaluation."""
+    """Draw one line for each (key, label, colour), and a diamond for each held-out evaluation."""
     traces: list[dict[str, Any]] = []
     for key, label, colour in keys:
         line, points = thin(column(log.training, key), log.per_point), column(log.heldout, key)
@@ -94,14 +95,14 @@ def column(entries: list[dict[str, Any]], key: str) -> Float[np.ndarray, " entri
 
 
 def thin(values: Float[np.ndarray, " entries"], per_point: int) -> Float[np.ndarray, " points"]:
-    """Means of `per_point` neighbours; NaN where all of them are."""
+    """Return the means of `per_point` neighbours; NaN where all of them are."""
     padded = np.concatenate([values, np.full(-len(values) % per_point, np.nan)]).reshape(-1, per_point)
     n = (~np.isnan(padded)).sum(axis=1)
     return np.where(n > 0, np.nansum(padded, axis=1) / np.maximum(n, 1), np.nan)
 
 
 def loss_axis(training: list[dict[str, Any]]) -> dict[str, Any]:
-    """A log axis with ticks at 1, 2 and 5 times powers of ten, where all losses are positive."""
+    """Return a log axis with ticks at 1, 2 and 5 times powers of ten, where all losses are positive."""
     loss = column(training, "loss")
     loss = loss[~np.isnan(loss)]
     if not len(loss) or loss.min() <= 0:

@@ -74,7 +74,7 @@ class Latents:
         return len(self.columns["latent"])
 
     def numbers(self, name: str) -> Float[np.ndarray, " latents"]:
-        """A column as numbers, NaN where it is undefined."""
+        """Return a column as numbers, NaN where it is undefined."""
         return np.array([math.nan if value is None else value for value in self.columns[name]], dtype=np.float64)
 
     def is_word(self, name: str, word: str) -> Bool[np.ndarray, " latents"]:
@@ -82,25 +82,26 @@ class Latents:
 
     @cached_property
     def alive(self) -> Bool[np.ndarray, " latents"]:
-        """Which latents are alive, by the run's own threshold."""
+        """Tell which latents are alive, by the run's own threshold."""
         return is_alive(self.numbers("n_active"), self.thresholds["min_active"])
 
     @cached_property
     def order(self) -> list[int]:
-        """Rows from the best rank to the worst; latents without a rank come last, by their number."""
+        """Return rows from the best rank to the worst; latents without a rank come last, by their number."""
         rank, latent = self.columns["rank"], self.columns["latent"]
         return sorted(range(len(self)), key=lambda i: (rank[i] is None, rank[i] or 0, latent[i]))
 
     @property
     def extra(self) -> list[str]:
-        """Columns beyond the known ones, in the order of the file, without the errors of others."""
+        """Return columns beyond the known ones, in the order of the file, without the errors of others."""
         inside = {self.inside(name) for name in self.columns}
         return [name for name in self.columns if name not in COLUMNS and name not in inside]
 
     def inside(self, name: str) -> str | None:
-        """The column that is shown in the cells of column `name`: its standard error, or the share of a context."""
-        found = {"main_context": "main_context_share"}.get(name, f"{name}_stderr")
-        return found if found in self.columns else None
+        """Return the column that is shown in the cells of column `name`: its standard error, or the share of a
+        context."""
+        name_inside = {"main_context": "main_context_share"}.get(name, f"{name}_stderr")
+        return name_inside if name_inside in self.columns else None
 
 
 class Run(NamedTuple):
@@ -124,7 +125,7 @@ class Run(NamedTuple):
     """causal.json, by `causes.read_causal`; empty under the same conditions."""
 
     def look(self, *keys: str) -> Any:
-        """The value under nested keys of run.json, or None."""
+        """Return the value under nested keys of run.json, or None."""
         value: Any = self.setup
         for key in keys:
             value = value.get(key) if isinstance(value, dict) else None
@@ -149,12 +150,12 @@ def read_run(path: Path) -> Run:
 
 
 def command_for(name: str, run: Path | str) -> str:
-    """The command that writes file `name` of a run folder."""
+    """Return the command that writes file `name` of a run folder."""
     return MADE_BY[name].format(run=run)
 
 
 def finite(value: Any) -> Any:
-    """Plain data with NaN and infinities replaced by None, which is what strict JSON can say."""
+    """Replace NaN and infinities in plain data by None, which is what strict JSON can say."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -168,7 +169,7 @@ def finite(value: Any) -> Any:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """A file that holds one JSON object."""
+    """Read a file that holds one JSON object."""
     value = read_json(path)
     if not isinstance(value, dict):
         raise InputError(f"{path} holds a {type(value).__name__}, not an object. Restore it, or make it again.")
@@ -176,7 +177,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def read_latents(path: Path) -> Latents:
-    """The latent table, each column checked for presence, length and type."""
+    """Read the latent table, each column checked for presence, length and type."""
     table, again = read_object(path), f"Run: {command_for('latents.json', path.parent)}"
     if table.get("format_version") != 1:
         raise InputError(f"{path} has format_version {table.get('format_version')!r}; this version reads 1. {again}")
@@ -223,7 +224,7 @@ def is_number(value: Any) -> bool:
 
 
 def read_training(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Lines about training and lines about held-out tokens, by step.
+    """Read the lines about training and lines about held-out tokens, by step.
 
     A resumed run logs some steps twice; the later line counts.
     """
@@ -249,7 +250,7 @@ def read_training(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a result file: name, value, unit, n, low, high."""
+    """Read the rows of a result file: name, value, unit, n, low, high."""
     rows = read_object(path).get("rows")
     if not (isinstance(rows, list) and all(isinstance(row, dict) and isinstance(row.get("name"), str) for row in rows)):
         raise InputError(f"{path} has no list of named 'rows'. Run: {command_for(path.name, path.parent)}")
@@ -257,7 +258,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def read_examples(path: Path, latents: Latents) -> dict[int, list[Example]]:
-    """Examples by latent."""
+    """Read the examples by latent."""
     again = f"Run: {command_for('examples.json', path.parent)}"
     by_latent = read_object(path).get("latents")
     if not isinstance(by_latent, dict):

@@ -58,7 +58,7 @@ FAMILIES = {
 
 
 def definitions(latents: Latents) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """(column, meaning) and (verdict, meaning) with the numbers of this run."""
+    """Return (column, meaning) and (verdict, meaning) with the numbers of this run."""
     values = {name: f"{value:g}" for name, value in latents.thresholds.items()}
     values |= {"n_tokens": number(latents.n_tokens), "n_blocks": number(latents.n_blocks)}
     columns = [(name, text.format(**values)) for name, text in COLUMNS.items()]

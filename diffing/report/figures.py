@@ -44,7 +44,7 @@ class Figure(NamedTuple):
 
 
 def spec(traces: list[dict[str, Any]], **layout: Any) -> dict[str, Any]:
-    """Data and layout as plain data, after Plotly's own check of both."""
+    """Return data and layout as plain data, after Plotly's own check of both."""
     axis = {
         "gridcolor": "rgba(138,138,138,.25)",
         "zeroline": False,
@@ -71,12 +71,12 @@ def spec(traces: list[dict[str, Any]], **layout: Any) -> dict[str, Any]:
 
 
 def rounded(values: Float[np.ndarray, " values"]) -> list[float | None]:
-    """Four significant digits, None for NaN."""
+    """Round to four significant digits; None for NaN."""
     return [None if np.isnan(value) else float(f"{value:.4g}") for value in values]
 
 
 def line_at(axis: str, value: float) -> dict[str, Any]:
-    """A dotted line across the figure at one value of an axis."""
+    """Draw a dotted line across the figure at one value of an axis."""
     other = "y" if axis == "x" else "x"
     ends = {f"{axis}0": value, f"{axis}1": value, f"{other}0": 0, f"{other}1": 1, f"{other}ref": "paper"}
     return {"type": "line", "line": {"color": GREY, "width": 1, "dash": "dot"}, **ends}
@@ -86,43 +86,43 @@ def line_at(axis: str, value: float) -> dict[str, Any]:
 
 
 def norm_figure(latents: Latents) -> Figure:
-    """Histogram of the relative decoder norm over alive latents, a colour for each norm class."""
+    """Draw a histogram of the relative decoder norm over alive latents, a colour for each norm class."""
     value = latents.numbers("relative_decoder_norm")
-    kept = latents.alive & ~np.isnan(value)
+    drawn = latents.alive & ~np.isnan(value)
     low, high = latents.thresholds["base_only"], latents.thresholds["tuned_only"]
     traces, words = [], []
     for name in NORM_CLASSES:
-        chosen = kept & latents.is_word("norm_class", name)
+        chosen = drawn & latents.is_word("norm_class", name)
         words.append(f"{number(int(chosen.sum()))} {name}")
         traces.append(bars(value[chosen], (0.0, 1.0), f"{name} ({number(int(chosen.sum()))})", CLASS_COLOURS[name]))
     xaxis = {"title": {"text": "relative decoder norm (0 base, 1 tuned)"}, "range": [0, 1], "dtick": 0.1}
-    yaxis, lines = log_axis(value[kept], (0.0, 1.0)), [line_at("x", at) for at in (low, 0.4, 0.6, high)]
+    yaxis, lines = log_axis(value[drawn], (0.0, 1.0)), [line_at("x", at) for at in (low, 0.4, 0.6, high)]
     shown = spec(traces, barmode="stack", bargap=0.04, shapes=lines, xaxis=xaxis, yaxis=yaxis)
     caption = (
-        f"n = {number(int(kept.sum()))} alive latents in 50 bins, counts on a log axis: {', '.join(words)}. Dotted "
-        f"lines: base-only up to {low:g}, shared from 0.4 to 0.6, tuned-only from {high:g}. {left_out(latents, kept)}"
+        f"n = {number(int(drawn.sum()))} alive latents in 50 bins, counts on a log axis: {', '.join(words)}. Dotted "
+        f"lines: base-only up to {low:g}, shared from 0.4 to 0.6, tuned-only from {high:g}. {left_out(latents, drawn)}"
     )
     return Figure("decoder-norm", "Relative decoder norm", caption, shown)
 
 
 def cosine_figure(latents: Latents) -> Figure:
-    """Histogram of the cosine between the two decoders over alive latents."""
+    """Draw a histogram of the cosine between the two decoders over alive latents."""
     value, limit = latents.numbers("decoder_cosine"), latents.thresholds["rotated_cosine"]
-    kept = latents.alive & ~np.isnan(value)
-    below = int((value[kept] < limit).sum())
+    drawn = latents.alive & ~np.isnan(value)
+    below = int((value[drawn] < limit).sum())
     xaxis = {"title": {"text": "cosine of base decoder and tuned decoder"}, "range": [-1, 1], "dtick": 0.25}
-    traces, yaxis = [bars(value[kept], (-1.0, 1.0), "latents", "#7d88c4")], log_axis(value[kept], (-1.0, 1.0))
+    traces, yaxis = [bars(value[drawn], (-1.0, 1.0), "latents", "#7d88c4")], log_axis(value[drawn], (-1.0, 1.0))
     shown = spec(traces, bargap=0.04, showlegend=False, shapes=[line_at("x", limit)], xaxis=xaxis, yaxis=yaxis)
     caption = (
-        f"n = {number(int(kept.sum()))} alive latents in 50 bins, counts on a log axis: {number(below)} below "
-        f"{limit:g} (dotted line), where the two models write in different directions. {left_out(latents, kept)}"
+        f"n = {number(int(drawn.sum()))} alive latents in 50 bins, counts on a log axis: {number(below)} below "
+        f"{limit:g} (dotted line), where the two models write in different directions. {left_out(latents, drawn)}"
     )
     return Figure("decoder-cosine", "Decoder cosine", caption, shown)
 
 
-def left_out(latents: Latents, kept: Bool[np.ndarray, " latents"]) -> str:
+def left_out(latents: Latents, drawn: Bool[np.ndarray, " latents"]) -> str:
     others = int((~latents.alive).sum())
-    undefined = int((latents.alive & ~kept).sum())
+    undefined = int((latents.alive & ~drawn).sum())
     more = f", and {number(undefined)} where it is undefined" if undefined else ""
     bound = latents.thresholds["min_active"]
     return f"Left out: {number(others)} not alive (active on fewer than {bound:g} tokens){more}."
@@ -144,7 +144,7 @@ def bars(values: Float[np.ndarray, " values"], ends: tuple[float, float], name: 
 
 
 def log_axis(values: Float[np.ndarray, " values"], ends: tuple[float, float]) -> dict[str, Any]:
-    """From half a latent, so that a bin of one latent has height, to above the highest bin."""
+    """Return a log axis from half a latent, so that a bin of one latent has height, to above the highest bin."""
     highest = max(1, int(np.histogram(values, bins=50, range=ends)[0].max()))
     ticks = [step * 10**power for power in range(7) for step in ((1, 2, 5) if highest < 100 else (1,))]
     ends_of_axis = [np.log10(0.5), np.log10(highest) + 0.15]
@@ -155,18 +155,19 @@ def log_axis(values: Float[np.ndarray, " values"], ends: tuple[float, float]) ->
 
 
 def nu_figure(latents: Latents) -> Figure:
-    """nu_error against nu_reconstruction, a point for each alive latent, or a heat map where there are too many."""
+    """Draw nu_error against nu_reconstruction, a point for each alive latent, or a heat map where there are too
+    many."""
     error, reconstruction = latents.numbers("nu_error"), latents.numbers("nu_reconstruction")
-    kept = latents.alive & ~np.isnan(error) & ~np.isnan(reconstruction)
+    drawn = latents.alive & ~np.isnan(error) & ~np.isnan(reconstruction)
     low, high = NU_RANGE
-    outside = int((kept & ((error < low) | (error > high) | (reconstruction < low) | (reconstruction > high))).sum())
+    outside = int((drawn & ((error < low) | (error > high) | (reconstruction < low) | (reconstruction > high))).sum())
     x, y = np.clip(error, low, high), np.clip(reconstruction, low, high)
-    chosen, traces, words = kept, [], ""
-    if kept.sum() > MAX_SCATTER_POINTS:
-        best = [i for i in latents.order if kept[i]][:BEST_POINTS]
-        chosen = np.zeros_like(kept)
+    chosen, traces, words = drawn, [], ""
+    if drawn.sum() > MAX_SCATTER_POINTS:
+        best = [i for i in latents.order if drawn[i]][:BEST_POINTS]
+        chosen = np.zeros_like(drawn)
         chosen[best] = True
-        traces.append(heatmap(x[kept], y[kept]))
+        traces.append(heatmap(x[drawn], y[drawn]))
         words = f" Shading counts all of them in 64 x 64 cells (log scale); points are the {len(best)} best-ranked."
     for verdict in VERDICT_STYLES:
         picked = chosen & latents.is_word("verdict", verdict)
@@ -178,10 +179,10 @@ def nu_figure(latents: Latents) -> Figure:
     lines = [line_at("x", limits[0]), line_at("y", limits[1])]
     shown = spec(traces, height=520, hovermode="closest", shapes=lines, xaxis=xaxis, yaxis=yaxis)
     caption = (
-        f"n = {counted(int(kept.sum()), 'alive latent')}.{words} Outside {low} to {high}, and drawn on its border: "
+        f"n = {counted(int(drawn.sum()), 'alive latent')}.{words} Outside {low} to {high}, and drawn on its border: "
         f"{number(outside)}. Dotted lines: the thresholds {limits[0]:g} and {limits[1]:g}. Low on both axes: "
         "the base model lacks the tuned decoder's direction, because the concept is new or because it is rotated. "
-        f"{left_out(latents, kept)}"
+        f"{left_out(latents, drawn)}"
     )
     return Figure("nu", "nu_error against nu_reconstruction", caption, shown)
 

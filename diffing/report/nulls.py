@@ -33,12 +33,12 @@ class Line(NamedTuple):
 
 
 def main_score(run: Run) -> str:
-    """The score that decides the counts: the first in the file."""
+    """Return the score that decides the counts: the first in the file."""
     return str(run.nulls["thresholds"][0]["score"])
 
 
 def threshold_lines(run: Run, *, main: bool) -> list[Line]:
-    """The thresholds that were chosen on a null, by the main score or by the others."""
+    """Return the thresholds that were chosen on a null, by the main score or by the others."""
     first = main_score(run) if run.nulls else ""
     return [_line(row) for row in run.nulls.get("thresholds", []) if (row["score"] == first) == main]
 
@@ -58,7 +58,7 @@ def _line(row: dict[str, Any]) -> Line:
 
 
 def fixed_lines(run: Run) -> list[Line]:
-    """Thresholds that no null decided, each with its rate on every null."""
+    """Return thresholds that no null decided, each with its rate on every null."""
     return [
         Line(
             rule=row["words"],
@@ -73,7 +73,7 @@ def fixed_lines(run: Run) -> list[Line]:
 
 
 def seeds_text(entries: list[dict[str, Any]]) -> str:
-    """The count of this run's seed, and those of the others in brackets."""
+    """Write the count of this run's seed, and those of the others in brackets."""
     first, *others = [number(entry["count"]) for entry in entries]
     return f"{first} ({', '.join(others)})" if others else first
 
@@ -85,7 +85,7 @@ def rate_text(row: dict[str, Any]) -> str:
 
 
 def null_sentence(run: Run) -> str:
-    """How many latents stand out from each null, and how many do so by chance."""
+    """Say how many latents stand out from each null, and how many do so by chance."""
     strictest = min(row["rate"] for row in run.nulls["thresholds"])
     words = []
     for row in run.nulls["thresholds"]:
@@ -98,7 +98,7 @@ def null_sentence(run: Run) -> str:
 
 
 def beyond(run: Run, latent: int) -> list[str]:
-    """The nulls whose threshold for none this latent passes, by the main score."""
+    """Return the nulls whose threshold for none this latent passes, by the main score."""
     rows = run.nulls.get("thresholds", [])
     return [
         row["null"] for row in rows if row["score"] == main_score(run) and row["rate"] == 0 and latent in row["latents"]
@@ -106,7 +106,8 @@ def beyond(run: Run, latent: int) -> list[str]:
 
 
 def null_figure(run: Run) -> Figure:
-    """Share of alive latents that each threshold of the main score calls specific, for the pair and its nulls."""
+    """Draw the share of alive latents that each threshold of the main score calls specific, for the pair and its
+    nulls."""
     row = next(row for row in run.nulls["curves"] if row["score"] == main_score(run))
     x = np.array(row["thresholds"], dtype=np.float64)
     traces = []

@@ -14,7 +14,7 @@ from diffing.report.render import render_html, render_json, table_rows
 
 
 class ReportFiles(NamedTuple):
-    """What was written."""
+    """The files that were written."""
 
     html: Path
     """The page."""

@@ -67,7 +67,7 @@ class Card(NamedTuple):
 
 
 def render_json(run: Run, rows: list[Row]) -> dict[str, Any]:
-    """The report as plain data: counts and measures with their n, and the latents of the table."""
+    """Return the report as plain data: counts and measures with their n, and the latents of the table."""
     columns = run.latents.columns
     return {
         "name": "report",
@@ -80,13 +80,14 @@ def render_json(run: Run, rows: list[Row]) -> dict[str, Any]:
         "n_blocks": run.latents.n_blocks,
         "thresholds": run.latents.thresholds,
         "nulls": run.nulls or None,
-        "causal": [row for entry in run.causal.values() for found in entry["sets"] for row in found[1:] if row] or None,
+        "causal": [row for entry in run.causal.values() for patched in entry["sets"] for row in patched[1:] if row]
+        or None,
         "latents": [{name: values[i] for name, values in columns.items()} for i in [row.place for row in rows]],
     }
 
 
 def render_html(run: Run, rows: list[Row]) -> bytes:
-    """The page: one file, with plotly.js, style and data inside."""
+    """Return the page: one file, with plotly.js, style and data inside."""
     curves, curves_caption = training_figures(run.training, run.heldout)
     norms = [figures.norm_figure(run.latents), figures.cosine_figure(run.latents)]
     nu = figures.nu_figure(run.latents)
@@ -135,7 +136,7 @@ def render_html(run: Run, rows: list[Row]) -> bytes:
 
 @cache
 def page_template() -> Template:
-    """The template, compiled once: every expression is escaped, an unknown name is an error."""
+    """Return the template, compiled once: every expression is escaped, an unknown name is an error."""
     environment = Environment(
         loader=FileSystemLoader(HERE),
         autoescape=True,
@@ -148,7 +149,7 @@ def page_template() -> Template:
 
 
 def figure_json(shown: list[figures.Figure]) -> Markup:
-    """Figures by id, in the form that may stand inside a script element."""
+    """Return figures by id, in the form that may stand inside a script element."""
     text = json.dumps({figure.name: figure.spec for figure in shown}, allow_nan=False, separators=(",", ":"))
     return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
 
@@ -157,7 +158,7 @@ def figure_json(shown: list[figures.Figure]) -> Markup:
 
 
 def table_columns(run: Run) -> list[tuple[str, str]]:
-    """(name, `number` or `text`) of each column of the table; both kinds decide how it is sorted."""
+    """Return (name, `number` or `text`) of each column of the table; both kinds decide how it is sorted."""
     words = {"verdict", "norm_class", "main_context"}
     shown = [(name, "text" if name in words else "number") for name in COLUMNS]
     for name in run.latents.extra:
@@ -167,12 +168,12 @@ def table_columns(run: Run) -> list[tuple[str, str]]:
 
 
 def table_rows(run: Run) -> list[Row]:
-    """The best-ranked latents, as many as page and report.json hold."""
-    columns, places = run.latents.columns, run.latents.order[:TABLE_ROWS]
-    texts = [cells(run, name, places) for name, _ in table_columns(run)]
+    """Return the best-ranked latents, as many as page and report.json hold."""
+    columns, indices = run.latents.columns, run.latents.order[:TABLE_ROWS]
+    texts = [cells(run, name, indices) for name, _ in table_columns(run)]
     rows: list[Row] = []
     size = 0
-    for place, *row in zip(places, *texts, strict=True):
+    for place, *row in zip(indices, *texts, strict=True):
         size += 160 + 10 * len(row) + html_length("".join(row))
         if size > TABLE_CHARACTERS:
             break
@@ -180,11 +181,11 @@ def table_rows(run: Run) -> list[Row]:
     return rows
 
 
-def cells(run: Run, name: str, places: list[int]) -> list[str]:
-    """Values of a column as text; their error or share stands in the same cell."""
+def cells(run: Run, name: str, indices: list[int]) -> list[str]:
+    """Write the values of a column as text; their error or share stands in the same cell."""
     column, within = run.latents.columns[name], run.latents.inside(name)
-    values = [column[i] for i in places]
-    inside = [None] * len(places) if within is None else [run.latents.columns[within][i] for i in places]
+    values = [column[i] for i in indices]
+    inside = [None] * len(indices) if within is None else [run.latents.columns[within][i] for i in indices]
     if name in ("latent", "rank"):
         return [NONE if value is None else str(value) for value in values]
     if name == "main_context":
@@ -201,25 +202,26 @@ def cells(run: Run, name: str, places: list[int]) -> list[str]:
 
 
 def best_latents(run: Run) -> list[Card]:
-    """The first alive latents by rank, with one context each."""
+    """Return cards of the first alive latents by rank, with one context each."""
     ranked = [i for i in run.latents.order if run.latents.alive[i] and run.latents.columns["rank"][i] is not None]
     return [card(run, i, 1) for i in ranked[:BEST_LATENTS]]
 
 
 def shown_examples(run: Run) -> tuple[list[Card], str]:
-    """Examples of the best-ranked latents that have any, as many as the page can hold, and a sentence with counts."""
+    """Return the examples of the best-ranked latents that have any, as many as the page can hold, and a sentence with
+    counts."""
     having = [i for i in run.latents.order if run.examples.get(run.latents.columns["latent"][i])]
     cards: list[Card] = []
     size = 0
     for i in having:
-        found = card(run, i, EXAMPLES_OF_A_LATENT)
+        shown = card(run, i, EXAMPLES_OF_A_LATENT)
         size += 500
-        for context in found.contexts:
+        for context in shown.contexts:
             marks = sum(1 for part in context.parts if part.level)
             size += 150 + 65 * marks + html_length("".join(part.text for part in context.parts))
         if size > EXAMPLE_CHARACTERS:
             break
-        cards.append(found)
+        cards.append(shown)
     sentence = (
         f"Examples of {number(len(cards))} latents of the {number(len(having))} that have any, best rank first, at "
         f"most {EXAMPLES_OF_A_LATENT} each. Active tokens have a background in proportion to the activation, on one "

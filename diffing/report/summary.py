@@ -31,20 +31,21 @@ class Measure(NamedTuple):
 
 
 def measures(run: Run) -> dict[str, Measure]:
-    """FVE, L0 and dead fraction: of eval.json, else the last held-out evaluation, else the last training batch."""
+    """Return FVE, L0 and dead fraction: of eval.json, else the last held-out evaluation, else the last training
+    batch."""
     rows = {row["name"]: row for row in run.evaluation}
-    found: dict[str, Measure] = {}
+    measured: dict[str, Measure] = {}
     for name in MEASURES:
         key, row = name.replace(".", "_"), rows.get(f"eval.{name}")
         if row and row.get("value") is not None:
-            found[name] = Measure(row["value"], row.get("n"), row.get("low"), row.get("high"), "held-out tokens")
+            measured[name] = Measure(row["value"], row.get("n"), row.get("low"), row.get("high"), "held-out tokens")
         elif run.heldout and run.heldout[-1].get(key) is not None:
             last = run.heldout[-1]
-            found[name] = Measure(last[key], last.get("n_tokens"), None, None, "held-out tokens")
+            measured[name] = Measure(last[key], last.get("n_tokens"), None, None, "held-out tokens")
         elif run.training and run.training[-1].get(key) is not None:
             n = run.look("config", "batch_size")
-            found[name] = Measure(run.training[-1][key], n, None, None, "tokens of the last training batch")
-    return found
+            measured[name] = Measure(run.training[-1][key], n, None, None, "tokens of the last training batch")
+    return measured
 
 
 def verdict_counts(run: Run) -> dict[str, int]:
@@ -52,12 +53,12 @@ def verdict_counts(run: Run) -> dict[str, int]:
 
 
 def class_counts(run: Run) -> dict[str, int]:
-    """Alive latents in each norm class."""
+    """Count the alive latents in each norm class."""
     return {word: int((run.latents.is_word("norm_class", word) & run.latents.alive).sum()) for word in NORM_CLASSES}
 
 
 def result_rows(run: Run) -> list[dict[str, Any]]:
-    """The rows of report.json. n counts all latents, alive latents for norm classes, or tokens."""
+    """Return the rows of report.json. n counts all latents, alive latents for norm classes, or tokens."""
     alive, everything = int(run.latents.alive.sum()), len(run.latents)
     counts = {"alive": alive}
     counts |= {f"verdict.{word}": count for word, count in verdict_counts(run).items()}
@@ -76,9 +77,10 @@ def result_rows(run: Run) -> list[dict[str, Any]]:
 
 
 def pair_names(run: Run) -> tuple[str, str]:
-    """Names of base and tuned model; of a local folder only the last part, the whole stands in the inputs."""
-    found = [run.look("inputs", "cache", model, "name") for model in ("base", "tuned")]
-    base, tuned = (Path(str(name)).name if name and Path(str(name)).is_absolute() else name for name in found)
+    """Return the names of base and tuned model; of a local folder only the last part, the whole stands in the
+    inputs."""
+    names = [run.look("inputs", "cache", model, "name") for model in ("base", "tuned")]
+    base, tuned = (Path(str(name)).name if name and Path(str(name)).is_absolute() else name for name in names)
     return str(base or "base"), str(tuned or "tuned")
 
 
@@ -88,7 +90,7 @@ def dict_size(run: Run) -> int:
 
 
 def headline(run: Run) -> str:
-    """What was compared, with which dictionary, and how well it fits, in one sentence."""
+    """Say what was compared, with which dictionary, and how well it fits, in one sentence."""
     base, tuned = pair_names(run)
     hook_point = run.look("inputs", "cache", "hook_point")
     trained = run.training[-1].get("tokens") if run.training else None
@@ -97,16 +99,16 @@ def headline(run: Run) -> str:
     known = run.look("inputs", "cache", "base", "name") is not None
     pair = f"{base} (base) against {tuned} (tuned)" if known else "The base model against the tuned model"
     words = f"{pair}{where}: a crosscoder of {number(dict_size(run))} latents{length}"
-    found = measures(run)
+    measured = measures(run)
     fits = []
-    if "l0" in found:
-        fits.append(f"has {found['l0'].value:.1f} active latents per token (L0)")
-    if "fve.base" in found and "fve.tuned" in found:
-        fve = found["fve.base"].value, found["fve.tuned"].value
+    if "l0" in measured:
+        fits.append(f"has {measured['l0'].value:.1f} active latents per token (L0)")
+    if "fve.base" in measured and "fve.tuned" in measured:
+        fve = measured["fve.base"].value, measured["fve.tuned"].value
         fits.append(f"explains {fve[0]:.3f} of the base model's and {fve[1]:.3f} of the tuned model's variance (FVE)")
     if not fits:
         return f"{words}."
-    measure = found.get("fve.base", next(iter(found.values())))
+    measure = measured.get("fve.base", next(iter(measured.values())))
     n = f" (n = {number(measure.n)})" if measure.n is not None else ""
     return f"{words}; on {measure.source}{n} it {' and '.join(fits)}."
 
@@ -144,7 +146,7 @@ def refused_sentence(run: Run) -> str:
 
 
 def class_sentence(run: Run) -> str:
-    """What the published class, tuned-only by decoder norm, holds in this run."""
+    """Say what the published class, tuned-only by decoder norm, holds in this run."""
     count = class_counts(run)["tuned-only"]
     alive, limit = counted(int(run.latents.alive.sum()), "alive latent"), run.latents.thresholds["tuned_only"]
     published = f"The published class of tuned-only latents (relative decoder norm above {limit:g})"

@@ -27,7 +27,7 @@ class Part(NamedTuple):
 
 
 class _Names(dict[int, str]):
-    """What stands for a character that does not show, by its code; filled on demand."""
+    """Names of characters that do not show, by their codes; filled on demand."""
 
     def __missing__(self, code: int) -> str:
         character = chr(code)
@@ -43,7 +43,7 @@ _NAMES = _Names()
 
 
 def visible(text: str) -> str:
-    """Text in which each character shows: line ends as an arrow, control, bidi and other invisible characters by name.
+    """Make each character show: line ends as an arrow, control, bidi and other invisible characters by name.
 
     A bidi control would reorder the text around it, and a lone surrogate cannot be written as UTF-8.
     """
@@ -51,7 +51,7 @@ def visible(text: str) -> str:
 
 
 def numbers(values: Sequence[Any]) -> list[str]:
-    """Numbers to read: three decimals, or three digits where it is small; a dash for None."""
+    """Write numbers to read: three decimals, or three digits where it is small; a dash for None."""
     texts = []
     for value in values:
         if value is None:
@@ -66,23 +66,23 @@ def numbers(values: Sequence[Any]) -> list[str]:
 
 
 def number(value: Any) -> str:
-    """One number to read."""
+    """Write one number to read."""
     return numbers([value])[0]
 
 
 def fixed(values: Sequence[Any]) -> list[str]:
-    """Ratios, cosines and shares to read: three decimals, so that a column lines up; a dash for None."""
+    """Write ratios, cosines and shares to read: three decimals, so that a column lines up; a dash for None."""
     texts = [NONE if v is None else f"{v:.3f}" if abs(v) < 1000 else f"{v:,.0f}" for v in values]
     return ["0.000" if text == "-0.000" else text for text in texts]
 
 
 def counted(n: int, noun: str) -> str:
-    """A count with its noun: 1 latent, 1,203 latents."""
+    """Write a count with its noun: 1 latent, 1,203 latents."""
     return f"{number(n)} {noun}" if n == 1 else f"{number(n)} {noun}s"
 
 
 def amount(count: float) -> str:
-    """A count to read, short from a million on: 1.64M."""
+    """Write a count to read, short from a million on: 1.64M."""
     for unit, size in (("G", 1e9), ("M", 1e6)):
         if count >= size:
             return f"{count / size:.3g}{unit}"
@@ -94,7 +94,7 @@ def clip(text: str, characters: int = 80) -> str:
 
 
 def flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
-    """Nested plain data as pairs of a dotted name and a short text."""
+    """Flatten nested plain data to pairs of a dotted name and a short text."""
     items: Any = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
     if items is None or not value:
         return [(prefix, clip(value if isinstance(value, str) else json.dumps(value), 300))]
@@ -104,7 +104,7 @@ def flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
 
 
 def highlight(example: Example, top: float) -> list[Part]:
-    """The tokens around a peak; a background in proportion to the activation, full at `top`."""
+    """Split the tokens around a peak; a background in proportion to the activation, full at `top`."""
     start, stop = max(0, example.peak - WINDOW), min(len(example.tokens), example.peak + WINDOW + 1)
     shown = numbers(example.values)
     parts = [Part("…", "", "", False)] if start else []
@@ -126,5 +126,5 @@ def highlight(example: Example, top: float) -> list[Part]:
 
 
 def html_length(text: str) -> int:
-    """Characters of a text once it is escaped."""
+    """Count the characters of a text once it is escaped."""
     return len(escape(visible(text)))

@@ -18,7 +18,7 @@ CLASSES = {
 
 
 class RoleClasses:
-    """Which class each prediction of a batch is in."""
+    """Tells which class each prediction of a batch is in."""
 
     def __init__(self, rows: Rows) -> None:
         self.rows = rows

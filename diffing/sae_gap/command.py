@@ -1,7 +1,7 @@
 """`diffing sae-gap`: fit and measure every model with one dictionary on the same tokens, then compare.
 
-Reading order: `gap_run` is the command; `roles_of` says which model gets which side; `rows` divides once and resamples
-sequences, for all models together; `summary` is the table.
+Reading order: `gap_run` is the command; `roles_of` says which model gets which side; `gap_rows` divides once and
+resamples sequences, for all models together; `gap_summary` is the table.
 
     OUT/<model>/      run folder of `sae-lora fit`; <model>: base, tuned, placebo
 """
@@ -39,22 +39,22 @@ CELLS = cells.CELLS[:4]
 
 
 def gap_run(settings: SaeGapSettings) -> dict[str, cells.Measured]:
-    """Gaps of every model.
+    """Measure the gaps of every model.
 
     Raises:
         InputError: a model, the dictionary or the documents are wrong, or do not fit each other; before any fit.
     """
     configs = roles_of(settings)
     plans = {role: _plan(settings, config) for role, config in configs.items()}
-    found = {}
+    measured = {}
     for role, config in configs.items():
         folder = fit(config, Path(settings.out) / role, force=settings.force)
         plan, device = plans[role], choose_device(settings.device)
         dictionaries = with_control(load_dictionaries(plan, config, device), config.control, config.seed)
         adapted = load_adapter(load_model(plan, config, device), folder, dictionaries)
         say(f"measure {role} on {plan.rows.n_scored:,} tokens in {len(plan.rows.offsets) - 1:,} sequences")
-        found[role] = measure_gaps(adapted, dictionaries, plan, batch_rows=settings.batch_rows, device=device)
-    return found
+        measured[role] = measure_gaps(adapted, dictionaries, plan, batch_rows=settings.batch_rows, device=device)
+    return measured
 
 
 def measure_gaps(
@@ -70,7 +70,7 @@ def measure_gaps(
 
 
 def roles_of(settings: SaeGapSettings) -> dict[str, FitConfig]:
-    """What is fitted for base, tuned and placebo."""
+    """Return the settings of the fit for base, tuned and placebo."""
     models = {"base": settings.base, "tuned": settings.tuned, "placebo": settings.placebo}
     if reads_two_models(settings.dictionary):
         if settings.placebo is not None:
@@ -96,7 +96,7 @@ def roles_of(settings: SaeGapSettings) -> dict[str, FitConfig]:
 
 
 def _plan(settings: SaeGapSettings, config: FitConfig) -> Plan:
-    """The documents that are measured, after checking those that are fitted on."""
+    """Plan the documents that are measured, after checking those that are fitted on."""
     dictionary = [(settings.dictionary, settings.hook_point)]
     fitted, measured = (
         make_plan(
@@ -111,18 +111,18 @@ def _plan(settings: SaeGapSettings, config: FitConfig) -> Plan:
 # ---------------------------------------------------------------------------------------------------------------- rows
 
 
-def rows(found: Mapping[str, cells.Measured], seed: int = 0) -> list[dict[str, Any]]:
-    """Rows sae-gap.<model>.<class>.<quantity>, and sae-gap.<model>_minus_<other>.<class>.<quantity>, with 95% bootstrap
-    intervals over sequences, which all models share.
+def gap_rows(measured: Mapping[str, cells.Measured], seed: int = 0) -> list[dict[str, Any]]:
+    """Return rows sae-gap.<model>.<class>.<quantity>, and sae-gap.<model>_minus_<other>.<class>.<quantity>, with 95%
+    bootstrap intervals over sequences, which all models share.
 
     Quantities: `ce`, of the model as it is; `ce_gap` and `kl` `.spliced`, `.left` (adapter on) and `.adapted` (adapter
     on, dictionary off: its cost); and the shares `ce_gap.closed` and `kl.closed`.
     """
-    n = len(next(iter(found.values())).n_tokens)
+    n = len(next(iter(measured.values())).n_tokens)
     weights = resample(n, seed)
     entries = [row("sae-gap.sequences", n, "sequences", n)]
     for name in ("all", *CLASSES):
-        parts = {role: _sums(measured, name) for role, measured in found.items()}
+        parts = {role: _sums(of_role, name) for role, of_role in measured.items()}
         n_tokens = next(iter(parts.values())).n_tokens
         n_class, tokens = int(n_tokens.sum()), weights @ n_tokens
         if not (n_class and (tokens > 0).all()):  # no such tokens, or so few that a resample has none
@@ -130,7 +130,7 @@ def rows(found: Mapping[str, cells.Measured], seed: int = 0) -> list[dict[str, A
         of_models = {role: _quantities(part.sums, weights, tokens) for role, part in parts.items()}
         for role in list(of_models)[1:]:
             of_models[f"{role}_minus_base"] = _difference(of_models[role], of_models["base"])
-        if "placebo" in found:
+        if "placebo" in measured:
             of_models["tuned_minus_placebo"] = _difference(of_models["tuned"], of_models["placebo"])
         for role, quantities in of_models.items():
             for quantity, values in quantities.items():
@@ -157,22 +157,22 @@ def _quantities(
         for c, cell in enumerate(CELLS)
         for q, quantity in enumerate(cells.QUANTITIES)
     }
-    found = {"ce": mean["plain", "ce"]}
+    quantities = {"ce": mean["plain", "ce"]}
     for cell, name in (("spliced", "spliced"), ("adapted_spliced", "left"), ("adapted", "adapted")):
-        found[f"ce_gap.{name}"] = mean[cell, "ce"] - mean["plain", "ce"]
-        found[f"kl.{name}"] = mean[cell, "kl"]
+        quantities[f"ce_gap.{name}"] = mean[cell, "ce"] - mean["plain", "ce"]
+        quantities[f"kl.{name}"] = mean[cell, "kl"]
     for quantity in ("ce_gap", "kl"):
-        if (found[f"{quantity}.spliced"] > 0).all():
-            found[f"{quantity}.closed"] = 1 - found[f"{quantity}.left"] / found[f"{quantity}.spliced"]
-    return found
+        if (quantities[f"{quantity}.spliced"] > 0).all():
+            quantities[f"{quantity}.closed"] = 1 - quantities[f"{quantity}.left"] / quantities[f"{quantity}.spliced"]
+    return quantities
 
 
 def _difference(one: Quantities, other: Quantities) -> Quantities:
     return {name: one[name] - other[name] for name in one if name in other and name != "ce"}
 
 
-def summary(entries: list[dict[str, Any]]) -> str:
-    """KL and CE gap before and after the fit, a block for each class."""
+def gap_summary(entries: list[dict[str, Any]]) -> str:
+    """Write KL and CE gap before and after the fit, a block for each class."""
     values = {entry["name"].removeprefix("sae-gap."): entry for entry in entries}
     lines = []
     for name in ("all", *CLASSES):
@@ -205,10 +205,10 @@ def _line(role: str, shown: dict[str, Any]) -> str:
 
 
 def sae_gap(settings: SaeGapSettings) -> dict[str, Any]:
-    """`diffing sae-gap`"""
+    """Run `diffing sae-gap`."""
     started = time.perf_counter()
-    found = rows(gap_run(settings), settings.seed)
-    described = result("sae-gap", to_dict(settings), found)
+    entries = gap_rows(gap_run(settings), settings.seed)
+    described = result("sae-gap", to_dict(settings), entries)
     files.write_json(Path(settings.out) / "sae-gap.json", described)
-    closing(started, f"{len(found)} rows in {Path(settings.out) / 'sae-gap.json'}")
-    return {**described, "text": summary(found)}
+    closing(started, f"{len(entries)} rows in {Path(settings.out) / 'sae-gap.json'}")
+    return {**described, "text": gap_summary(entries)}

@@ -49,16 +49,16 @@ class SaeGapSettings(TextConfig):
         self.fit_config(self.base)  # its own checks
 
     def text(self) -> dict[str, object]:
-        """The settings of TextConfig, with the tuned model's tokenizer for all models."""
-        found: dict[str, object] = {name: getattr(self, name) for name in TextConfig.__dataclass_fields__}
-        return {**found, "tokenizer": self.tokenizer or self.tuned}
+        """Return the settings of TextConfig, with the tuned model's tokenizer for all models."""
+        settings: dict[str, object] = {name: getattr(self, name) for name in TextConfig.__dataclass_fields__}
+        return {**settings, "tokenizer": self.tokenizer or self.tuned}
 
     def fit_config(self, model: str, **changes: object) -> FitConfig:
-        """What `sae-lora fit` does with one of the models."""
+        """Return the settings of `sae-lora fit` for one of the models."""
         shared = ("dictionary", "hook_point", "control", "layers", "rank", "alpha", "lr")
         return FitConfig(model=model, **{**self.text(), **{name: getattr(self, name) for name in shared}, **changes})
 
     def eval_config(self) -> TextConfig:
-        """The same reading of the documents that are measured."""
+        """Return how the documents that are measured are read: as those of the fits."""
         changed = {"data": self.heldout, "n_tokens": self.eval_tokens}
         return TextConfig(**{**self.text(), **changed})  # type: ignore[arg-type]

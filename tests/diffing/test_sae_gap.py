@@ -14,7 +14,7 @@ from crosscoders.models import hooks
 from crosscoders.models.names import hash_model
 from diffing import cli
 from diffing.sae_gap.classes import CLASSES
-from diffing.sae_gap.command import CELLS, gap_run, measure_gaps, roles_of, rows, summary
+from diffing.sae_gap.command import CELLS, gap_rows, gap_run, gap_summary, measure_gaps, roles_of
 from diffing.sae_gap.settings import SaeGapSettings
 from sae_lora.evaluation import cells
 from sae_lora.fitting.inputs import load_dictionaries, load_model, make_plan
@@ -109,7 +109,7 @@ def test_differences_are_paired_over_sequences_and_right_on_paper() -> None:
         classes = {name: cells.Sums(0 * sums, 0 * n) for name in CLASSES} | {"response": cells.Sums(sums, n)}
         return cells.Measured(sums, n, {}, classes=classes)
 
-    found = {r["name"]: r for r in rows({"base": gaps(0), "tuned": gaps(0.3), "placebo": gaps(0.1)})}
+    found = {r["name"]: r for r in gap_rows({"base": gaps(0), "tuned": gaps(0.3), "placebo": gaps(0.1)})}
     mean = float((level * n).sum() / 20)
     base = found["sae-gap.base.response.kl.left"]
     assert base["value"] == pytest.approx(0.5 * mean) and base["n"] == 20 and base["low"] < base["value"] < base["high"]
@@ -120,7 +120,7 @@ def test_differences_are_paired_over_sequences_and_right_on_paper() -> None:
         assert [row[key] for key in ("value", "low", "high")] == pytest.approx([value] * 3)  # the pairing shows
         assert found[f"sae-gap.{name}.response.kl.spliced"]["value"] == pytest.approx(0)
     assert not any(".text." in name or ".template." in name for name in found)  # no such tokens
-    assert "tuned minus placebo" in summary(list(found.values()))
+    assert "tuned minus placebo" in gap_summary(list(found.values()))
 
 
 def test_a_run_compares_base_tuned_and_placebo_on_the_same_tokens(

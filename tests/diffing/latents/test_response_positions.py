@@ -7,7 +7,7 @@ import torch
 
 from crosscoders import ActivationCache, Crosscoder, CrosscoderConfig
 from crosscoders.dictionary import selection
-from diffing.latents.positions import PLACES, PositionSums, places
+from diffing.latents.positions import PLACES, PositionSums, place_indices
 from diffing.latents.table import scale_cache
 
 TEXT, TEMPLATE, USER, RESPONSE = 0, 1, 2, 3
@@ -19,7 +19,7 @@ def test_places_of_a_worked_example() -> None:
     roles = torch.tensor(chat + again + [TEXT] + chat[3:], dtype=torch.uint8)
     documents = torch.tensor([0] * 13 + [1] + [2] * 5)
     positions = torch.cat([torch.arange(1, 14), torch.arange(1, 2), torch.arange(1, 6)])
-    assert [PLACES[i] for i in places(roles, positions, documents)] == [
+    assert [PLACES[i] for i in place_indices(roles, positions, documents)] == [
         "template_-5", "template_-4", "other", "template_-2", "template_-1", "response_1", "response_2",
         "template_-4", "template_-3", "other", "template_-1", "response_1", "template_other",
         "other",
@@ -29,7 +29,7 @@ def test_places_of_a_worked_example() -> None:
 
 def test_long_responses_and_far_template_tokens_are_counted_together() -> None:
     roles = torch.tensor([TEMPLATE] * 10 + [RESPONSE] * 12, dtype=torch.uint8)
-    found = [PLACES[i] for i in places(roles, torch.arange(22), torch.zeros(22, dtype=torch.int64))]
+    found = [PLACES[i] for i in place_indices(roles, torch.arange(22), torch.zeros(22, dtype=torch.int64))]
     assert found[:3] == ["template_other", "template_other", "template_-8"] and found[9] == "template_-1"
     assert found[10] == "response_1" and found[18] == "response_9" and found[19:] == ["response_later"] * 3
 
@@ -43,7 +43,7 @@ def test_the_cut_into_batches_does_not_matter(cache_folder: Path, batch_size: in
         pre_acts = cc.pre_acts(cc.normalise(tokens.activations)).detach()
         sums.add(selection.active(pre_acts, cc.gate_at()), tokens)
     f, tokens = cc.encode(cache.read(0, 600).activations).detach().double(), cache.read(0, 600)
-    at = places(tokens.roles, tokens.positions, tokens.document_ids)
+    at = place_indices(tokens.roles, tokens.positions, tokens.document_ids)
     mass = torch.zeros(12, len(PLACES), dtype=torch.float64).index_add_(1, at, f.T)
     torch.testing.assert_close(sums.shares(), mass / mass.sum(dim=1, keepdim=True), rtol=1e-5, atol=1e-7)
 
