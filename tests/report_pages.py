@@ -65,7 +65,7 @@ def write_run(
         "nu_error_mirror": floats(rng.normal(0.8, 0.2, n)),
         "nu_reconstruction_mirror": floats(rng.normal(0.8, 0.2, n)),
         "n_active": n_active,
-        "frequency": [round(v / 250_000, 8) for v in n_active],
+        "frequency": [round(16 * v / sum(n_active), 8) for v in n_active],  # an L0 of k
         "max_activation": floats(rng.uniform(1, 60, n)),
         "specificity": floats(np.linspace(1, 0, n)),
         "rank": [i + 1 if live else None for i, live in enumerate(alive)],
@@ -118,7 +118,7 @@ def setup(dict_size: int) -> dict[str, Any]:
     cache = {
         "path": "cache", "hash": "c0ffee" * 8, "n_tokens": 250_000, "hook_point": "blocks.2.hook_resid_post",
         "base": {"name": "demo-base", "hash": "aa" * 20}, "tuned": {"name": "demo-chat", "hash": "bb" * 20},
-        "tokenizer_hash": "cc" * 20, "template_hash": "dd" * 20, "groups": ["refusal", "identity", "raw text"],
+        "tokenizer_hash": "cc" * 20, "template_hash": "dd" * 20,
     }  # fmt: skip
     environment = {"python": "3.11.7", "torch": "2.13.0", "numpy": "2.4.6", "platform": "Linux", "git_commit": "0" * 40}
     return {

@@ -86,6 +86,22 @@ def test_a_run_again_with_the_same_settings_changes_nothing(trained: Path, cache
     assert (trained / "model.safetensors").read_bytes() == before
 
 
+def test_a_run_that_recorded_the_groups_of_its_cache_is_the_same_run(
+    trained: Path, cache_folder: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(trained, tmp_path / "run")
+    described = json.loads((run / "run.json").read_text())
+    assert "groups" not in described["inputs"]["cache"]
+    described["inputs"]["cache"]["groups"] = ["raw", "describe"]
+    (run / "run.json").write_text(json.dumps(described))
+    assert (
+        crosscoders_cli.main(
+            ["train", "--cache", str(cache_folder), "--out", str(run), "--holdout-tokens", "88", *TRAIN]
+        )
+        == 0
+    )
+
+
 def test_settings_come_from_the_file_then_from_flags(
     cache_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,12 +13,16 @@ UNREADABLE = "this dictionary must not be read yet"
 
 
 def complaints(
-    metrics: Mapping[str, float], *, k: int | None = None, training: Mapping[str, float] | None = None
+    metrics: Mapping[str, float],
+    *,
+    k: int | None = None,
+    training: Mapping[str, float] | None = None,
+    tokens: str = "held-out tokens",
 ) -> list[str]:
     """Return what speaks against a dictionary, a phrase with its cause and mend for each; empty where nothing does.
 
-    metrics: `fve_<model>`, `fve_rest_<model>`, `l0`, `dead` on held-out tokens (the columns of train.jsonl); entries
-    that are missing are not judged. training: the same of the last training batch. k: active latents per token that
+    metrics: `fve_<model>`, `fve_rest_<model>`, `l0`, `dead` on `tokens` (the columns of train.jsonl); entries that are
+    missing are not judged. training: the same of the last training batch. k: active latents per token that
     were asked for.
     """
     reasons = []
@@ -27,12 +31,12 @@ def complaints(
     trained = [value for name, value in (training or {}).items() if name.startswith("fve_")]
     if fve and min(fve) < MIN_FVE:
         reasons.append(
-            f"it explains {min(fve):.2f} of the variance on held-out tokens (below {MIN_FVE}): train longer, on more "
+            f"it explains {min(fve):.2f} of the variance on {tokens} (below {MIN_FVE}): train longer, on more "
             "tokens, or with a larger k; --input-norm centred helps where activations have a large mean"
         )
     elif fve and trained and min(trained) - min(fve) > MAX_FVE_GAP:
         reasons.append(
-            f"it explains {min(fve):.2f} of the variance on held-out tokens and {min(trained):.2f} on its own: it has "
+            f"it explains {min(fve):.2f} of the variance on {tokens} and {min(trained):.2f} on its own: it has "
             "learned its tokens by heart. Cache more tokens, or lower dict_size or the number of epochs"
         )
     if fve and rest and max(fve) - min(rest.values()) > MAX_FVE_GAP:
@@ -42,7 +46,7 @@ def complaints(
         )
     if metrics.get("dead", 0.0) > MAX_DEAD:
         reasons.append(
-            f"{metrics['dead']:.0%} of its latents never fire on held-out tokens: lower dict_size or "
+            f"{metrics['dead']:.0%} of its latents never fire on {tokens}: lower dict_size or "
             "dead_after_tokens, train longer, or use --input-norm centred"
         )
     if k is not None and "l0" in metrics and abs(metrics["l0"] - k) > MAX_L0_ERROR * k:

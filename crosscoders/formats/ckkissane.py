@@ -16,6 +16,11 @@ def _read_ckkissane(config: dict[str, Any], weights: Path, input_scale: list[flo
     missing = [name for name in ("W_enc", "W_dec", "b_enc", "b_dec") if name not in tensors]
     if missing:
         raise InputError(f"{weights} has no tensor {missing[0]!r}; its tensors are {', '.join(sorted(tensors)[:5])}.")
+    if tensors["W_enc"].ndim != 3:
+        raise InputError(
+            f"{weights} is not a crosscoder of a known layout: its W_enc has {tensors['W_enc'].ndim} axes; expected "
+            "3, (n_models, d_model, dict_size)."
+        )
     n_models, d_model, dict_size = tensors["W_enc"].shape
     if config.get("dict_size") not in (None, dict_size):
         raise CorruptData(

@@ -19,9 +19,13 @@ CODE_NORMALIZATION_IDS = {1: "sum", 2: "concat", 4: "none"}
 def _read_dictionary_learning(config: dict[str, Any], weights: Path) -> Crosscoder:
     """Buffers decide over the config: k, threshold, code normalisation and normaliser may be missing from it."""
     tensors = read_weights(weights)
-    if "encoder.weight" not in tensors or tensors["encoder.weight"].ndim != 3:
+    encoder = tensors.get("encoder.weight")
+    if encoder is None or encoder.ndim != 3:
+        kind = (
+            "" if encoder is None else f" (an encoder with {encoder.ndim} axes, where a crosscoder has 3, is an SAE's)"
+        )
         raise InputError(
-            f"{weights} is not a crosscoder of a known layout: its tensors are {', '.join(sorted(tensors)[:5])}."
+            f"{weights} is not a crosscoder of a known layout: its tensors are {', '.join(sorted(tensors)[:5])}{kind}."
         )
     n_models, d_model, dict_size = tensors["encoder.weight"].shape
     norm_id = int(tensors.get("code_normalization_id", torch.tensor(1)))

@@ -14,6 +14,7 @@ from crosscoders.common.errors import InputError
 from crosscoders.dictionary.crosscoder import Crosscoder
 from crosscoders.formats.ckkissane import _read_ckkissane
 from crosscoders.formats.dictionary_learning import _read_dictionary_learning
+from crosscoders.formats.neighbours import neighbour
 from crosscoders.formats.ours import _read_ours
 
 
@@ -33,6 +34,11 @@ def load_crosscoder(
     weights = None
     if folder.is_file():
         weights, folder = folder, folder.parent
+    what = neighbour(weights or folder)
+    if what is not None:
+        raise InputError(
+            f"{str(path_or_repo)!r} is {what}. Crosscoders of ours, of dictionary_learning and ckkissane are read."
+        )
     config_path = next((folder / name for name in ("config.json", "cfg.json") if (folder / name).is_file()), None)
     if config_path is None:
         found = ", ".join(sorted(f.name for f in folder.iterdir())[:5]) or "nothing"
@@ -41,7 +47,13 @@ def load_crosscoder(
         )
     config = files.read_object(config_path)
     if config_path.name == "cfg.json":
-        model = _read_ckkissane(config, weights or folder / "cc_weights.pt", input_scale)
+        weights = weights or folder / "cc_weights.pt"
+        if not weights.is_file():
+            raise InputError(
+                f"{folder} has a cfg.json but no weights that are read: cc_weights.pt of a crosscoder, or "
+                "sae_weights.safetensors of an SAE. Check the folder's name."
+            )
+        model = _read_ckkissane(config, weights, input_scale)
     elif input_scale is not None:
         raise InputError(
             "input_scale is for the ckkissane layout; these weights carry their own normaliser. Leave it out."

@@ -19,6 +19,12 @@ from crosscoders.models import hooks
 
 _RESIDUAL = re.compile(r"blocks\.(\d+)\.hook_resid_(pre|post)")
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
+_RUNNABLE = re.compile(r"blocks\.\d+\.(\w+\.)?hook_\w+")
+_LAYER = re.compile(
+    r"(?:(?:model\.)?(?:language_model\.)?(?:model\.)?(?:decoder\.)?layers|gpt_neox\.layers|(?:transformer\.)?h"
+    r"|transformer\.blocks)\.(\d+)(?:\.([\w.]+))?"
+)
+"""A decoder layer as transformers names it, and a module in it."""
 _ORDER = ("hook_resid_pre", "attn.hook_z", "hook_attn_out", "hook_mlp_out", "hook_resid_post")
 _NORMED = {"attn.hook_z": "self_attn.o_proj", "hook_attn_out": "post_attention_layernorm",
            "hook_mlp_out": "post_feedforward_layernorm"}  # fmt: skip
@@ -55,6 +61,24 @@ def layer_of(hook_point: str) -> int:
     if match is None:
         raise InputError(f"hook_point {hook_point!r} has no layer. Use a name such as 'blocks.13.hook_resid_post'.")
     return int(match[1])
+
+
+def known_as(name: str, model_type: str | None = None) -> str | None:
+    """Return the hook point that a name means: its own, or that of a module of transformers; None where it means none.
+
+    A decoder layer's output and input (`model.layers.8`, `gpt_neox.layers.3.input`) are hook points in every
+    architecture, what a module inside it puts out (`model.layers.8.mlp`) only where `_PARTS` says so for `model_type`.
+    """
+    if _RUNNABLE.fullmatch(name):
+        return name
+    match = _LAYER.fullmatch(name.removesuffix(".output").removesuffix(".input"))
+    if match is None:
+        return None
+    layer, part, is_input = match[1], match[2], name.endswith(".input")
+    if part is None:
+        return f"blocks.{layer}.hook_resid_{'pre' if is_input else 'post'}"
+    kinds = (kind for kind, module in _PARTS.get(str(model_type), {}).items() if module == part)
+    return next((f"blocks.{layer}.{kind}" for kind in kinds if (kind == "attn.hook_z") == is_input), None)
 
 
 def place(hook_point: str) -> tuple[int, int]:

@@ -74,10 +74,13 @@ def start_run(
 
 
 def _by_content(entry: Any) -> Any:
-    """Leave out where what has a hash lies: a cache, a model or a dictionary that was moved is the same one."""
+    """Leave out where what has a hash lies: a cache, a model or a dictionary that was moved is the same one.
+
+    Runs recorded `groups` beside the hash of their cache, which covers it.
+    """
     if not isinstance(entry, dict):
         return entry
-    return {k: _by_content(v) for k, v in entry.items() if "hash" not in entry or k not in ("path", "name")}
+    return {k: _by_content(v) for k, v in entry.items() if "hash" not in entry or k not in ("path", "name", "groups")}
 
 
 def _with_newer(was: dict[str, Any], config: Any) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import torch
 from crosscoders.dictionary.crosscoder import Crosscoder
 from crosscoders.models.pair import ModelPair
 from crosscoders.models.resume import read_out
+from crosscoders.text.decoding import token_text
 from diffing.latents.latent_scaling import MODELS
 
 
@@ -26,5 +27,5 @@ def logit_lens(
         weight = next(model.parameters())
         logits = read_out(model, decoder[:, m].to(weight.device, weight.dtype))
         for latent, best in zip(latents, logits[:, : len(tokenizer)].topk(n_tokens).indices, strict=True):
-            tokens_of[str(latent)][name] = [tokenizer.decode([int(token)]) for token in best]
+            tokens_of[str(latent)][name] = [token_text(tokenizer, int(token)) for token in best]
     return tokens_of

@@ -173,8 +173,12 @@ def context_text(examples: list[dict[str, Any]]) -> str:
         return ""
     best = examples[0]
     tokens = [token.replace("\n", "\u21b5") for token in best["tokens"]]
-    peak = best["peak"]
-    return f"{''.join(tokens[max(0, peak - 8) : peak])}>>{tokens[peak]}<<{''.join(tokens[peak + 1 : peak + 4])}".strip()
+    peak, end = best["peak"], best["peak"] + 1
+    while peak and not tokens[peak]:  # the tokens of one character are marked together
+        peak -= 1
+    while end < len(tokens) and not tokens[end]:
+        end += 1
+    return f"{''.join(tokens[max(0, peak - 8) : peak])}>>{tokens[peak]}<<{''.join(tokens[end : end + 3])}".strip()
 
 
 def closing_words(html: Path, rows: list[dict[str, Any]], seconds: float) -> str:

@@ -1,9 +1,11 @@
 r"""Where latents fire: shares of activation by kind of context, and the strongest examples.
 
-A token's context is `template` where it belongs to the chat template, otherwise the group of its document. The share of
+A token's context is `template` where it belongs to the chat template, otherwise the group of its document, or `other`
+where there are more groups than `MAX_GROUPS` and this is none of the largest. The share of
 latent j in context c is sum_{n in c} f_nj / sum_n f_nj: activation mass, not counts.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,24 +16,41 @@ from crosscoders.activations.cache import ActivationCache
 from crosscoders.activations.scored import Tokens
 from crosscoders.dictionary import selection
 from crosscoders.dictionary.crosscoder import Crosscoder
+from crosscoders.text.decoding import MAX_BYTES, token_texts
 from crosscoders.text.documents import RESERVED_GROUP
 from crosscoders.text.tokens import ROLES
 
 TEMPLATE = RESERVED_GROUP
+OTHER = "other"
+MAX_GROUPS = 12
+"""Groups of documents with a context of their own: a column each, and a sum for each latent."""
 WINDOW = (16, 8)
 """Tokens of an example before its peak, and from the peak on."""
 
 
 class ContextSums:
-    """Activation mass of each latent in each context, float64."""
+    """Activation mass of each latent in each context, float64.
 
-    def __init__(self, dict_size: int, groups: list[str]) -> None:
-        self.names = [*groups, TEMPLATE]
+    groups: names, by number. n_tokens: of each group; the `MAX_GROUPS` with most keep their name where there are more,
+    and the others are `OTHER`.
+    """
+
+    def __init__(self, dict_size: int, groups: list[str], n_tokens: Sequence[int] = ()) -> None:
+        self.n_folded = n_folded(groups)
+        kept = list(range(len(groups)))
+        if self.n_folded:
+            named = (number for number in kept if groups[number] != OTHER)
+            kept = sorted(sorted(named, key=lambda number: -n_tokens[number])[:MAX_GROUPS])
+        self.names = [groups[number] for number in kept] + ([OTHER] if self.n_folded else []) + [TEMPLATE]
+        self.context = torch.full((len(groups),), len(kept))  # of each group; OTHER where it has none of its own
+        self.context[kept] = torch.arange(len(kept))
         self.mass = torch.zeros(dict_size, len(self.names), dtype=torch.float64)
 
     def add(self, latents: selection.Active, tokens: Tokens) -> None:
         """Add the active latents of one batch of tokens."""
-        contexts = torch.where(tokens.roles == ROLES.index(TEMPLATE), len(self.names) - 1, tokens.groups.long())
+        contexts = torch.where(
+            tokens.roles == ROLES.index(TEMPLATE), len(self.names) - 1, self.context[tokens.groups.long()]
+        )
         index = latents.latents.cpu() * len(self.names) + contexts[latents.tokens.cpu()]
         self.mass += torch.bincount(index, weights=latents.values.double().cpu(), minlength=self.mass.numel()).view_as(
             self.mass
@@ -40,6 +59,22 @@ class ContextSums:
     def shares(self) -> Float[Tensor, "dict_size n_contexts"]:
         """Return the share of each context in each latent's activation; 0 for a latent that never fires."""
         return self.mass / self.mass.sum(dim=1, keepdim=True).clamp_min(1e-300)
+
+
+def n_folded(groups: list[str]) -> int:
+    """Return how many groups of documents have no context of their own."""
+    return max(0, len(groups) - MAX_GROUPS)
+
+
+def group_tokens(cache: ActivationCache, n_tokens: int) -> list[int]:
+    """Return the tokens of each group among the first of a cache; empty where no group has to be folded."""
+    groups = cache.manifest["groups"]
+    if not n_folded(groups):
+        return []
+    counts = torch.zeros(len(groups), dtype=torch.int64)
+    for tokens in cache.batches(1 << 20, 0, n_tokens):
+        counts += torch.bincount(tokens.groups.long(), minlength=len(groups))
+    return [int(count) for count in counts]
 
 
 def examples(
@@ -111,11 +146,16 @@ class _Best:
 
 
 def _example(chosen: ChosenLatents, cache: ActivationCache, i: int, token: int, tokenizer: Any) -> dict[str, Any]:
-    first = max(0, token - WINDOW[0])
-    tokens = cache.read(first, min(len(cache), token + WINDOW[1]))
+    first = max(0, token - WINDOW[0] - MAX_BYTES)
+    tokens = cache.read(first, min(len(cache), token + WINDOW[1] + MAX_BYTES))
     inside = (tokens.document_ids == tokens.document_ids[token - first]).nonzero().squeeze(1)
     tokens = tokens.slice(int(inside[0]), int(inside[-1]) + 1)
     peak = token - first - int(inside[0])
+    texts = token_texts(tokenizer, tokens.token_ids.tolist())
+    start, stop = max(0, peak - WINDOW[0]), min(len(texts), peak + WINDOW[1])
+    while start and not texts[start]:  # a character is shown whole
+        start -= 1
+    tokens, texts, peak = tokens.slice(start, stop), texts[start:stop], peak - start
     values = chosen.encode(tokens.activations)[:, i]
     return {
         "document": int(tokens.document_ids[peak]),
@@ -123,6 +163,6 @@ def _example(chosen: ChosenLatents, cache: ActivationCache, i: int, token: int, 
         "position": int(tokens.positions[peak]),
         "value": round(float(values[peak]), 4),
         "peak": peak,
-        "tokens": [tokenizer.decode([int(t)]) for t in tokens.token_ids],
+        "tokens": texts,
         "values": [round(float(v), 4) for v in values],
     }

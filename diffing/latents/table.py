@@ -25,7 +25,7 @@ from crosscoders.common.progress import Progress, say
 from crosscoders.dictionary.crosscoder import Crosscoder
 from crosscoders.formats.load import load_crosscoder
 from crosscoders.models.pair import inspect_pair
-from diffing.latents.contexts import TEMPLATE, ContextSums, examples
+from diffing.latents.contexts import TEMPLATE, ContextSums, examples, group_tokens, n_folded
 from diffing.latents.decoder_norms import decoder_cosine, norm_class
 from diffing.latents.latent_scaling import LatentScales, ScalingSums
 from diffing.latents.partners import with_partners
@@ -111,7 +111,8 @@ def scale_cache(
     n_tokens = min(n_tokens or len(cache), len(cache))
     batch_size = max(1, min(batch_size, math.ceil(n_tokens / 32)))  # at least 32 batches, the blocks of the jackknife
     scaling = ScalingSums(crosscoder)
-    contexts = ContextSums(crosscoder.config.dict_size, cache.manifest["groups"])
+    groups = cache.manifest["groups"]
+    contexts = ContextSums(crosscoder.config.dict_size, groups, group_tokens(cache, n_tokens))
     positions = PositionSums(crosscoder.config.dict_size)
     progress = Progress("scale", total=n_tokens, unit="tok")
     for tokens in cache.batches(batch_size, 0, n_tokens):
@@ -174,6 +175,7 @@ def write_table(run: Path, table: pandas.DataFrame, scales: LatentScales, cache:
         "format_version": FORMAT_VERSION,
         "n_tokens": scales.n_tokens,
         "n_blocks": scales.n_blocks,
+        "n_folded_groups": n_folded(cache.manifest["groups"]),
         "cache": {"path": str(cache.path), "hash": cache.manifest_hash},
         "thresholds": Thresholds()._asdict(),
         "columns": columns,

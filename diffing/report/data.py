@@ -69,6 +69,8 @@ class Latents:
     n_blocks: int
     thresholds: dict[str, float]
     columns: dict[str, list[Any]]
+    n_folded_groups: int = 0
+    """Groups of documents that are counted together as `other`."""
 
     def __len__(self) -> int:
         return len(self.columns["latent"])
@@ -198,7 +200,8 @@ def read_latents(path: Path) -> Latents:
         check_column(path, name, values, columns["latent"], again)
     if len(set(columns["latent"])) != len(columns["latent"]):
         raise InputError(f"{path}: column 'latent' names a latent twice. {again}")
-    return Latents(table["n_tokens"], table["n_blocks"], thresholds, columns)
+    folded = table.get("n_folded_groups")
+    return Latents(table["n_tokens"], table["n_blocks"], thresholds, columns, folded if type(folded) is int else 0)
 
 
 def check_column(path: Path, name: str, values: Any, latents: Any, again: str) -> None:

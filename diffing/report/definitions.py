@@ -63,6 +63,10 @@ def definitions(latents: Latents) -> tuple[list[tuple[str, str]], list[tuple[str
     values |= {"n_tokens": number(latents.n_tokens), "n_blocks": number(latents.n_blocks)}
     columns = [(name, text.format(**values)) for name, text in COLUMNS.items()]
     others = latents.extra
+    if latents.n_folded_groups:
+        folded = f"The same share, in the {number(latents.n_folded_groups)} groups that have no column of their own."
+        columns.append(("share_other", folded))
+        others = [name for name in others if name != "share_other"]
     for start, text in FAMILIES.items():
         if any(name.startswith(start) for name in others):
             columns.append((f"{start}…", text))

@@ -15,6 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from crosscoders.dictionary.health import warning
 from diffing.latents.nulls import NULL, counts_beside, kinds_of
 from diffing.latents.verdict import VERDICTS
 from diffing.report import causes, figures, nulls, summary
@@ -79,6 +80,8 @@ def render_json(run: Run, rows: list[Row]) -> dict[str, Any]:
         "n_tokens": run.latents.n_tokens,
         "n_blocks": run.latents.n_blocks,
         "thresholds": run.latents.thresholds,
+        "n_folded_groups": run.latents.n_folded_groups,
+        "warnings": summary.reasons_against(run),
         "nulls": run.nulls or None,
         "causal": [row for entry in run.causal.values() for patched in entry["sets"] for row in patched[1:] if row]
         or None,
@@ -105,6 +108,7 @@ def render_html(run: Run, rows: list[Row]) -> bytes:
         base=base,
         tuned=tuned,
         summary=summary,
+        warning=warning(against) if (against := summary.reasons_against(run)) else "",
         run=run,
         missing={name: command_for(name, run.path) for name in MADE_BY if not (run.path / name).is_file()},
         best=best_latents(run),

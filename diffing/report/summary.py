@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from crosscoders.activations.outliers import MULTIPLE, TOP
 from diffing.latents.decoder_norms import NORM_CLASSES
+from diffing.latents.readable import reasons
 from diffing.latents.verdict import VERDICTS
 from diffing.report.data import Run
 from diffing.report.text import amount, counted, number
@@ -134,6 +135,24 @@ def outlier_sentence(run: Run) -> str:
 def count_sentence(run: Run) -> str:
     n, alive, n_tokens = len(run.latents), int(run.latents.alive.sum()), run.latents.n_tokens
     return f"Verdicts on {counted(n, 'latent')}, {number(alive)} of them alive, from {number(n_tokens)} tokens:"
+
+
+def reasons_against(run: Run) -> list[str]:
+    """Return what speaks against reading this dictionary; empty where nothing does."""
+    k, columns = run.look("config", "crosscoder", "k"), run.latents.columns
+    return reasons(
+        evaluation=run.evaluation,
+        training=run.training[-1] if run.training else {},
+        k=k if isinstance(k, int) else None,
+        n_active=columns["n_active"],
+        frequency=columns["frequency"],
+    )
+
+
+def folded_sentence(run: Run) -> str:
+    """How many groups of documents have no column of their own; empty where each has one."""
+    n = run.latents.n_folded_groups
+    return f"{counted(n, 'group')} of documents, the smaller ones, are counted together as share_other." if n else ""
 
 
 def refused_sentence(run: Run) -> str:

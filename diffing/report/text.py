@@ -7,6 +7,7 @@ Reading order: `visible` (every string passes it), `numbers`, `fixed`, `counted`
 import json
 from collections.abc import Sequence
 from html import escape
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from diffing.report.data import Example
@@ -104,25 +105,35 @@ def flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
 
 
 def highlight(example: Example, top: float) -> list[Part]:
-    """Split the tokens around a peak; a background in proportion to the activation, full at `top`."""
-    start, stop = max(0, example.peak - WINDOW), min(len(example.tokens), example.peak + WINDOW + 1)
-    shown = numbers(example.values)
+    """Split the tokens around a peak; a background in proportion to the activation, full at `top`.
+
+    Tokens of one character are one part, with the largest of their activations.
+    """
+    spans = _characters(example.tokens)
+    at = next(i for i, span in enumerate(spans) if example.peak in span)
+    start, stop = max(0, at - WINDOW), min(len(spans), at + WINDOW + 1)
     parts = [Part("…", "", "", False)] if start else []
     plain = ""
-    for i in range(start, stop):
-        text, value = example.tokens[i], example.values[i]
+    for i, span in enumerate(spans[start:stop], start):
+        text, value = "".join(example.tokens[k] for k in span), max(example.values[k] for k in span)
         if len(text) > TOKEN_CHARACTERS:
             text = clip(text, TOKEN_CHARACTERS)
-        if value <= 0 and i != example.peak:
+        if value <= 0 and i != at:
             plain += text
             continue
         if plain:
             parts.append(Part(plain, "", "", False))
             plain = ""
         level = max(0.05, 0.75 * min(1.0, value / top)) if top > 0 else 0.05
-        parts.append(Part(text, f"{level:.2f}", shown[i], i == example.peak))
-    plain += "…" if stop < len(example.tokens) else ""
+        parts.append(Part(text, f"{level:.2f}", number(value), i == at))
+    plain += "…" if stop < len(spans) else ""
     return [*parts, Part(plain, "", "", False)] if plain else parts
+
+
+def _characters(tokens: list[str]) -> list[range]:
+    """Stretches of tokens that can be shown apart: an empty token is part of the character of the one before it."""
+    starts = [i for i, token in enumerate(tokens) if token]
+    return [range(a, b) for a, b in pairwise([0, *starts[1:], len(tokens)])]
 
 
 def html_length(text: str) -> int:

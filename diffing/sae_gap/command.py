@@ -22,7 +22,7 @@ from crosscoders.common.errors import InputError
 from crosscoders.common.progress import say
 from crosscoders.common.results import closing, result, row
 from crosscoders.common.statistics import bootstrap_interval, resample
-from crosscoders.models.names import hash_model
+from crosscoders.models.names import hash_model, load_auto
 from diffing.sae_gap.classes import CLASSES, RoleClasses
 from diffing.sae_gap.settings import SaeGapSettings
 from sae_lora.dictionaries.controls import with_control
@@ -82,7 +82,9 @@ def roles_of(settings: SaeGapSettings) -> dict[str, FitConfig]:
             role: settings.fit_config(str(models[role]), side=role, other_model=other[role])
             for role in ("base", "tuned")
         }
-    trained_on = inspect_dictionary(settings.dictionary, hook_point=settings.hook_point).model_hashes
+    model_type = load_auto(settings.base, "config").get_text_config().model_type
+    info = inspect_dictionary(settings.dictionary, hook_point=settings.hook_point, model_type=model_type)
+    trained_on = info.model_hashes
     if trained_on and hash_model(settings.base) not in trained_on:
         raise InputError(
             f"dictionary {settings.dictionary!r} was not trained on the base model {settings.base!r}, so what it "

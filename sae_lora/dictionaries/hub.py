@@ -99,11 +99,12 @@ def _folder(name: str, releases: list[str]) -> Path:
     except InputError as error:
         cause = error.__cause__
         if isinstance(cause, EntryNotFoundError) and not isinstance(cause, LocalEntryNotFoundError):
-            return _files(name, repo_id, folder, _GEMMA_SCOPE)
+            also = f"It has no {_SAE_LENS[0]} with {_SAE_LENS[1]} either. "
+            return _files(name, repo_id, folder, _GEMMA_SCOPE, also)
         raise
 
 
-def _files(name: str, repo_id: str, folder: str, files: tuple[str, ...]) -> Path:
+def _files(name: str, repo_id: str, folder: str, files: tuple[str, ...], also: str = "") -> Path:
     import huggingface_hub
 
     with _one_line(name):
@@ -112,12 +113,12 @@ def _files(name: str, repo_id: str, folder: str, files: tuple[str, ...]) -> Path
 
 
 @contextmanager
-def _one_line(name: str) -> Iterator[None]:
+def _one_line(name: str, also: str = "") -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError) as error:
         cause = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"dictionary {name!r} is no local path and cannot be fetched from the hub: {cause} Check the name and the "
-            "connection (HF_TOKEN for gated repositories), or download its folder and give the path."
+            f"dictionary {name!r} is no local path and cannot be fetched from the hub: {cause} {also}Check the name "
+            "and the connection (HF_TOKEN for gated repositories), or download its folder and give the path."
         ) from error

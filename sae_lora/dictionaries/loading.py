@@ -15,6 +15,8 @@ from torch import nn
 from crosscoders.common import files
 from crosscoders.common.errors import CorruptData, InputError
 from crosscoders.formats.load import load_crosscoder
+from crosscoders.formats.neighbours import neighbour
+from crosscoders.models import hooks
 from sae_lora.dictionaries import gemma_scope, hub
 from sae_lora.dictionaries.frozen import (
     CrosscoderSide,
@@ -25,10 +27,15 @@ from sae_lora.dictionaries.frozen import (
     SaeLens,
     Side,
 )
+from sae_lora.dictionaries.places import chosen_hook_point
 
 ARCHITECTURES = ("standard", "gated", "topk", "jumprelu")
 NORMALISATIONS = ("none", "layer_norm", "constant_norm_rescale")
 """What SAELens applies and undoes by itself. expected_average_only_in needs a factor that the folder does not hold."""
+READ = (
+    "What is read: params.npz of Gemma Scope, cfg.json with sae_weights.safetensors of SAELens, names RELEASE/ID of "
+    "its list, and crosscoders."
+)
 _SAE_LENS_CHANGES_NOTHING = ("device", "dtype", "metadata", "architecture")
 
 
@@ -53,8 +60,12 @@ def load_dictionary(
     return read_dictionary(info)
 
 
-def inspect_dictionary(path: str | Path, *, hook_point: str | None = None, side: Side | None = None) -> DictionaryInfo:
+def inspect_dictionary(
+    path: str | Path, *, hook_point: str | None = None, side: Side | None = None, model_type: str | None = None
+) -> DictionaryInfo:
     """Read everything that can be known without reading weights.
+
+    model_type: architecture of the model as transformers names it, which decides what some names of places mean.
 
     Raises:
         InputError: nothing there, nor on the hub; an unknown layout, architecture or normalisation, shapes that do not
@@ -68,18 +79,21 @@ def inspect_dictionary(path: str | Path, *, hook_point: str | None = None, side:
             _require_no_side(side, path)
             config = hub.config_of(published)
             allowed = NORMALISATIONS if published.scale is None else (*NORMALISATIONS, "expected_average_only_in")
-            return _sae_lens_info(config, str(path), hook_point, allowed)
-        return replace(inspect_dictionary(published, hook_point=hook_point, side=side), path=str(path))
+            return _sae_lens_info(config, str(path), hook_point, model_type, allowed)
+        return replace(
+            inspect_dictionary(published, hook_point=hook_point, side=side, model_type=model_type), path=str(path)
+        )
     layout = _layout(given)
     if layout != "crosscoder":
         _require_no_side(side, path)
     if layout == "gemma-scope":
-        return _inspect_gemma_scope(given / "params.npz" if given.is_dir() else given, hook_point)
+        return _inspect_gemma_scope(given / "params.npz" if given.is_dir() else given, hook_point, model_type)
     if layout == "sae-lens":
-        return _inspect_sae_lens(given, hook_point)
-    if given.is_dir() and (given / "sae_weights.safetensors").is_file():
-        raise InputError(f"{given} has the weights of an SAE but its cfg.json is missing or names no architecture.")
-    return _inspect_crosscoder(given, hook_point, side)
+        return _inspect_sae_lens(given, hook_point, model_type)
+    what = neighbour(given)
+    if what is not None:
+        raise InputError(f"{str(path)!r} is {what}. {READ}")
+    return _inspect_crosscoder(given, hook_point, side, model_type)
 
 
 def reads_two_models(path: str | Path) -> bool:
@@ -92,8 +106,11 @@ def _layout(given: Path) -> Literal["gemma-scope", "sae-lens", "crosscoder"]:
     archive = given / "params.npz" if given.is_dir() else given
     if archive.suffix == ".npz" and archive.is_file():
         return "gemma-scope"
-    is_sae_lens = (given / "cfg.json").is_file() and "architecture" in files.read_object(given / "cfg.json")
-    return "sae-lens" if is_sae_lens else "crosscoder"
+    if not (given / "cfg.json").is_file():
+        return "crosscoder"
+    # SAELens wrote no architecture at first.
+    has_weights = (given / "sae_weights.safetensors").is_file()
+    return "sae-lens" if has_weights or "architecture" in files.read_object(given / "cfg.json") else "crosscoder"
 
 
 def read_dictionary(info: DictionaryInfo, other: nn.Module | None = None) -> FrozenDictionary:
@@ -118,17 +135,6 @@ def _require_no_side(side: Side | None, path: str | Path) -> None:
         raise InputError(f"side {side!r} is for crosscoders of two models; {str(path)!r} is an SAE. Leave it out.")
 
 
-def _chosen_hook_point(recorded: str | None, given: str | None, path: str | Path) -> str:
-    if recorded is None and given is None:
-        raise InputError(
-            f"{str(path)!r} does not say its hook point. Give it: --hook-point blocks.12.hook_resid_post, or as the "
-            "files say where they come from."
-        )
-    if recorded is not None and given is not None and recorded != given:
-        raise InputError(f"{str(path)!r} belongs to hook_point {recorded!r}, not {given!r}. Leave out the hook point.")
-    return str(recorded or given)
-
-
 # ---------------------------------------------------------------------------------------------------- Gemma Scope
 
 
@@ -136,7 +142,7 @@ _SITES = {"res": "hook_resid_post", "mlp": "hook_mlp_out", "att": "attn.hook_z"}
 """Where the releases of Gemma Scope sit, as SAELens has it."""
 
 
-def _inspect_gemma_scope(path: Path, hook_point: str | None) -> DictionaryInfo:
+def _inspect_gemma_scope(path: Path, hook_point: str | None, model_type: str | None) -> DictionaryInfo:
     shapes = gemma_scope.read_shapes(path)
     # Published as <release>/layer_20/width_16k/average_l0_71/params.npz; in the hub's cache models--google-- precedes.
     where = path.absolute().as_posix()
@@ -144,19 +150,21 @@ def _inspect_gemma_scope(path: Path, hook_point: str | None) -> DictionaryInfo:
     site = re.search(r"gemma-scope-\w+-\w+-(res|mlp|att|transcoders)(-canonical)?/", where)
     if site and site[1] == "transcoders":
         raise InputError(f"{str(path)!r} is a transcoder, which computes the MLP's output from its input; give an SAE.")
-    named = f"blocks.{layer[1]}.{_SITES[site[1] if site else 'res']}" if layer else None
+    named = f"blocks.{layer[1]}.{_SITES[site[1]]}" if layer and site else None
     settings = {"gate": "jumprelu", "apply_b_dec_to_input": False}
-    chosen = _chosen_hook_point(named, hook_point, path)
+    chosen = chosen_hook_point(named, hook_point, path, model_type)
+    if layer and hooks.layer_of(chosen) != int(layer[1]):
+        raise InputError(f"{str(path)!r} is of layer {layer[1]}, not at {chosen!r}. Give a hook point of that layer.")
     return DictionaryInfo("gemma-scope", str(path), chosen, shapes.d_model, shapes.dict_size, settings)
 
 
 # -------------------------------------------------------------------------------------------------------- SAELens
 
 
-def _inspect_sae_lens(folder: Path, hook_point: str | None) -> DictionaryInfo:
-    config = files.read_object(folder / "cfg.json", "d_in", "d_sae", "architecture")
+def _inspect_sae_lens(folder: Path, hook_point: str | None, model_type: str | None) -> DictionaryInfo:
+    config = files.read_object(folder / "cfg.json", "d_in", "d_sae")
     return _sae_lens_info(
-        config, str(folder), hook_point, NORMALISATIONS,
+        config, str(folder), hook_point, model_type, NORMALISATIONS,
         lambda: _require_shapes(folder, config["d_in"], config["d_sae"]),
     )  # fmt: skip
 
@@ -165,6 +173,7 @@ def _sae_lens_info(
     config: dict[str, Any],
     path: str,
     hook_point: str | None,
+    model_type: str | None,
     normalisations: tuple[str, ...],
     require_shapes: Callable[[], None] = lambda: None,
 ) -> DictionaryInfo:
@@ -174,19 +183,25 @@ def _sae_lens_info(
     def known(*keys: str) -> Any:
         return next((place[key] for key in keys for place in (metadata, config) if place.get(key) is not None), None)
 
-    if config["architecture"] not in ARCHITECTURES:
-        raise InputError(
-            f"{path} has architecture {config['architecture']!r}; {', '.join(ARCHITECTURES)} can be spliced."
-        )
+    place = known("hook_name", "hook_point")
+    activation = config.get("activation_fn") or config.get("activation_fn_str") or "relu"
+    if activation not in ("relu", "topk"):
+        raise InputError(f"{path} has activation_fn {activation!r}, which SAELens reads as relu; relu or topk is read.")
+    # What SAELens takes where a folder from before these keys says nothing.
+    architecture = config.get("architecture") or ("topk" if activation == "topk" else "standard")
+    reshape = config.get("reshape_activations") or ("hook_z" if "hook_z" in str(place) else "none")
+    if architecture not in ARCHITECTURES:
+        raise InputError(f"{path} has architecture {architecture!r}; {', '.join(ARCHITECTURES)} can be spliced.")
     if not all(isinstance(config[key], int) and config[key] > 0 for key in ("d_in", "d_sae")):
         raise InputError(f"{path} has d_in {config['d_in']!r} and d_sae {config['d_sae']!r}; expected whole numbers.")
-    normalisation = config.get("normalize_activations", "none")
+    normalisation = config.get("normalize_activations") or "none"
+    normalisation = "expected_average_only_in" if normalisation is True else normalisation
     if normalisation not in normalisations:
         raise InputError(
             f"{path} has normalize_activations {normalisation!r}; {', '.join(normalisations)} can be spliced. Fold "
             "it into the weights first."
         )
-    if config.get("reshape_activations", "none") != "none" or known("hook_head_index") is not None:
+    if reshape != "none" or known("hook_head_index") is not None:
         raise InputError(f"{path} reads attention heads, reshaped; only whole activations can be spliced.")
     processing = known("model_from_pretrained_kwargs") or {}
     if changed := [key for key, value in processing.items() if value is True and key.startswith(("fold_", "center_"))]:
@@ -200,10 +215,10 @@ def _sae_lens_info(
     return DictionaryInfo(
         layout="sae-lens",
         path=path,
-        hook_point=_chosen_hook_point(known("hook_name", "hook_point"), hook_point, path),
+        hook_point=chosen_hook_point(place, hook_point, path, model_type),
         d_model=config["d_in"],
         dict_size=config["d_sae"],
-        settings={"architecture": config["architecture"], **settings},
+        settings={"architecture": architecture, **settings},
         model_names=(str(name),) if name else (),
     )
 
@@ -256,7 +271,9 @@ def _crosscoder_shape(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return {"n_models": n_models, "d_model": d_model, "dict_size": dict_size}, {}
 
 
-def _inspect_crosscoder(path: Path, hook_point: str | None, side: Side | None) -> DictionaryInfo:
+def _inspect_crosscoder(
+    path: Path, hook_point: str | None, side: Side | None, model_type: str | None
+) -> DictionaryInfo:
     shape, source = _crosscoder_shape(path)
     try:
         n_models, d_model, dict_size = (int(shape[key]) for key in ("n_models", "d_model", "dict_size"))
@@ -274,7 +291,7 @@ def _inspect_crosscoder(path: Path, hook_point: str | None, side: Side | None) -
     return DictionaryInfo(
         layout="crosscoder",
         path=str(path),
-        hook_point=_chosen_hook_point(source.get("hook_point"), hook_point, path),
+        hook_point=chosen_hook_point(source.get("hook_point"), hook_point, path, model_type),
         d_model=d_model,
         dict_size=dict_size,
         settings={key: value for key, value in sorted(shape.items())},

@@ -75,7 +75,10 @@ def make_plan(
     model_config = load_auto(model, "config")
     loading.require_loadable(model, model_config)
     text = model_config.get_text_config()
-    infos = [inspect_dictionary(path, hook_point=point, side=side) for path, point in dictionaries]
+    infos = [
+        inspect_dictionary(path, hook_point=point, side=side, model_type=text.model_type)
+        for path, point in dictionaries
+    ]
     model_hash = hash_model(model)
     if fitted_to is not None and fitted_to["hash"] != model_hash:
         raise InputError(

@@ -24,7 +24,7 @@ SPECIAL = torch.tensor([0, 1, 2])
 
 
 def write_scope(root: Path, seed: int = 0, layer: int = 1) -> Path:
-    folder = root / f"layer_{layer}" / "width_16k" / "average_l0_9"
+    folder = root / "gemma-scope-2b-pt-res" / f"layer_{layer}" / "width_16k" / "average_l0_9"
     folder.mkdir(parents=True)
     W_dec = np.random.default_rng(seed).normal(size=(F, D)) / D**0.5
     arrays = {"W_enc": W_dec.T, "W_dec": W_dec, "b_enc": np.full(F, -0.5), "b_dec": np.zeros(D)}

@@ -42,7 +42,7 @@ def arrays() -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def scope(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("hub") / "layer_1" / "width_16k" / "average_l0_9"
+    folder = tmp_path_factory.mktemp("hub") / "gemma-scope-2b-pt-res" / "layer_1" / "width_16k" / "average_l0_9"
     folder.mkdir(parents=True)
     np.savez(folder / "params.npz", **arrays())
     return folder

@@ -52,7 +52,7 @@ def test_fit_and_eval_run_offline_and_close_a_part_of_the_kl(
 def test_two_dictionaries_are_fitted_and_measured_together(
     pair: Any, scope: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lower = tmp_path / "layer_0" / "width_16k" / "average_l0_9"
+    lower = tmp_path / "gemma-scope-2b-pt-res" / "layer_0" / "width_16k" / "average_l0_9"
     lower.mkdir(parents=True)
     (lower / "params.npz").write_bytes((scope / "params.npz").read_bytes())
     folder = fit(fit_config(pair, scope, dictionary=[str(scope), str(lower)]), tmp_path / "run")
@@ -107,12 +107,15 @@ def test_the_rate_falls_linearly_at_the_end_if_asked(pair: Any, scope: Path) -> 
 
 
 def test_a_run_does_not_go_on_with_another_dictionary_at_the_same_path(pair: Any, scope: Path, tmp_path: Path) -> None:
-    lower = tmp_path / "layer_1" / "width_16k" / "x"
+    lower = tmp_path / "gemma-scope-2b-pt-res" / "layer_1" / "width_16k" / "x"
     lower.mkdir(parents=True)
     arrays = dict(np.load(scope / "params.npz"))
     np.savez(lower / "params.npz", **arrays)
     folder = fit(fit_config(pair, lower), tmp_path / "run")
-    model, dictionary = shutil.copytree(pair.tuned, tmp_path / "m"), tmp_path / "m" / "layer_1" / "width_16k" / "x"
+    model, dictionary = (
+        shutil.copytree(pair.tuned, tmp_path / "m"),
+        tmp_path / "m" / "gemma-scope-2b-pt-res" / "layer_1" / "width_16k" / "x",
+    )
     shutil.copytree(lower, dictionary)
     assert fit(fit_config(pair, dictionary, model=str(model)), tmp_path / "run") == folder  # moved, and the same
     (model / "config.json").write_text((model / "config.json").read_text() + "\n")

@@ -14,6 +14,7 @@ from torch import Tensor
 from crosscoders import ActivationCache, Crosscoder, CrosscoderConfig, InputError, cache_activations
 from crosscoders.models import hooks
 from crosscoders.models.pair import ModelPair, load_pair
+from crosscoders.text.decoding import token_text
 from crosscoders.text.tokens import tokenize_prompt
 from crosscoders.training.feed import cache_inputs
 from diffing import cli
@@ -108,7 +109,7 @@ def test_the_lens_is_the_final_norm_and_unembedding_of_each_model(whole: ModelPa
             model = whole.models[m]
             direction = crosscoder.W_dec[latent, m] / crosscoder.input_scale[m]
             logits = model.lm_head(model.model.norm(direction)).detach()[: len(whole.info.tokenizer)]
-            expected = [whole.info.tokenizer.decode([int(t)]) for t in logits.argsort(descending=True)[:4]]
+            expected = [token_text(whole.info.tokenizer, int(t)) for t in logits.argsort(descending=True)[:4]]
             assert found[str(latent)][name] == expected
 
 

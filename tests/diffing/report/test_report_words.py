@@ -11,6 +11,7 @@ from report_pages import (
     Inventory,
     change_latents,
     page_of,
+    put,
     rows_of,
     write_run,
 )
@@ -18,12 +19,12 @@ from report_pages import (
 from diffing import write_report
 from diffing.latents.verdict import VERDICTS, Thresholds
 from diffing.report.curves import thin
-from diffing.report.data import COLUMNS, read_run
+from diffing.report.data import COLUMNS, Example, read_run
 from diffing.report.definitions import COLUMNS as DEFINED
 from diffing.report.figures import nu_figure
 from diffing.report.render import cells
 from diffing.report.summary import pair_names
-from diffing.report.text import number
+from diffing.report.text import Part, highlight, number
 
 
 @pytest.fixture(scope="module")
@@ -162,3 +163,113 @@ def test_a_local_model_is_called_by_the_name_of_its_folder(tmp_path: Path) -> No
     text = (run / "run.json").read_text().replace("demo-base", "/models/some-base").replace("demo-chat", "org/tuned")
     (run / "run.json").write_text(text)
     assert pair_names(read_run(run)) == ("some-base", "org/tuned")
+
+
+# ------------------------------------------------------------------------------------ characters, groups, warnings
+
+
+def example(tokens: list[str], values: list[float], peak: int) -> Example:
+    return Example(0, "raw", peak, max(values), peak, tokens, values)
+
+
+def marked(parts: list[Part]) -> list[tuple[str, bool]]:
+    return [(part.text, part.is_peak) for part in parts if part.level]
+
+
+def test_tokens_of_one_character_are_marked_together_with_the_largest_activation() -> None:
+    tokens, values = [" fox", " \U0001f44d", "", "", " the", " dog"], [0.0, 0.0, 1.5, 4.0, 0.0, 2.0]
+    parts = highlight(example(tokens, values, 3), 4.0)
+    assert "".join(part.text for part in parts) == " fox \U0001f44d the dog"
+    assert marked(parts) == [(" \U0001f44d", True), (" dog", False)]
+    assert [part.value for part in parts if part.level] == ["4.000", "2.000"]
+
+
+@pytest.mark.parametrize(
+    "tokens, peak, expected",
+    [
+        (["é", "", "a"], 0, "é"),
+        (["é", "", "a"], 2, "a"),
+        (["", "the", " end"], 0, "the"),  # nothing comes before: it is shown with what comes next
+        (["the", " é", ""], 2, " é"),
+        (["", ""], 1, ""),
+    ],
+)
+def test_a_peak_that_has_no_text_of_its_own_is_seen(tokens: list[str], peak: int, expected: str) -> None:
+    values = [3.0 if i == peak else 0.0 for i in range(len(tokens))]
+    parts = highlight(example(tokens, values, peak), 3.0)
+    assert [part.text for part in parts if part.is_peak] == [expected]
+
+
+def test_the_page_says_how_many_groups_were_folded(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", 10)
+    assert "counted together" not in page_of(run).text
+
+    def change(table: dict[str, Any]) -> None:
+        table["columns"]["share_other"] = [0.25] * 10
+        table["n_folded_groups"] = 388
+
+    change_latents(run, change)
+    page = page_of(run)
+    assert "388 groups of documents, the smaller ones, are counted together as share_other." in page.text
+    assert "in the 388 groups that have no column of their own" in page.text
+    assert json.loads((run / "report.json").read_text())["n_folded_groups"] == 388
+
+
+def test_a_page_with_a_dozen_groups_of_four_hundred_holds_every_latent_that_it_held(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", 1024)
+
+    def change(table: dict[str, Any]) -> None:
+        for i in range(12):
+            table["columns"][f"share_page_{i:04d}"] = [0.123] * 1024
+        table["columns"]["share_other"] = [0.123] * 1024
+        table["n_folded_groups"] = 388
+
+    change_latents(run, change)
+    files = write_report(run)
+    assert files.html.stat().st_size < 8_000_000
+    assert len(json.loads(files.json.read_text())["latents"]) == 1024
+
+
+def test_a_good_run_has_no_warning(run: Path, page: Inventory) -> None:
+    assert "must not be read" not in page.text
+    assert json.loads((run / "report.json").read_text())["warnings"] == []
+
+
+def change_evaluation(folder: Path, **values: float) -> None:
+    rows = json.loads((folder / "eval.json").read_text())["rows"]
+    for row in rows:
+        row["value"] = values.get(row["name"].removeprefix("eval.").replace(".", "_"), row["value"])
+    put(folder, "eval.json", {"name": "eval", "rows": rows})
+
+
+@pytest.mark.parametrize(
+    "values, said",
+    [
+        ({"fve_base": 0.31}, "it explains 0.31 of the variance on held-out tokens"),
+        ({"fve_tuned": 0.80}, "0.80 of the variance on held-out tokens and 0.96 on its own"),
+        ({"dead": 0.93}, "93% of its latents never fire on held-out tokens"),
+        ({"l0": 0.2}, "0.2 latents are active per token where k is 16"),
+    ],
+)
+def test_a_bad_run_is_called_unreadable_at_the_top_of_the_page(
+    tmp_path: Path, values: dict[str, float], said: str
+) -> None:
+    run = write_run(tmp_path / "run", 10)
+    change_evaluation(run, **values)
+    text = page_of(run).text
+    assert 0 < text.index("this dictionary must not be read yet") < text.index("Verdicts on 10 latents")
+    warnings = json.loads((run / "report.json").read_text())["warnings"]
+    assert len(warnings) == 1 and said in warnings[0] and said in text
+
+
+def test_the_latent_table_speaks_where_nothing_was_held_out(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", 10)
+    (run / "eval.json").unlink()
+    assert "must not be read" not in page_of(run).text
+
+    def change(table: dict[str, Any]) -> None:
+        table["columns"]["n_active"] = [0] * 6 + [5000] * 4
+        table["columns"]["frequency"] = [0.0] * 6 + [4.0] * 4
+
+    change_latents(run, change)
+    assert "60% of its latents never fire on the tokens of the latent table" in page_of(run).text
