@@ -14,7 +14,18 @@ from conftest import Pair
 from crosscoders import cli as crosscoders_cli
 from diffing import cli as diffing_cli
 
-HEAVY = ("torch", "transformers", "transformer_lens", "sae_lens", "peft", "datasets", "pandas", "plotly", "scipy")
+HEAVY = (
+    "torch",
+    "transformers",
+    "transformer_lens",
+    "sae_lens",
+    "peft",
+    "datasets",
+    "pandas",
+    "plotly",
+    "scipy",
+    "pydantic",
+)
 TRAIN = (
     "--crosscoder.dict-size 24 --crosscoder.k 4 --n-tokens 3200 --batch-size 64 --lr 1e-2 --lr-warmup-steps 5 "
     "--log-every 10 --checkpoint-every 20 --threshold-start-step 5 --input-norm sqrt_d"

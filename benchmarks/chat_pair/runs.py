@@ -20,6 +20,7 @@ from crosscoders.activations.caching import cache_activations
 from crosscoders.common import files
 from crosscoders.common.errors import InputError
 from crosscoders.common.progress import say
+from crosscoders.common.results import ResultRecord
 from crosscoders.formats.load import load_crosscoder
 from crosscoders.text.chats import read_chats
 from crosscoders.training.command import train_run
@@ -126,8 +127,14 @@ def held_out(run: Path) -> dict[str, float]:
     """l0, fve.base, fve.tuned and dead on held-out tokens; empty for a run without them."""
     if not (run / "eval.json").is_file():
         return {}
-    found = files.read_object(run / "eval.json", "rows")["rows"]
+    found = files.read_model(run / "eval.json", ResultRecord)["rows"]
     return {entry["name"].removeprefix("eval."): entry["value"] for entry in found}
+
+
+class CausalRecord(ResultRecord):
+    """Rows that were measured before, and what they were asked of."""
+
+    asked: dict[str, Any]
 
 
 def causal_rows(run: Path, cache: ActivationCache, n_documents: int) -> list[dict[str, Any]]:
@@ -145,7 +152,7 @@ def causal_rows(run: Path, cache: ActivationCache, n_documents: int) -> list[dic
         "top": TOP,
     }
     kept = run / f"chat-pair-{n_documents}.json"
-    if kept.is_file() and (known := files.read_object(kept, "asked", "rows"))["asked"] == asked:
+    if kept.is_file() and (known := files.read_model(kept, CausalRecord))["asked"] == asked:
         return list(known["rows"])
     crosscoder = load_crosscoder(run)
     require_fit(crosscoder, cache)

@@ -20,6 +20,7 @@ from jaxtyping import Bool
 
 from benchmarks.chat_pair.runs import FIRST_TOKENS, TOP
 from crosscoders.common import files
+from crosscoders.common.records import Record
 from crosscoders.common.results import row
 from crosscoders.formats.load import load_crosscoder
 from diffing.causal.sets import orders
@@ -113,12 +114,35 @@ def null_rates(tuned: list[Scaled], nulls: dict[str, list[Scaled]]) -> list[dict
     return result_rows({"thresholds": [calibrated_row(tables, null, main, rate) for null in nulls for rate in RATES]})
 
 
+class Rate(Record):
+    """A false-positive rate with its interval."""
+
+    false_positive_rate: float
+    n: int
+    low: float
+    high: float
+
+
+class Fixed(Record):
+    """A threshold that no null decided, with its rate on each null."""
+
+    words: str
+    rates: dict[str, Rate]
+
+
+class NullRecord(Record):
+    """null.json, as far as its rates are shown here."""
+
+    again = "run diffing null again"
+    fixed: list[Fixed]
+
+
 def calibrated_rates(run: Path) -> list[dict[str, Any]]:
     """The same rows, as far as null.json of a run has them; none without that file."""
     if not (run / "null.json").is_file():
         return []
     found = []
-    for entry in files.read_object(run / "null.json", "fixed")["fixed"]:
+    for entry in files.read_model(run / "null.json", NullRecord)["fixed"]:
         if entry["words"] in CALIBRATED:
             for null, of in entry["rates"].items():
                 name = rate_name(CALIBRATED[entry["words"]], null)

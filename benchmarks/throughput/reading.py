@@ -9,6 +9,8 @@ import torch
 
 from benchmarks.timing import interleaved, ratio_row
 from crosscoders import ActivationCache, cached_stream
+from crosscoders.activations.settings import CacheConfig
+from crosscoders.common.checks import to_dict
 from crosscoders.common.files import write_json, write_tensors
 
 
@@ -60,6 +62,15 @@ def write_plain_cache(folder: Path, x: torch.Tensor) -> ActivationCache:
     columns = {name: zeros.clone() for name in ("token_ids", "positions", "document_ids", "groups")}
     written = write_tensors(folder / "shard.safetensors", {"activations": x, **columns, "roles": zeros.to(torch.uint8)})
     entry = {"name": "shard.safetensors", "n_tokens": len(x), **written._asdict()}
-    manifest = {"format_version": 1, "d_model": x.shape[2], "n_models": 2, "shards": [entry]}
-    write_json(folder / "manifest.json", manifest | {"statistics": {"mean_norm": [1.0, 1.0]}})
+    n_tokens, n_models, d_model = x.shape
+    mean = torch.zeros(n_models, d_model).tolist()
+    config = CacheConfig(base="none", tuned="none", hook_point="blocks.0.hook_resid_post", data="none", out=str(folder))
+    manifest = {
+        "format_version": 1, **{key: {"name": "none", "hash": "none"} for key in ("base", "tuned")},
+        **dict.fromkeys(("tokenizer_hash", "template_hash", "token_hash"), "none"), "hook_point": config.hook_point,
+        "n_models": n_models, "d_model": d_model, "dtype": "bfloat16", "n_tokens": n_tokens, "drop_bos": True,
+        "groups": [], "counts": {}, "config": to_dict(config), "shards": [entry],
+        "statistics": {"n_tokens": n_tokens, "mean": mean, "mean_norm": [1.0] * n_models},
+    }  # fmt: skip
+    write_json(folder / "manifest.json", manifest)
     return ActivationCache(folder)

@@ -151,7 +151,7 @@ def _with_true(argv: list[str], switches: list[str]) -> list[str]:
     """Return the arguments with `--force` alone written as `--force=true`."""
     return [
         f"{word}=true" if word[2:] in switches and word.startswith("--") and after.startswith("--") else word
-        for word, after in zip(argv, [*argv[1:], "--"], strict=True)
+        for word, after in zip(argv, [*argv[1:], "--"], strict=False)
     ]
 
 

@@ -18,6 +18,8 @@ from crosscoders.common.errors import CorruptData, EnvironmentFault, InputError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from crosscoders.common.records import Record
+
 T = TypeVar("T")
 
 
@@ -46,9 +48,9 @@ class Folder:
             raise InputError(f"{other} is remote and {self} is not. Put both on one side.")
         files.link_or_copy(Path(other.path) / name, Path(self.path) / name, expected)
 
-    def read_object(self, name: str, *keys: str) -> dict[str, Any]:
-        """As `files.read_object`."""
-        return files.read_object(Path(self.path) / name, *keys)
+    def read_model(self, name: str, model: type["Record"]) -> dict[str, Any]:
+        """As `files.read_model`."""
+        return files.read_model(Path(self.path) / name, model)
 
     def read_tensors(self, name: str, expected: files.Written) -> dict[str, "Tensor"]:
         """As `files.read_tensors`."""
@@ -134,9 +136,9 @@ class RemoteFolder(Folder):
         source = other._at(name)
         self._call(f"copy of {other}/{name} to {self}", lambda: self._fs.cp_file(source, self._at(name)))
 
-    def read_object(self, name: str, *keys: str) -> dict[str, Any]:
+    def read_model(self, name: str, model: type["Record"]) -> dict[str, Any]:
         data = self._call(f"reading {self}/{name}", lambda: self._fs.cat_file(self._at(name)))
-        return files.parse_object(data, f"{self}/{name}", *keys)
+        return model.checked(data, f"{self}/{name}")
 
     def read_tensors(self, name: str, expected: files.Written) -> dict[str, "Tensor"]:
         with tempfile.TemporaryDirectory() as folder:

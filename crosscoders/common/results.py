@@ -5,6 +5,24 @@ from typing import Any
 
 from crosscoders.common.progress import say
 from crosscoders.common.provenance import environment, peak_memory_gib
+from crosscoders.common.records import Record
+
+
+class Row(Record):
+    """A row, as `row` makes it."""
+
+    name: str
+    value: float | None
+    unit: str
+    n: int
+    low: float | None = None
+    high: float | None = None
+
+
+class ResultRecord(Record):
+    """A file of results: eval.json, causal.json, what `--out FILE` writes."""
+
+    rows: list[Row]
 
 
 def row(

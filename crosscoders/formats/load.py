@@ -11,10 +11,11 @@ from pathlib import Path
 
 from crosscoders.common import files
 from crosscoders.common.errors import InputError
+from crosscoders.common.records import Record
 from crosscoders.dictionary.crosscoder import Crosscoder
 from crosscoders.formats.ckkissane import _read_ckkissane
 from crosscoders.formats.dictionary_learning import _read_dictionary_learning
-from crosscoders.formats.ours import _read_ours
+from crosscoders.formats.ours import FORMAT, _read_ours
 
 
 def load_crosscoder(
@@ -39,15 +40,15 @@ def load_crosscoder(
         raise InputError(
             f"{path_or_repo} holds no crosscoder: no config.json or cfg.json beside the weights (found {found})."
         )
-    config = files.read_object(config_path)
+    config = files.read_model(config_path, Record)
     if config_path.name == "cfg.json":
         model = _read_ckkissane(config, weights or folder / "cc_weights.pt", input_scale)
     elif input_scale is not None:
         raise InputError(
             "input_scale is for the ckkissane layout; these weights carry their own normaliser. Leave it out."
         )
-    elif config.get("format") == "model-diffing/crosscoder":
-        model = _read_ours(config, config_path)
+    elif config.get("format") == FORMAT:
+        model = _read_ours(config_path)
     else:
         model = _read_dictionary_learning(config, weights or _first_weights(folder))
     return model.to(device)

@@ -25,8 +25,10 @@ from crosscoders.common.command_line import parse
 from crosscoders.common.devices import choose_device
 from crosscoders.common.errors import InputError
 from crosscoders.common.memory import PROCESS_BYTES, Need
+from crosscoders.formats.ours import trained_on
 from crosscoders.models.names import identity
 from crosscoders.training import feed
+from crosscoders.training.checkpoint import RunRecord
 from crosscoders.training.loop import Holdout
 from crosscoders.training.settings import TrainConfig, TrainSettings
 
@@ -170,7 +172,7 @@ def _mean_norm_of_run(out: Path) -> list[float] | None:
     """What an interrupted run in `out` was started with, so that it goes on with the same scale."""
     if not (out / "run.json").is_file():
         return None
-    found = files.read_object(out / "run.json", "inputs")["inputs"].get("stream", {}).get("mean_norm")
+    found = files.read_model(out / "run.json", RunRecord)["inputs"].get("stream", {}).get("mean_norm")
     return [float(value) for value in found] if found else None
 
 
@@ -181,8 +183,7 @@ def _in_eval_batches(parts: Iterable[Tokens]) -> Iterator[Float[Tensor, "_ n_mod
 
 def require_same_source(crosscoder: str | Path, opened: ActivationCache) -> None:
     """Raise InputError when one of our crosscoders was trained on another pair or hook point than the cache holds."""
-    path = Path(crosscoder) / "config.json"
-    trained = files.read_object(path).get("provenance", {}).get("cache", {}) if path.is_file() else {}
+    trained = trained_on(Path(crosscoder))
     for key in ("hook_point", "base", "tuned"):
         if key in trained and identity(trained[key]) != identity(opened.manifest[key]):
             raise InputError(

@@ -18,6 +18,7 @@ from crosscoders.common.checks import to_dict
 from crosscoders.common.command_line import parse
 from crosscoders.common.progress import say
 from crosscoders.common.provenance import peak_memory_gib
+from crosscoders.common.records import Record
 from crosscoders.common.results import row
 from crosscoders.text.settings import DataSource
 from crosscoders.training import command
@@ -49,7 +50,7 @@ def run_demo(settings: DemoSettings) -> dict[str, Any]:
     table = pandas.read_parquet(run / "latents.parquet")
     nulls = calibrate_demo(out, run, train_cache, settings.null_seeds) if settings.null_seeds else ("", [])
     written = write_report(run)
-    text = summary(table, files.read_json(run / "examples.json")["latents"])
+    text = summary(table, files.read_model(run / "examples.json", Record)["latents"])
     text += nulls[0] + "\n" + closing_words(written.html, found["rows"], time.perf_counter() - started)
     return results.result("demo", to_dict(settings), [*found["rows"], *demo_rows(table), *nulls[1]]) | {"text": text}
 

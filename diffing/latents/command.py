@@ -13,7 +13,7 @@ from diffing.latents.runs import _opened
 from diffing.latents.settings import ScaleSettings, StabilitySettings
 from diffing.latents.stability import read_runs
 from diffing.latents.stability import stability as survival_rows
-from diffing.latents.table import scale_run
+from diffing.latents.table import TwinRecord, scale_run
 from diffing.latents.verdict import VERDICTS
 
 
@@ -30,7 +30,7 @@ def scale(settings: ScaleSettings) -> dict[str, Any]:
     say(f"{'  '.join(words)}  of {len(table):,} latents")
     if not nulls:
         say(f"these counts have no false-positive rate yet: {NULL.format(run=run)}")
-    twins = files.read_object(run / "twins.json", "twins", "control")
+    twins = files.read_model(run / "twins.json", TwinRecord)
     if twins["twins"]:
         say(f"{len(twins['twins'])} pairs of twins, a tuned-only and a base-only latent of one direction: twins.json")
     closing(started, f"latent table in {run / 'latents.json'}")

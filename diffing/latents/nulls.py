@@ -48,6 +48,8 @@ def read_nulls(run: Path) -> dict[str, Any]:
             kinds = [row["kind"]] if name == "crosscoders" else row.get("counts", row.get("shares"))
             if unknown := [kind for kind in kinds if kind not in KINDS]:
                 raise InputError(f"{path} names {unknown[0]!r}; expected one of {', '.join(KINDS)}. {again}")
+    if type(found.get("seed")) is not int:
+        raise InputError(f"{path} has no 'seed'. {again}")
     return found if found.get("latents") == hash_file(path.with_name("latents.json")) else {}
 
 

@@ -20,11 +20,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from crosscoders.common import files
 from crosscoders.common.errors import InputError
 from crosscoders.common.results import row
 from crosscoders.dictionary.crosscoder import Crosscoder
 from crosscoders.formats.load import load_crosscoder
+from crosscoders.formats.ours import trained_on
 from crosscoders.models.names import identity
 from diffing.latents.table import read_table
 from diffing.latents.verdict import VERDICTS, alive_latents
@@ -66,7 +66,7 @@ def read_runs(folders: list[str]) -> list[TrainedRun]:
 
 
 def _source(folder: str) -> dict[str, Any]:
-    cache = files.read_object(Path(folder) / "config.json").get("provenance", {}).get("cache", {})
+    cache = trained_on(Path(folder))
     return {key: identity(cache.get(key)) for key in ("hook_point", "base", "tuned")}
 
 

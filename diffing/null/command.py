@@ -22,6 +22,7 @@ from crosscoders.common.results import closing, result, row
 from crosscoders.models.names import hash_model
 from crosscoders.training.feed import require_same_source
 from diffing.latents.runs import _trained_on
+from diffing.latents.table import LatentRecord
 from diffing.null.calibration import Tables, calibrate
 from diffing.null.models import round_model, train_placebo
 from diffing.null.rates import SCORES
@@ -67,7 +68,7 @@ def calibrate_run(settings: NullSettings, opened: ActivationCache) -> dict[str, 
 
 def require_scaled_on(run: Path, opened: ActivationCache) -> int:
     """The tokens that the run was scaled on; raises InputError unless they are the first ones of `opened`."""
-    found = files.read_object(run / "latents.json", "n_tokens", "cache")
+    found = files.read_model(run / "latents.json", LatentRecord)
     if found["cache"]["hash"] != opened.manifest_hash:
         raise InputError(
             f"{run} was scaled on cache {found['cache']['path']!r}, not on {str(opened.path)!r}. Name that one with "

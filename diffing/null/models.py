@@ -17,6 +17,7 @@ from crosscoders.common import files
 from crosscoders.common.devices import choose_device
 from crosscoders.common.errors import CorruptData, InputError
 from crosscoders.common.progress import Progress, say
+from crosscoders.common.records import Record
 from crosscoders.models.names import hash_model, quiet_transformers
 from crosscoders.text.documents import read_source
 from crosscoders.text.settings import DataSource
@@ -164,7 +165,7 @@ def is_made(out: Path, made: dict[str, Any]) -> bool:
     """
     if not (out / "made.json").is_file():
         return False
-    found = files.read_object(out / "made.json")
+    found = files.read_model(out / "made.json", Record)
     for key, value in made.items():
         if found.get(key) != value:
             raise InputError(

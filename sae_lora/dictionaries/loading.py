@@ -14,7 +14,9 @@ from torch import nn
 
 from crosscoders.common import files
 from crosscoders.common.errors import CorruptData, InputError
+from crosscoders.common.records import Record
 from crosscoders.formats.load import load_crosscoder
+from crosscoders.formats.ours import FORMAT, CrosscoderRecord, trained_on
 from sae_lora.dictionaries import gemma_scope, hub
 from sae_lora.dictionaries.frozen import (
     CrosscoderSide,
@@ -92,7 +94,7 @@ def _layout(given: Path) -> Literal["gemma-scope", "sae-lens", "crosscoder"]:
     archive = given / "params.npz" if given.is_dir() else given
     if archive.suffix == ".npz" and archive.is_file():
         return "gemma-scope"
-    is_sae_lens = (given / "cfg.json").is_file() and "architecture" in files.read_object(given / "cfg.json")
+    is_sae_lens = (given / "cfg.json").is_file() and "architecture" in files.read_model(given / "cfg.json", Record)
     return "sae-lens" if is_sae_lens else "crosscoder"
 
 
@@ -153,8 +155,18 @@ def _inspect_gemma_scope(path: Path, hook_point: str | None) -> DictionaryInfo:
 # -------------------------------------------------------------------------------------------------------- SAELens
 
 
+class SaeLensRecord(Record):
+    """cfg.json of SAELens, as far as it is read without looking closer."""
+
+    again = "save the SAE again"
+    d_in: Any
+    d_sae: Any
+    architecture: Any
+    metadata: dict[str, Any] | None = None
+
+
 def _inspect_sae_lens(folder: Path, hook_point: str | None) -> DictionaryInfo:
-    config = files.read_object(folder / "cfg.json", "d_in", "d_sae", "architecture")
+    config = files.read_model(folder / "cfg.json", SaeLensRecord)
     return _sae_lens_info(
         config, str(folder), hook_point, NORMALISATIONS,
         lambda: _require_shapes(folder, config["d_in"], config["d_sae"]),
@@ -249,21 +261,15 @@ def _read_sae_lens(info: DictionaryInfo, found: Path | hub.Converted) -> FrozenD
 def _crosscoder_shape(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Its settings, and the record of the activations that it was trained on."""
     config_path = path / "config.json"
-    config = files.read_object(config_path) if config_path.is_file() else {}
-    if config.get("format") == "model-diffing/crosscoder":
-        return config.get("crosscoder", {}), config.get("provenance", {}).get("cache", {})
+    if config_path.is_file() and files.read_model(config_path, Record).get("format") == FORMAT:
+        return dict(files.read_model(config_path, CrosscoderRecord)["crosscoder"]), trained_on(path)
     n_models, d_model, dict_size = load_crosscoder(path).W_enc.shape  # layouts of others say it in the weights only
     return {"n_models": n_models, "d_model": d_model, "dict_size": dict_size}, {}
 
 
 def _inspect_crosscoder(path: Path, hook_point: str | None, side: Side | None) -> DictionaryInfo:
     shape, source = _crosscoder_shape(path)
-    try:
-        n_models, d_model, dict_size = (int(shape[key]) for key in ("n_models", "d_model", "dict_size"))
-    except (KeyError, TypeError):
-        raise CorruptData(
-            f"{path / 'config.json'} lacks n_models, d_model or dict_size. Save the crosscoder again."
-        ) from None
+    n_models, d_model, dict_size = (int(shape[key]) for key in ("n_models", "d_model", "dict_size"))
     if n_models == 2 and side is None:
         raise InputError(f"crosscoder {str(path)!r} reads two models. Give its side: base, tuned or both.")
     if n_models == 1 and side is not None:
