@@ -71,6 +71,6 @@ def measure(prefix: str, run: Path, dictionary: Path, data: str, n_tokens: int) 
     measured = cells.measure(
         fitted.model, dictionaries, lambda: batches(plan), n_sequences, plan.keep_ids, corrected=fitted.dictionaries
     )
-    found = {entry["name"].removeprefix("eval."): entry for entry in cells.rows(measured)}
+    found = {entry["name"].removeprefix("eval."): entry for entry in cells.eval_rows(measured)}
     rows = [{**found[name], "name": f"{prefix}{ours}"} for ours, name in SHOWN.items() if name in found]
     return [*rows, row(f"{prefix}parameters", fitted.n_weights / n_weights, "of the model's parameters", n_weights)]

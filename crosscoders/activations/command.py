@@ -12,7 +12,7 @@ from crosscoders.activations.writer import Rates
 from crosscoders.common.checks import config_of, to_dict
 from crosscoders.common.errors import InputError
 from crosscoders.common.progress import say
-from crosscoders.common.results import closing, result, row
+from crosscoders.common.results import result, row, say_closing
 
 
 def cache(settings: CacheSettings) -> dict[str, Any]:
@@ -26,7 +26,7 @@ def cache(settings: CacheSettings) -> dict[str, Any]:
     if rates.n_tokens:
         say(f"cached {rates.n_tokens:,} tokens  {rates.text()}")
     if part:
-        closing(started, f"part {part} in {settings.out}")
+        say_closing(started, f"part {part} in {settings.out}")
         say(f"next: crosscoders merge, with the folders of all {part.of} parts and --out CACHE")
         return result("cache", to_dict(settings), _rate_rows(rates))
     rows = _describe_caches(started, list(made.folders.values())) + _rate_rows(rates)
@@ -61,7 +61,9 @@ def _describe_caches(started: float, folders: list[str]) -> list[dict[str, Any]]
     for folder in folders:
         made = ActivationCache(folder)
         norms = made.mean_norm
-        closing(started, f"{len(made):,} tokens, mean norm base {norms[0]:.2f} tuned {norms[1]:.2f}, in {made.path}")
+        say_closing(
+            started, f"{len(made):,} tokens, mean norm base {norms[0]:.2f} tuned {norms[1]:.2f}, in {made.path}"
+        )
         where = f".{made.manifest['hook_point']}" if len(folders) > 1 else ""
         rows.append(row(f"cache{where}.tokens", len(made), "tokens", len(made)))
         rows += [

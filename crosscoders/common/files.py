@@ -45,7 +45,7 @@ def checksum(data: bytes | mmap.mmap) -> str:
 
 
 def written(path: Path) -> Written:
-    """Size and checksum of a file, read in blocks of 8 MiB."""
+    """Return the size and checksum of a file, read in blocks of 8 MiB."""
     import xxhash
 
     digest, n_bytes = xxhash.xxh3_128(), 0
@@ -57,7 +57,7 @@ def written(path: Path) -> Written:
 
 
 def hash_file(path: Path) -> str:
-    """sha256 of a file, read in blocks of 8 MiB."""
+    """Return sha256 of a file, read in blocks of 8 MiB."""
     import hashlib
 
     digest = hashlib.sha256()
@@ -68,7 +68,7 @@ def hash_file(path: Path) -> str:
 
 
 def hash_json(value: Any) -> str:
-    """sha256 of the canonical JSON form of plain data."""
+    """Return sha256 of the canonical JSON form of plain data."""
     import hashlib
 
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
@@ -218,7 +218,7 @@ def require_free_space(folder: Path, n_bytes: int, mend: str) -> None:
 
 
 def size_text(n_bytes: float) -> str:
-    """Bytes in words, decimal units: 1.2 GB."""
+    """Return bytes in words, decimal units: 1.2 GB."""
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if n_bytes < 1000 or unit == "TB":
             break

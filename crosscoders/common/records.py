@@ -34,10 +34,10 @@ class Record(BaseModel):
             value = json.loads(data)
         except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise CorruptData(f"{name} is not valid JSON ({error}). Restore it, or {cls.again}.") from None
-        found = value.get("format_version") if isinstance(value, dict) else None
-        if cls.version is not None and type(found) is int and found != cls.version:
+        version = value.get("format_version") if isinstance(value, dict) else None
+        if cls.version is not None and type(version) is int and version != cls.version:
             raise InputError(
-                f"{name} has format_version {found}; this version reads {cls.version}. {cls.again.capitalize()}."
+                f"{name} has format_version {version}; this version reads {cls.version}. {cls.again.capitalize()}."
             )
         if b"\\u" in data:  # half of a surrogate pair, which tokens may be, is JSON to Python and not to pydantic
             data = json.dumps(value, ensure_ascii=False).encode(errors="replace")

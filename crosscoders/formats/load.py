@@ -21,7 +21,7 @@ from crosscoders.formats.ours import FORMAT, _read_ours
 def load_crosscoder(
     path_or_repo: str | Path, *, input_scale: list[float] | None = None, device: str = "cpu"
 ) -> Crosscoder:
-    """A crosscoder from a local folder or weights file, or from a hub repository.
+    """Return a crosscoder from a local folder or weights file, or from a hub repository.
 
     input_scale: the factor of each model's activations, for the ckkissane layout only, whose files do not hold it:
     sqrt(d_model) / mean ||x||, base first. Without it the weights are taken to expect activations as they are.
@@ -36,9 +36,9 @@ def load_crosscoder(
         weights, folder = folder, folder.parent
     config_path = next((folder / name for name in ("config.json", "cfg.json") if (folder / name).is_file()), None)
     if config_path is None:
-        found = ", ".join(sorted(f.name for f in folder.iterdir())[:5]) or "nothing"
+        there = ", ".join(sorted(f.name for f in folder.iterdir())[:5]) or "nothing"
         raise InputError(
-            f"{path_or_repo} holds no crosscoder: no config.json or cfg.json beside the weights (found {found})."
+            f"{path_or_repo} holds no crosscoder: no config.json or cfg.json beside the weights (found {there})."
         )
     config = files.read_model(config_path, Record)
     if config_path.name == "cfg.json":

@@ -209,7 +209,7 @@ def cut_log(path: Path, step: int) -> None:
         return
     kept = []
     for line in path.read_text().splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
+        with contextlib.suppress(ValueError, TypeError, KeyError):  # torn, or no line of ours
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
     files.write_bytes(path, "".join(kept).encode())

@@ -6,14 +6,14 @@ from typing import Any
 from crosscoders.common import files
 from crosscoders.common.checks import to_dict
 from crosscoders.common.progress import say
-from crosscoders.common.results import closing, result
+from crosscoders.common.results import result, say_closing
 from crosscoders.formats.load import load_crosscoder
 from diffing.causal.lens import logit_lens
 from diffing.causal.patching import inspect_cached, load_whole, measure_run
 from diffing.causal.sets import checked
 from diffing.causal.settings import CausalSettings, LensSettings, SteerSettings
 from diffing.causal.steering import answer, steered, steering_vector
-from diffing.causal.summary import rows, summary
+from diffing.causal.summary import causal_rows, causal_summary
 from diffing.latents.latent_scaling import MODELS
 from diffing.latents.runs import _opened
 from diffing.latents.table import read_table
@@ -25,11 +25,11 @@ def causal(settings: CausalSettings) -> dict[str, Any]:
     run, cache = _opened(settings.run, settings.cache)
     say(f"causal {run} at {cache.manifest['hook_point']} of the models of {cache.path}")
     measured = measure_run(run, cache, settings)
-    found = rows(measured, first_tokens=settings.first_tokens, seed=settings.seed)
+    found = causal_rows(measured, first_tokens=settings.first_tokens, seed=settings.seed)
     described = {**result("causal", to_dict(settings), found), "latents": files.hash_file(run / "latents.json")}
     files.write_json(run / "causal.json", described)
-    closing(started, f"{len(found)} rows in {run / 'causal.json'}")
-    return described | {"text": summary(found, settings.first_tokens)}
+    say_closing(started, f"{len(found)} rows in {run / 'causal.json'}")
+    return described | {"text": causal_summary(found, settings.first_tokens)}
 
 
 def steer(settings: SteerSettings) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 from crosscoders.common import files
 from crosscoders.common.checks import to_dict
 from crosscoders.common.progress import say
-from crosscoders.common.results import closing, result, row
+from crosscoders.common.results import result, row, say_closing
 from diffing.latents.nulls import NULL, counts_beside, read_nulls
 from diffing.latents.runs import _opened
 from diffing.latents.settings import ScaleSettings, StabilitySettings
@@ -33,7 +33,7 @@ def scale(settings: ScaleSettings) -> dict[str, Any]:
     twins = files.read_model(run / "twins.json", TwinRecord)
     if twins["twins"]:
         say(f"{len(twins['twins'])} pairs of twins, a tuned-only and a base-only latent of one direction: twins.json")
-    closing(started, f"latent table in {run / 'latents.json'}")
+    say_closing(started, f"latent table in {run / 'latents.json'}")
     say(f"next: diffing report {shlex.quote(str(run))}")
     found = [row(f"scale.verdict.{verdict}.count", n, "latents", len(table)) for verdict, n in counts.items()]
     found.append(row("scale.twins.count", len(twins["twins"]), "pairs", len(table)))

@@ -18,7 +18,7 @@ from crosscoders.common import files
 from crosscoders.common.checks import to_dict
 from crosscoders.common.errors import InputError
 from crosscoders.common.progress import say
-from crosscoders.common.results import closing, result, row
+from crosscoders.common.results import result, row, say_closing
 from crosscoders.models.names import hash_model
 from crosscoders.training.feed import require_same_source
 from diffing.latents.runs import _trained_on
@@ -160,6 +160,6 @@ def null(settings: NullSettings) -> dict[str, Any]:
     cache = ActivationCache(settings.cache if settings.cache is not None else _trained_on(run))
     require_same_source(run, cache)
     found = calibrate_run(settings, cache)
-    closing(started, f"calibration in {run / 'null.json'}")
+    say_closing(started, f"calibration in {run / 'null.json'}")
     say(f"next: diffing report {run}")
     return result("null", to_dict(settings), result_rows(found)) | {"text": summary(found)}

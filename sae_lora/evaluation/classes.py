@@ -36,13 +36,13 @@ class TokenClasses:
         return first + [f"role.{name}" for name in self.roles.values()]
 
     def of(self, batch: Batch, used: Bool[Tensor, "rows seq"]) -> dict[str, Bool[Tensor, "rows seq"]]:
-        """The predictions of each class among those that are used, marked at the token that is predicted."""
+        """Return the predictions of each class among those that are used, marked at the token that is predicted."""
         is_first = used.cumsum(dim=1) <= N_FIRST
         is_common = torch.isin(batch.ids, self.common.to(batch.ids.device))
-        found = [is_first, ~is_first, is_common, ~is_common]
+        masks = [is_first, ~is_first, is_common, ~is_common]
         roles = torch.full(used.shape, -1)
         for r, number in enumerate(batch.numbers if self.roles else []):
             start, stop = self.rows.offsets[number : number + 2]
             roles[r, : stop - start] = torch.from_numpy(self.rows.roles[start:stop].astype(np.int64))
-        found += [(roles == role).to(used.device) for role in self.roles]
-        return {name: used & mask for name, mask in zip(self.names, found, strict=True)}
+        masks += [(roles == role).to(used.device) for role in self.roles]
+        return {name: used & mask for name, mask in zip(self.names, masks, strict=True)}
