@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from crosscoders.common import files
-from crosscoders.common.errors import EnvironmentFault, InputError, nearest
+from crosscoders.common.errors import CorruptData, EnvironmentFault, InputError, nearest
+from crosscoders.common.results import ResultRecord
 
 BENCHMARKS = {
     "chat-pair": "benchmarks.chat_pair",
@@ -79,8 +80,8 @@ def main(argv: list[str] | None = None) -> int:
             print(json.dumps(found, indent=1) if args.json else markdown(found))
         else:
             for path in sorted(args.out.glob("*.json")):
-                print(markdown(files.read_json(path)))
-    except (InputError, EnvironmentFault) as error:
+                print(markdown(files.read_model(path, ResultRecord)))
+    except (InputError, EnvironmentFault, CorruptData) as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status
     return 0

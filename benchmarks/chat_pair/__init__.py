@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.chat_pair.published import note
-from benchmarks.chat_pair.runs import NULLS, VARIANTS, causal_rows, held_out, prepare
+from benchmarks.chat_pair.runs import NULLS, VARIANTS, held_out, measured_rows, prepare
 from benchmarks.chat_pair.summary import (
     SIGNED,
     Summary,
@@ -43,7 +43,7 @@ Runs = dict[str, list[Path]]
 
 
 def run(quick: bool, work: Path, runs: tuple[str, ...] = (), cache: str | None = None) -> dict[str, Any]:
-    """Rows `chat-pair.<variant>.*`; `work`: folder in which finished crosscoders are kept.
+    """Return rows `chat-pair.<variant>.*`; `work`: folder in which finished crosscoders are kept.
 
     Raises:
         InputError: `runs` without `cache` or the other way round, an unknown variant, a run that was not scaled.
@@ -54,8 +54,8 @@ def run(quick: bool, work: Path, runs: tuple[str, ...] = (), cache: str | None =
     if cache is not None:
         chosen, opened = given(runs), ActivationCache(cache)
     else:
-        found = prepare(work, seeds=range(1 if quick else N_SEEDS))
-        chosen, nulls = found["tuned"], {null: found[null] for null in NULLS}
+        prepared = prepare(work, seeds=range(1 if quick else N_SEEDS))
+        chosen, nulls = prepared["tuned"], {null: prepared[null] for null in NULLS}
         opened = ActivationCache(work / "tuned" / "cache-heldout")
     for folder in (folder for folders in chosen.values() for folder in folders):
         require_same_source(folder, opened)
@@ -79,37 +79,39 @@ def given(runs: tuple[str, ...]) -> Runs:
     Raises:
         InputError: there is no such variant or no such folder.
     """
-    found: Runs = {}
+    folders: Runs = {}
     for pair in runs:
         variant, _, folder = pair.partition("=")
         if variant not in VARIANTS or not Path(folder).is_dir():
             raise InputError(f"--runs {pair!r} is not VARIANT=RUN with a run folder, VARIANT {' or '.join(VARIANTS)}.")
-        found.setdefault(variant, []).append(Path(folder))
-    return found
+        folders.setdefault(variant, []).append(Path(folder))
+    return folders
 
 
 def variant_rows(
     variant: str, folders: list[Path], nulls: list[list[Path]], opened: ActivationCache, n_chats: int
 ) -> list[dict[str, Any]]:
-    """All rows of one variant."""
+    """Return all rows of one variant."""
     start = f"chat-pair.{variant}"
     rows = over_seeds(start, [summarise(folder, opened, n_chats) for folder in folders], signed=SIGNED)
-    made = {null: [judged_run(folder) for folder in of_null] for null, of_null in zip(NULLS, nulls, strict=False)}
-    extra = false_positive_rates(made) or calibrated_rates(folders[0])
-    if made:
-        extra += null_rates([judged_run(folder) for folder in folders], made)
+    judged_nulls = {
+        null: [judged_run(folder) for folder in of_null] for null, of_null in zip(NULLS, nulls, strict=False)
+    }
+    extra = false_positive_rates(judged_nulls) or calibrated_rates(folders[0])
+    if judged_nulls:
+        extra += null_rates([judged_run(folder) for folder in folders], judged_nulls)
     if len(folders) > 1:
-        found = read_runs([str(folder) for folder in folders])
-        extra += stability([each._replace(table=judged(each.table)) for each in found])
+        trained = read_runs([str(folder) for folder in folders])
+        extra += stability([each._replace(table=judged(each.table)) for each in trained])
     return rows + [entry | {"name": f"{start}.{entry['name']}"} for entry in extra]
 
 
 def summarise(folder: Path, opened: ActivationCache, n_chats: int) -> Summary:
-    """All measures of one crosscoder."""
+    """Return all measures of one crosscoder."""
     units = {"l0": "latents/token"}
     quality: Summary = {name: (value, units.get(name, "fraction")) for name, value in held_out(folder).items()}
     table = judged(read_table(folder))
-    measured = causal_rows(folder, opened, n_chats)
+    measured = measured_rows(folder, opened, n_chats)
     sizes: Summary = {
         "chats": (measured[0]["value"], "documents"),
         "response_tokens": (float(measured[1]["n"]), "tokens"),
@@ -118,7 +120,7 @@ def summarise(folder: Path, opened: ActivationCache, n_chats: int) -> Summary:
 
 
 def matching(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """L0 of L1 over that of BatchTopK, mean over seeds by mean over seeds."""
+    """Return L0 of L1 over that of BatchTopK, mean over seeds by mean over seeds."""
     l0 = {entry["name"]: entry for entry in rows if entry["name"].endswith(".l0")}
     pair = [l0.get(f"chat-pair.{variant}.l0") for variant in VARIANTS]
     if pair[0] is None or pair[1] is None:
@@ -127,6 +129,6 @@ def matching(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def with_note(entry: dict[str, Any]) -> dict[str, Any]:
-    """The row, with the published figure where there is one."""
+    """Return the row, with the published figure where there is one."""
     words = note(entry["name"].removeprefix("chat-pair."))
     return entry | ({"note": words} if words else {})

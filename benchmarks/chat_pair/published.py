@@ -46,7 +46,7 @@ PUBLISHED: dict[str, tuple[str, str]] = {
 
 
 def note(name: str) -> str | None:
-    """What stands beside a row."""
+    """Return what stands beside a row."""
     if name not in PUBLISHED:
         return None
     value, part = PUBLISHED[name]

@@ -20,11 +20,12 @@ from crosscoders.activations.caching import cache_activations
 from crosscoders.common import files
 from crosscoders.common.errors import InputError
 from crosscoders.common.progress import say
+from crosscoders.common.results import ResultRecord
 from crosscoders.formats.load import load_crosscoder
 from crosscoders.text.chats import read_chats
 from diffing.causal.patching import inspect_cached, load_whole, measure
 from diffing.causal.sets import choose_sets
-from diffing.causal.summary import rows
+from diffing.causal.summary import causal_rows
 from diffing.demo import model_folder
 from diffing.demo.command import HELDOUT_TOKENS, cache_config, train_config, train_on
 from diffing.latents.table import read_table, require_fit, scale_run
@@ -40,7 +41,7 @@ TOP, DRAWS, FIRST_TOKENS = 32, 10, 9
 
 
 def match_l0(target: float, l0_of: Callable[[float], float], *, start: float, max_runs: int = 6) -> float:
-    r"""The L1 coefficient c of which L0 is within TOLERANCE of `target`: secant steps of log L0 on log c.
+    r"""Search the L1 coefficient c of which L0 is within TOLERANCE of `target`: secant steps of log L0 on log c.
 
         log c <- log c + (log target - log L0(c)) / slope
 
@@ -60,12 +61,13 @@ def match_l0(target: float, l0_of: Callable[[float], float], *, start: float, ma
             (x0, y0), (x1, y1) = tried[-2:]
             slope = (y1 - y0) / (x1 - x0) if (y1 - y0) * (x1 - x0) < 0 else slope
         c = float(f"{math.exp(tried[-1][0] + (math.log(target) - tried[-1][1]) / slope):.3g}")
-    found = ", ".join(f"{math.exp(x):.3g}: {math.exp(y):.3g}" for x, y in tried)
-    raise InputError(f"no L1 coefficient gives an L0 of {target:.3g} in {max_runs} runs ({found}). Match it by hand.")
+    tries = ", ".join(f"{math.exp(x):.3g}: {math.exp(y):.3g}" for x, y in tried)
+    raise InputError(f"no L1 coefficient gives an L0 of {target:.3g} in {max_runs} runs ({tries}). Match it by hand.")
 
 
 def prepare(work: Path, *, seeds: range) -> dict[str, dict[str, list[Path]]]:
-    """Scaled run folders by pair and variant, one for each seed; the coefficient of L1 is that of the tuned pair."""
+    """Return scaled run folders by pair and variant, one for each seed; the coefficient of L1 is that of the tuned
+    pair."""
     heldout = cache_activations(cache_config(work / "tuned" / "cache-heldout", "heldout", HELDOUT_TOKENS, 0))
     cache = pair_cache(work, "tuned")
 
@@ -73,19 +75,19 @@ def prepare(work: Path, *, seeds: range) -> dict[str, dict[str, list[Path]]]:
         return held_out(trained(work / "tuned" / name, name, 0, cache, heldout))["l0"]
 
     coefficient = match_l0(l0_of("batchtopk"), lambda c: l0_of(folder("l1", c)), start=L1_COEFFICIENT)
-    found: dict[str, dict[str, list[Path]]] = {}
+    runs: dict[str, dict[str, list[Path]]] = {}
     for pair in ("tuned", *NULLS):
         cache, evaluated = pair_cache(work, pair), heldout if pair == "tuned" else None
-        found[pair] = {}
+        runs[pair] = {}
         for variant in VARIANTS:
             name = folder(variant, coefficient)
-            made = [trained(work / pair / name, name, seed, cache, evaluated) for seed in seeds]
-            found[pair][variant] = [scaled(run, cache) for run in made]
-    return found
+            folders = [trained(work / pair / name, name, seed, cache, evaluated) for seed in seeds]
+            runs[pair][variant] = [scaled(run, cache) for run in folders]
+    return runs
 
 
 def pair_cache(work: Path, pair: str) -> ActivationCache:
-    """Activations of the pair, or of the base and a null model, on the same tokens."""
+    """Return activations of the pair, or of the base and a null model, on the same tokens."""
     config = cache_config(work / pair / "cache", "train", N_TOKENS, 0)
     if pair != "tuned":  # a null model may have no chat template of its own
         config = replace(config, tuned=str(model_folder(pair)), tokenizer=str(model_folder("tuned")))
@@ -97,7 +99,7 @@ def folder(variant: str, coefficient: float) -> str:
 
 
 def trained(parent: Path, name: str, seed: int, cache: ActivationCache, heldout: ActivationCache | None) -> Path:
-    """The run folder of one crosscoder in `parent`; `name` is a variant, L1 with its coefficient.
+    """Return the run folder of one crosscoder in `parent`; `name` is a variant, L1 with its coefficient.
 
     Raises:
         InputError: the folder holds a run with other settings.
@@ -112,7 +114,7 @@ def trained(parent: Path, name: str, seed: int, cache: ActivationCache, heldout:
 
 
 def scaled(run: Path, cache: ActivationCache) -> Path:
-    """The run folder, with its latent table."""
+    """Return the run folder, with its latent table."""
     if not (run / "latents.json").is_file():
         say(f"scale {run}")
         scale_run(run, cache)
@@ -120,15 +122,21 @@ def scaled(run: Path, cache: ActivationCache) -> Path:
 
 
 def held_out(run: Path) -> dict[str, float]:
-    """l0, fve.base, fve.tuned and dead on held-out tokens; empty for a run without them."""
+    """Return l0, fve.base, fve.tuned and dead on held-out tokens; empty for a run without them."""
     if not (run / "eval.json").is_file():
         return {}
-    found = files.read_object(run / "eval.json", "rows")["rows"]
-    return {entry["name"].removeprefix("eval."): entry["value"] for entry in found}
+    entries = files.read_model(run / "eval.json", ResultRecord)["rows"]
+    return {entry["name"].removeprefix("eval."): entry["value"] for entry in entries}
 
 
-def causal_rows(run: Path, cache: ActivationCache, n_documents: int) -> list[dict[str, Any]]:
-    """Rows of `diffing causal`, base into tuned, on the first chats of `cache`; kept in the run folder.
+class CausalRecord(ResultRecord):
+    """Rows that were measured before, and what they were asked of."""
+
+    asked: dict[str, Any]
+
+
+def measured_rows(run: Path, cache: ActivationCache, n_documents: int) -> list[dict[str, Any]]:
+    """Return rows of `diffing causal`, base into tuned, on the first chats of `cache`; kept in the run folder.
 
     Raises:
         InputError: the run was not scaled, or it does not fit the cache.
@@ -141,8 +149,8 @@ def causal_rows(run: Path, cache: ActivationCache, n_documents: int) -> list[dic
         "draws": DRAWS,
         "top": TOP,
     }
-    kept = run / f"chat-pair-{n_documents}.json"
-    if kept.is_file() and (known := files.read_object(kept, "asked", "rows"))["asked"] == asked:
+    path = run / f"chat-pair-{n_documents}.json"
+    if path.is_file() and (known := files.read_model(path, CausalRecord))["asked"] == asked:
         return list(known["rows"])
     crosscoder = load_crosscoder(run)
     require_fit(crosscoder, cache)
@@ -151,6 +159,6 @@ def causal_rows(run: Path, cache: ActivationCache, n_documents: int) -> list[dic
     info = inspect_cached(cache)
     chats = read_chats(cache.config.data_config(), info.tokenizer, n_documents)
     pair = load_whole(info, cache.manifest["hook_point"], "auto", "auto")
-    found = rows(measure(crosscoder, pair, chats, sets, first_tokens=FIRST_TOKENS), first_tokens=FIRST_TOKENS)
-    files.write_json(kept, {"asked": asked, "rows": found})
-    return found
+    entries = causal_rows(measure(crosscoder, pair, chats, sets, first_tokens=FIRST_TOKENS), first_tokens=FIRST_TOKENS)
+    files.write_json(path, {"asked": asked, "rows": entries})
+    return entries

@@ -24,7 +24,7 @@ QUICK_STEPS = 600
 
 
 def run(quick: bool) -> dict[str, Any]:
-    """Rows `planted.<variant>.*`."""
+    """Return rows `planted.<variant>.*`."""
     rows: list[dict[str, Any]] = []
     for name in SIZES:
         if quick and name != "standard":
@@ -36,20 +36,20 @@ def run(quick: bool) -> dict[str, Any]:
             for variant in variants:
                 steps = QUICK_STEPS if quick else SIZES[name].n_steps(variant)
                 runs[variant].append(run_one(data, SIZES[name], variant, seed=seed, n_steps=steps))
-        for variant, found in runs.items():
-            rows += over_seeds(f"planted.{variant}{suffix}", [summarise(one) for one in found])
+        for variant, of_seeds in runs.items():
+            rows += over_seeds(f"planted.{variant}{suffix}", [summarise(one) for one in of_seeds])
     return {"name": "planted", "rows": rows}
 
 
 def over_seeds(
     prefix: str, summaries: list[dict[str, tuple[float | None, str]]], *, signed: tuple[str, ...] = ()
 ) -> list[dict[str, Any]]:
-    """One row per measure: mean and interval over the seeds on which it is defined; none where it never is. Values in
-    `signed` units may be negative."""
+    """Return one row per measure: mean and interval over the seeds on which it is defined; none where it never is.
+    Values in `signed` units may be negative."""
     rows = []
     for name in dict.fromkeys(name for summary in summaries for name in summary):
-        found = [summary[name] for summary in summaries if name in summary]
-        values, unit = [value for value, _ in found if value is not None], found[0][1]
+        of_seeds = [summary[name] for summary in summaries if name in summary]
+        values, unit = [value for value, _ in of_seeds if value is not None], of_seeds[0][1]
         if values:
             low, high = interval(
                 values, lower=None if unit in signed else 0.0, upper=1.0 if unit.startswith("fraction") else None

@@ -23,9 +23,9 @@ def mean_f1(tables: list[pandas.DataFrame], score: Score, n_features: int) -> fl
 
 
 def best(tables: list[pandas.DataFrame], scores: Iterable[tuple[float, Score]], n_features: int) -> tuple[float, float]:
-    """The setting of largest mean F1, the first one among equals, and that F1."""
-    found = [(setting, mean_f1(tables, score, n_features)) for setting, score in scores]
-    return max(found, key=lambda pair: pair[1])
+    """Return the setting of largest mean F1, the first one among equals, and that F1."""
+    scored = [(setting, mean_f1(tables, score, n_features)) for setting, score in scores]
+    return max(scored, key=lambda pair: pair[1])
 
 
 def main() -> None:
@@ -51,7 +51,8 @@ def report(tables: list[pandas.DataFrame], n_features: int) -> None:
 
 
 def at_gate(gate: float, partner_bound: float = 2.0) -> Score:
-    """The verdict with rotated latents judged from another norm on; a partner bound above 1 asks for no partner."""
+    """Return the verdict with rotated latents judged from another norm on; a partner bound above 1 asks for no
+    partner."""
     bounds = Thresholds(tuned_leaning=gate, base_leaning=1 - gate)
     return Score(lambda t: 1.0 * (specific(t, bounds) & (t["other_side_correlation"] < partner_bound)), 1.0)
 

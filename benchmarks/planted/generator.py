@@ -82,7 +82,7 @@ class PlantedConfig:
             raise InputError(f"n_shared is {self.n_shared}; parents and recomposed features need at least 2.")
 
     def counts(self) -> dict[str, int]:
-        """Features of each class, in the order of the truth table."""
+        """Return features of each class, in the order of the truth table."""
         return {name: int(getattr(self, "n_" + name.replace("-", "_"))) for name in CLASSES}
 
 

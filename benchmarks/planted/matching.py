@@ -29,14 +29,14 @@ MIN_COSINE = 0.5
 
 
 def correlations(a: Float[Tensor, "tokens first"], b: Float[Tensor, "tokens second"]) -> Float[Tensor, "first second"]:
-    """Pearson correlation of every pair of columns; 0 where a column is constant."""
+    """Return Pearson correlation of every pair of columns; 0 where a column is constant."""
     return normalize(a - a.mean(dim=0), dim=0).T @ normalize(b - b.mean(dim=0), dim=0)
 
 
 def match(
     crosscoder: Crosscoder, latents: Float[Tensor, "tokens dict_size"], sample: Sample, truth: Truth
 ) -> pandas.DataFrame:
-    """One row per latent: feature (-1: none), correlation with it, its class, gain, and whether it is a child.
+    """Return one row per latent: feature (-1: none), correlation with it, its class, gain, and whether it is a child.
 
     Without a match: class "unmatched", correlation 0, gain NaN, child False.
     """
@@ -47,15 +47,15 @@ def match(
     correlation = correlations(latents, sample.activations)
     allowed = (correlation >= MIN_CORRELATION) & (cosine >= MIN_COSINE)
     best = torch.where(allowed, correlation, 0.0).max(dim=1)
-    found = allowed.any(dim=1).numpy()
+    is_matched = allowed.any(dim=1).numpy()
     features = truth.table.iloc[best.indices.numpy()]
     return pandas.DataFrame(
         {
-            "feature": np.where(found, best.indices.numpy(), -1),
+            "feature": np.where(is_matched, best.indices.numpy(), -1),
             "correlation": best.values.numpy(),
-            "class": np.where(found, features["class"], "unmatched"),
-            "gain": np.where(found, features["gain"], np.nan),
-            "child": found & (features["parent"].to_numpy() >= 0),
+            "class": np.where(is_matched, features["class"], "unmatched"),
+            "gain": np.where(is_matched, features["gain"], np.nan),
+            "child": is_matched & (features["parent"].to_numpy() >= 0),
         }
     )
 
@@ -63,24 +63,25 @@ def match(
 def other_side_correlation(
     crosscoder: Crosscoder, latents: Float[Tensor, "tokens dict_size"]
 ) -> Float[Tensor, " dict_size"]:
-    """Largest correlation of a latent with another one that writes to the base model almost alone; 0 without any."""
+    """Return the largest correlation of a latent with another one that writes to the base model almost alone; 0 without
+    any."""
     base_side = crosscoder.relative_decoder_norm <= OTHER_SIDE
     if not base_side.any():
         return torch.zeros(len(base_side))
-    found = correlations(latents, latents[:, base_side])
-    found[base_side] = found[base_side].fill_diagonal_(0.0)
-    return found.max(dim=1).values.clamp_min(0.0)
+    with_base = correlations(latents, latents[:, base_side])
+    with_base[base_side] = with_base[base_side].fill_diagonal_(0.0)
+    return with_base.max(dim=1).values.clamp_min(0.0)
 
 
 def held_gain(
     crosscoder: Crosscoder, feature: Int[np.ndarray, " dict_size"], truth: Truth
 ) -> Float[np.ndarray, " dict_size"]:
-    """The held gain of each latent; NaN without a feature, and for one that the tuned model does not have."""
-    parent, found = truth.table["parent"].to_numpy(), np.full(len(feature), np.nan)
+    """Return the held gain of each latent; NaN without a feature, and for one that the tuned model does not have."""
+    parent, shares_held = truth.table["parent"].to_numpy(), np.full(len(feature), np.nan)
     for latent, (own, decoder) in enumerate(zip(feature, crosscoder.decoder()[:, 1], strict=True)):
         if own >= 0 and truth.vectors[own, 1].any():
             base, tuned = truth.vectors[[own, *parent[[own]][parent[[own]] >= 0]]].unbind(dim=1)
             shares = torch.linalg.lstsq(tuned.T, decoder[:, None]).solution[:, 0]
             held = shares @ tuned
-            found[latent] = float((shares @ base) @ held / (held @ held))
-    return found
+            shares_held[latent] = float((shares @ base) @ held / (held @ held))
+    return shares_held

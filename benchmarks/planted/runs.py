@@ -72,13 +72,13 @@ class Run(NamedTuple):
 
 
 def draw(size: Size, seed: int) -> Data:
-    """Features, training tokens and other tokens for everything that is measured."""
+    """Return features, training tokens and other tokens for everything that is measured."""
     truth = make_truth(size.planted, seed)
     return Data(truth, sample(truth, TRAIN_TOKENS, 2 * seed + 10_000).x, sample(truth, EVAL_TOKENS, 2 * seed + 10_001))
 
 
 def train_config(size: Size, variant: str, *, seed: int, n_steps: int) -> TrainConfig:
-    """Settings of a variant; chosen for FVE, L0 near k and features found on calibration seeds."""
+    """Return settings of a variant; chosen for FVE, L0 near k and features found on calibration seeds."""
     activation, code_norm = VARIANTS[variant]
     # x' grows as sqrt(d_model) under sqrt_d, the squared error as d_model and f c as sqrt(d_model): with this factor
     # the pull on a feature, relative to its size, is the same at every width. "concat" gives a shared latent a code
@@ -122,7 +122,7 @@ def run_one(data: Data, size: Size, variant: str, *, seed: int, n_steps: int) ->
 
 @torch.no_grad()
 def table_of(crosscoder: Crosscoder, data: Data) -> pandas.DataFrame:
-    """The latent table on held-out tokens, as `diffing scale` makes it, with what each latent matches."""
+    """Return the latent table on held-out tokens, as `diffing scale` makes it, with what each latent matches."""
     x = data.held_out.x
     latents = crosscoder.encode(x)
     table = latent_table(crosscoder, scale_latents(crosscoder, x.split(1000)))

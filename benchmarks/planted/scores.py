@@ -33,7 +33,7 @@ PUBLISHED = Thresholds()._replace(tuned_leaning=Thresholds().tuned_only, base_le
 
 
 def specific(table: pandas.DataFrame, thresholds: Thresholds | None = None) -> np.ndarray:
-    """Whether norms, cosine and ratios alone say tuned-specific."""
+    """Return whether norms, cosine and ratios alone say tuned-specific."""
     return np.array(verdicts(table.drop(columns="partner_correlation"), thresholds)) == "tuned-specific"
 
 
@@ -59,7 +59,7 @@ def alive_rows(table: pandas.DataFrame) -> pandas.DataFrame:
 
 
 def weak(table: pandas.DataFrame) -> pandas.Series:
-    """Which rows, latents or features, are of a rescaled feature of gain below 0.2."""
+    """Return which rows, latents or features, are of a rescaled feature of gain below 0.2."""
     return (table["class"] == "rescaled") & (table["gain"] < WEAK_GAIN)
 
 
@@ -69,7 +69,7 @@ def counted(table: pandas.DataFrame) -> pandas.DataFrame:
 
 
 def judge(table: pandas.DataFrame, score: Score, n_features: int) -> dict[str, float]:
-    """The five measures for one crosscoder; NaN where a measure is undefined (nothing flagged).
+    """Return the five measures for one crosscoder; NaN where a measure is undefined (nothing flagged).
 
     n_features: planted tuned-only features.
     """
@@ -89,7 +89,7 @@ def judge(table: pandas.DataFrame, score: Score, n_features: int) -> dict[str, f
 
 
 def auroc(value: np.ndarray, positive: np.ndarray) -> float:
-    """Chance that a positive has a larger value than a negative, ties counting half; NaN without either."""
+    """Return the chance that a positive has a larger value than a negative, ties counting half; NaN without either."""
     n_positive, n_negative = int(positive.sum()), int((~positive).sum())
     if not n_positive or not n_negative:
         return float("nan")
@@ -98,7 +98,8 @@ def auroc(value: np.ndarray, positive: np.ndarray) -> float:
 
 
 def average_precision(value: np.ndarray, positive: np.ndarray) -> float:
-    r"""sum over distinct values, from large to small, of (recall - recall before) * precision; NaN without positives.
+    r"""Return the sum over distinct values, from large to small, of (recall - recall before) * precision; NaN without
+    positives.
 
     Equal values come in together, so their order does not matter.
     """

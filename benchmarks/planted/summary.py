@@ -29,56 +29,57 @@ Summary = dict[str, tuple[float | None, str]]
 
 
 def summarise(run: Run) -> Summary:
-    """All measures of one crosscoder."""
-    found: Summary = {}
+    """Return all measures of one crosscoder."""
+    measures: Summary = {}
     for name, score in SCORES.items():
         for measure, value in judge(run.table, score, run.truth.config.n_tuned_only).items():
-            found[f"{name}.{measure}"] = (None if math.isnan(value) else value, "fraction")
+            measures[f"{name}.{measure}"] = (None if math.isnan(value) else value, "fraction")
     latents = alive_rows(run.table)
     for name in COMPOSED:
-        found |= composition(name, SCORES[name], latents)
-    found |= verdicts_by_class(run.truth.table, latents)
-    found |= gain_errors(latents)
-    found["features.missed"] = (float(len(run.truth.table) - len(best_latents(latents))), "features")
-    found["latents.alive"] = (float(len(latents)), "latents")
-    found["latents.unmatched"] = (float((latents["class"] == "unmatched").sum()), "latents")
-    found["l0"] = (run.evaluation.l0, "latents/token")
+        measures |= composition(name, SCORES[name], latents)
+    measures |= verdicts_by_class(run.truth.table, latents)
+    measures |= gain_errors(latents)
+    measures["features.missed"] = (float(len(run.truth.table) - len(best_latents(latents))), "features")
+    measures["latents.alive"] = (float(len(latents)), "latents")
+    measures["latents.unmatched"] = (float((latents["class"] == "unmatched").sum()), "latents")
+    measures["l0"] = (run.evaluation.l0, "latents/token")
     for model, fve in zip(("base", "tuned"), run.evaluation.fve, strict=True):
-        found[f"fve.{model}"] = (fve, "fraction")
-    return found
+        measures[f"fve.{model}"] = (fve, "fraction")
+    return measures
 
 
 def composition(name: str, score: Score, latents: pandas.DataFrame) -> Summary:
-    """What the flagged latents match, as counts, and precision when gains below 0.2 ("weak") count as wrong."""
+    """Return what the flagged latents match, as counts, and precision when gains below 0.2 ("weak") count as wrong."""
     flagged = latents[score.value(latents) >= score.bound]
     kinds = flagged["class"].where(~weak(flagged), "weak")
-    found: Summary = {f"{name}.flagged.{kind}": (float((kinds == kind).sum()), "latents") for kind in KINDS}
+    measures: Summary = {f"{name}.flagged.{kind}": (float((kinds == kind).sum()), "latents") for kind in KINDS}
     precision = float((kinds == "tuned-only").mean()) if len(flagged) else None
-    return {**found, f"{name}.precision_with_weak": (precision, "fraction")}
+    return {**measures, f"{name}.precision_with_weak": (precision, "fraction")}
 
 
 def verdicts_by_class(features: pandas.DataFrame, latents: pandas.DataFrame) -> Summary:
-    """Share of the features of a class whose best latent has a right verdict; missed features count as wrong."""
+    """Return the share of the features of a class whose best latent has a right verdict; missed features count as
+    wrong."""
     verdict = best_latents(latents).set_index("feature")["verdict"].reindex(features.index)
-    found: Summary = {}
+    measures: Summary = {}
     for name, right in RIGHT_VERDICTS.items():
         planted = (features["class"] == name) & ~weak(features)
         child = features["parent"] >= 0
         for suffix, chosen in (("", planted), (".child", planted & child), (".orphan", planted & ~child)):
             if chosen.any() and (not suffix or name == "tuned-only"):
-                found[f"verdict.recall.{name}{suffix}"] = (float(verdict[chosen].isin(right).mean()), "fraction")
-    return found
+                measures[f"verdict.recall.{name}{suffix}"] = (float(verdict[chosen].isin(right).mean()), "fraction")
+    return measures
 
 
 def gain_errors(latents: pandas.DataFrame) -> Summary:
-    """Median absolute error of the gain of rescaled features, by their best latents, in the units of x.
+    """Return the median absolute error of the gain of rescaled features, by their best latents, in the units of x.
 
     The first three rows of an estimate are over gains from 0.2 on, and `.held` too, which compares with the gain of
     what the latent holds; the others are by gain.
     """
     best = best_latents(latents[latents["class"] == "rescaled"])
     strong = ~weak(best)
-    found: Summary = {}
+    measures: Summary = {}
     for name, column in GAIN_ESTIMATES.items():
         error = (best[f"gain_by_{column}"] - best["gain"]).abs()
         parts = {"": strong, ".child": strong & best["child"], ".orphan": strong & ~best["child"]}
@@ -86,14 +87,14 @@ def gain_errors(latents: pandas.DataFrame) -> Summary:
             parts |= {f".{gain:g}": best["gain"] == gain for gain in sorted(best["gain"].unique())}
         for suffix, chosen in parts.items():
             if chosen.any():
-                found[name + suffix] = (float(error[chosen].median()), "gain")
+                measures[name + suffix] = (float(error[chosen].median()), "gain")
         if strong.any():
             of_held = (best[f"gain_by_{column}"] - best["held_gain"]).abs()[strong]
-            found[f"{name}.held"] = (float(of_held.median()), "gain")
-    return found
+            measures[f"{name}.held"] = (float(of_held.median()), "gain")
+    return measures
 
 
 def best_latents(table: pandas.DataFrame) -> pandas.DataFrame:
-    """The latent of largest correlation of each feature that has one."""
+    """Return the latent of largest correlation of each feature that has one."""
     matched = table[table["feature"] >= 0]
     return matched.loc[matched.groupby("feature")["correlation"].idxmax()]

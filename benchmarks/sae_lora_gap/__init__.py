@@ -21,6 +21,7 @@ from benchmarks.sae_lora_gap import gaps, race, setting, speed
 from benchmarks.sae_lora_gap.saes import DICTIONARIES, SWEPT, make_sae, quality, train_sae
 from crosscoders.common import files
 from crosscoders.common.progress import say
+from crosscoders.common.records import Record
 from crosscoders.common.results import row
 from crosscoders.models.hooks import layer_of
 from sae_lora import fit, load_dictionary
@@ -100,7 +101,7 @@ def train_all(
             start = time.process_time()
             train_sae(make_sae(design, x.shape[1]), x, size.tokens, work / name)
             files.write_json(record, {"training": time.process_time() - start, "activations": reading})
-        seconds[name] = sum(files.read_object(record).values())
+        seconds[name] = sum(files.read_model(record, Record).values())
         evaluation = quality(load_dictionary(work / name), held_out_tokens(design.hook_point))
         rows += [
             row(f"sae-lora.{name}.fve", evaluation.fve[0], "fraction", evaluation.n_tokens),

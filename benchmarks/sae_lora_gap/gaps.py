@@ -71,6 +71,6 @@ def measured_rows(prefix: str, run: Path, dictionary: Path, data: str, n_tokens:
     measured = cells.measure(
         fitted.model, dictionaries, lambda: batches(plan), n_sequences, plan.keep_ids, corrected=fitted.dictionaries
     )
-    entries = {entry["name"].removeprefix("eval."): entry for entry in cells.rows(measured)}
+    entries = {entry["name"].removeprefix("eval."): entry for entry in cells.eval_rows(measured)}
     rows = [{**entries[name], "name": f"{prefix}{ours}"} for ours, name in SHOWN.items() if name in entries]
     return [*rows, row(f"{prefix}parameters", fitted.n_weights / n_weights, "of the model's parameters", n_weights)]

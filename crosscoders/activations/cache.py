@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from crosscoders.activations.plan import FORMAT_VERSION
 from crosscoders.activations.scored import Moments, Tokens, concatenate
 from crosscoders.activations.settings import CacheConfig
+from crosscoders.activations.shards import Manifest
 from crosscoders.common import files
 from crosscoders.common.errors import CorruptData, InputError
 from crosscoders.common.folders import open_folder
@@ -30,13 +30,7 @@ class ActivationCache:
         there = self.folder.sizes()
         if "manifest.json" not in there:
             raise InputError(f"{str(path)!r} {_lacking(there, self.folder.subfolders())}")
-        self.manifest = self.folder.read_object("manifest.json", "format_version", "shards")
-        version = self.manifest.get("format_version")
-        if version != FORMAT_VERSION:
-            raise InputError(
-                f"{self.folder}/manifest.json has format_version {version}, this version reads {FORMAT_VERSION}. "
-                "Cache again."
-            )
+        self.manifest = self.folder.read_model("manifest.json", Manifest)
         for shard in self.manifest["shards"]:
             self._require_size(shard, there.get(shard["name"]))
         self._held: tuple[int, Tokens] | None = None

@@ -13,7 +13,7 @@ from crosscoders.activations.writer import Rates
 from crosscoders.common.checks import config_of, to_dict
 from crosscoders.common.errors import InputError
 from crosscoders.common.progress import say
-from crosscoders.common.results import closing, result, row
+from crosscoders.common.results import result, row, say_closing
 
 
 def cache(settings: CacheSettings) -> dict[str, Any]:
@@ -27,7 +27,7 @@ def cache(settings: CacheSettings) -> dict[str, Any]:
     if rates.n_tokens:
         say(f"cached {rates.n_tokens:,} tokens  {rates.text()}")
     if part:
-        closing(started, f"part {part} in {settings.out}")
+        say_closing(started, f"part {part} in {settings.out}")
         say(f"next: crosscoders merge, with the folders of all {part.of} parts and --out CACHE")
         return result("cache", to_dict(settings), _rate_rows(rates))
     rows = _describe_caches(started, list(made.folders.values())) + _rate_rows(rates)
@@ -67,7 +67,7 @@ def _describe_caches(started: float, folders: list[str]) -> list[dict[str, Any]]
         left_out = f" ({n_left_out:,} of outlying norm left out)" if n_left_out else ""
         if text := outlier_text(statistics):
             say(text)
-        closing(
+        say_closing(
             started,
             f"{len(made):,} tokens{left_out}, mean norm base {norms[0]:.2f} tuned {norms[1]:.2f}, in {made.path}",
         )

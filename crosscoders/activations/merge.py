@@ -7,7 +7,7 @@ where the disk allows it and copied elsewhere, the sums of the parts' shards bec
 from typing import Any
 
 from crosscoders.activations.settings import Part, parse_part
-from crosscoders.activations.shards import FINAL, build_manifest, first_difference, shard_name
+from crosscoders.activations.shards import FINAL, PartRecord, build_manifest, first_difference, shard_name
 from crosscoders.common.errors import CorruptData, InputError
 from crosscoders.common.files import Written
 from crosscoders.common.folders import Folder, open_folder
@@ -85,7 +85,7 @@ def merge_point(parts: list[Folder], folder: Folder, out: str) -> None:
 def _read_part(folder: Folder) -> dict[str, Any]:
     there = folder.sizes()
     if "part.json" in there:
-        return folder.read_object("part.json", "part", "config", "n_tokens", "shard_tokens", "shards")
+        return folder.read_model("part.json", PartRecord)
     if "progress.json" in there:
         raise InputError(f"{folder} is not finished. Run its `crosscoders cache` command again; it goes on.")
     if "manifest.json" in there:

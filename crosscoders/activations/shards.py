@@ -8,29 +8,110 @@
 merged parts.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from pydantic import Field, model_validator
 
 from crosscoders.activations.outliers import outlier_statistics, outlier_sums, within
-from crosscoders.activations.plan import Plan
+from crosscoders.activations.plan import FORMAT_VERSION, Plan
 from crosscoders.activations.scored import DTYPES, Tokens
 from crosscoders.activations.settings import CacheConfig, Part
 from crosscoders.common.checks import to_dict
 from crosscoders.common.errors import InputError
 from crosscoders.common.folders import Folder
-from crosscoders.models.names import identity
+from crosscoders.common.records import FileRecord, Record
+from crosscoders.models.names import Named, identity
 
 COLUMN_BYTES = 17
 """Of one token, beside its activations."""
-FINAL = ("manifest.json", "part.json")
 SUMS = ("sum", "norm_sum", "square_sum")
 
 
 def bytes_per_token(config: CacheConfig, d_model: int) -> int:
     """Return the bytes of a token on disk, at one hook point."""
     return 2 * DTYPES[config.dtype].itemsize * d_model + COLUMN_BYTES
+
+
+class Shard(FileRecord):
+    """A finished shard, in a manifest."""
+
+    name: str
+    n_tokens: int = Field(gt=0)
+
+
+class SummedShard(Shard):
+    """The same before the sums are made into statistics."""
+
+    sum: list[list[float]]
+    norm_sum: list[float]
+    square_sum: list[float]
+    norm_max: list[float]
+
+
+class ProgressRecord(Record):
+    """progress.json; the plan in it is compared with the present one, key by key."""
+
+    format_version: int
+    shards: list[SummedShard]
+
+
+class PartRecord(ProgressRecord):
+    """part.json"""
+
+    part: str
+    config: dict[str, Any]
+    n_tokens: int
+    shard_tokens: int = Field(gt=0)
+
+
+class Statistics(Record):
+    """Over all tokens of a cache, for each model."""
+
+    n_tokens: int
+    mean: list[list[float]]
+    mean_norm: list[float]
+
+
+class Manifest(Record):
+    """manifest.json of a finished cache."""
+
+    version = FORMAT_VERSION
+    again = "cache again"
+    format_version: int
+    base: Named
+    tuned: Named
+    tokenizer_hash: str
+    template_hash: str
+    token_hash: str
+    hook_point: str
+    n_models: int
+    d_model: int
+    dtype: Literal["bfloat16", "float32"]
+    n_tokens: int
+    drop_bos: bool
+    groups: list[str]
+    counts: dict[str, int]
+    statistics: Statistics
+    config: CacheConfig
+    shards: list[Shard]
+
+    @model_validator(mode="after")
+    def _agrees(self) -> "Manifest":
+        n_tokens = sum(shard.n_tokens for shard in self.shards)
+        if n_tokens != self.statistics.n_tokens or n_tokens > self.n_tokens:  # fewer where outlying norms are left out
+            raise ValueError(f"n_tokens is {self.n_tokens} but its shards have {n_tokens}")
+        widths = [len(mean) for mean in self.statistics.mean]
+        if widths != [self.d_model] * self.n_models or len(self.statistics.mean_norm) != self.n_models:
+            raise ValueError("n_models, d_model and statistics do not agree")
+        return self
+
+
+FINAL = ("manifest.json", "part.json")
+RECORDS: dict[str, type[Record]] = {
+    "manifest.json": Manifest, "part.json": PartRecord, "progress.json": ProgressRecord
+}  # fmt: skip
 
 
 class ShardWriter:
@@ -52,9 +133,9 @@ class ShardWriter:
         """Find what an earlier run has left."""
         there = self.folder.sizes()
         wanted = self._identity()
-        for name in (*FINAL, "progress.json"):
+        for name, model in RECORDS.items():
             if name in there:
-                recorded = self.folder.read_object(name, "format_version", "shards")
+                recorded = self.folder.read_model(name, model)
                 key = first_difference(recorded, wanted)
                 if key:
                     raise InputError(

@@ -100,7 +100,7 @@ def _find(program: str, commands: list[Command], name: str) -> Command:
 
 
 def parse(program: str, command: Command, argv: list[str]) -> Parsed:
-    """Settings of a command from its arguments.
+    """Return settings of a command from its arguments.
 
     Raises:
         InputError: an unknown key (the nearest one is named), a wrong type, a contradiction.
@@ -135,18 +135,20 @@ def parse(program: str, command: Command, argv: list[str]) -> Parsed:
             parser.set_defaults(chosen)
             if command.fit_preset:
                 parser.set_defaults(command.fit_preset(chosen, parser.parse_args(argv).as_dict()))
-        found = parser.parse_args(argv)
-        made = parser.instantiate(found)
-        settings = command.settings(**{field.name: made[field.name] for field in dataclasses.fields(command.settings)})
+        parsed = parser.parse_args(argv)
+        instantiated = parser.instantiate(parsed)
+        settings = command.settings(
+            **{field.name: instantiated[field.name] for field in dataclasses.fields(command.settings)}
+        )
     except InputError:
         raise
     except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
         raise InputError(_one_line(error, parser)) from error
-    return Parsed(settings, bool(found.json), bool(found.debug))
+    return Parsed(settings, bool(parsed.json), bool(parsed.debug))
 
 
 def _with_underscores(argv: list[str]) -> list[str]:
-    """Flags may be written with dashes: --n-tokens is --n_tokens."""
+    """Return the arguments with underscores in flags, which may be written with dashes: --n-tokens is --n_tokens."""
     return [
         re.sub(r"^--[^=]+", lambda m: "--" + m[0][2:].replace("-", "_"), arg) if arg.startswith("--") else arg
         for arg in argv
@@ -179,12 +181,12 @@ def _config_file(argv: list[str]) -> dict[str, Any] | None:
     if not Path(path).is_file():
         raise InputError(f"config file {path!r} does not exist. Check the path of --config.")
     try:
-        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"config file {path!r} is not YAML: {str(error).splitlines()[0]}.") from None
-    if not isinstance(found, dict):
+    if not isinstance(settings, dict):
         raise InputError(f"config file {path!r} holds no settings; write lines of the form key: value.")
-    return found
+    return settings
 
 
 def _preset(argv: list[str]) -> str | None:

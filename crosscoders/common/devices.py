@@ -6,7 +6,7 @@ from crosscoders.common.errors import EnvironmentFault, InputError
 
 
 def choose_device(device: str) -> torch.device:
-    """`auto` is the first GPU, or the CPU.
+    """Return the device that a setting names; `auto` is the first GPU, or the CPU.
 
     Raises:
         EnvironmentFault: the device is not there.
@@ -27,13 +27,13 @@ def choose_device(device: str) -> torch.device:
 
 
 def model_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The type that a setting means; auto: bfloat16 on a GPU, float32 on a CPU."""
+    """Return the type that a setting means; auto: bfloat16 on a GPU, float32 on a CPU."""
     auto = torch.bfloat16 if device.type == "cuda" else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(name, auto)
 
 
 def choose_products(products: str, device: torch.device) -> torch.dtype:
-    """Type of a training run's dense products: bfloat16 on a GPU, float32 on a CPU, unless named.
+    """Return the type of a training run's dense products: bfloat16 on a GPU, float32 on a CPU, unless named.
 
     Raises:
         EnvironmentFault: bfloat16 on a CPU that only emulates it.
@@ -48,6 +48,6 @@ def choose_products(products: str, device: torch.device) -> torch.dtype:
 
 
 def has_fast_bfloat16() -> bool:
-    """Whether the CPU multiplies bfloat16 itself (AVX512-BF16 or AMX)."""
-    found = torch.cpu.get_capabilities()
-    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+    """Return whether the CPU multiplies bfloat16 itself (AVX512-BF16 or AMX)."""
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))

@@ -30,7 +30,7 @@ class Stopped(KeyboardInterrupt):
 
 
 def nearest(word: str, choices: list[str]) -> str:
-    """The end of a sentence: `; did you mean 'x'?` for the closest choice, or `.` when nothing is close."""
+    """Return the end of a sentence: `; did you mean 'x'?` for the closest choice, or `.` when nothing is close."""
     import difflib
 
     close = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)

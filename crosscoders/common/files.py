@@ -1,8 +1,8 @@
 """Every byte that is written goes through here: whole files only, checksums, one writer, manifest last.
 
 Reading order: `write_bytes` publishes one file (temporary file, fsync, rename, fsync of the folder), `write_json` and
-`write_tensors` use it, `read_json` and `read_tensors` check what they read, `exclusive` holds a folder against a second
-writer, `require_free_space` refuses a plan that cannot fit.
+`write_tensors` use it, `read_model` and `read_tensors` check what they read, `exclusive` holds a folder against a
+second writer, `require_free_space` refuses a plan that cannot fit.
 """
 
 import contextlib
@@ -20,6 +20,8 @@ from crosscoders.common.errors import CorruptData, EnvironmentFault, InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from crosscoders.common.records import Record
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 MAX_HEADER_BYTES = 10_000_000  # a safetensors header of 500,000 empty tensors took 17 s to parse
@@ -43,7 +45,7 @@ def checksum(data: bytes | mmap.mmap) -> str:
 
 
 def written(path: Path) -> Written:
-    """Size and checksum of a file, read in blocks of 8 MiB."""
+    """Return the size and checksum of a file, read in blocks of 8 MiB."""
     import xxhash
 
     digest, n_bytes = xxhash.xxh3_128(), 0
@@ -55,7 +57,7 @@ def written(path: Path) -> Written:
 
 
 def hash_file(path: Path) -> str:
-    """sha256 of a file, read in blocks of 8 MiB."""
+    """Return sha256 of a file, read in blocks of 8 MiB."""
     import hashlib
 
     digest = hashlib.sha256()
@@ -66,7 +68,7 @@ def hash_file(path: Path) -> str:
 
 
 def hash_json(value: Any) -> str:
-    """sha256 of the canonical JSON form of plain data."""
+    """Return sha256 of the canonical JSON form of plain data."""
     import hashlib
 
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
@@ -138,48 +140,21 @@ def write_json(path: Path, value: Any) -> Written:
     return write_bytes(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file of ours.
+def read_model(path: Path, model: type["Record"]) -> dict[str, Any]:
+    """Read a JSON file of ours of a given form; what is returned is plain data.
 
     Raises:
-        InputError: there is no such file.
-        CorruptData: it is not JSON.
+        InputError: there is no such file, or one of another format version.
+        EnvironmentFault: it cannot be read.
+        CorruptData: it is not JSON, or not of that form.
     """
     try:
-        return _parse(path.read_bytes(), str(path))
+        data = path.read_bytes()
     except FileNotFoundError:
         raise InputError(f"there is no {path}. Check the folder's name.") from None
-
-
-def _parse(data: bytes, name: str) -> Any:
-    try:
-        return json.loads(data)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CorruptData(f"{name} is not valid JSON ({error}). Restore it, or make it again.") from None
-
-
-def read_object(path: Path, *keys: str) -> dict[str, Any]:
-    """Read a JSON object of ours that has these keys.
-
-    Raises:
-        InputError: there is no such file.
-        CorruptData: it is not JSON, no object, or lacks a key.
-    """
-    return _with_keys(read_json(path), str(path), *keys)
-
-
-def parse_object(data: bytes, name: str, *keys: str) -> dict[str, Any]:
-    """The same from bytes that were read elsewhere; `name` is for the message."""
-    return _with_keys(_parse(data, name), name, *keys)
-
-
-def _with_keys(found: Any, name: str, *keys: str) -> dict[str, Any]:
-    missing = [key for key in keys if not isinstance(found, dict) or key not in found]
-    if missing or not isinstance(found, dict):
-        raise CorruptData(
-            f"{name} has no {missing[0] if missing else 'object'!r}, so it is damaged. Restore it, or make it again."
-        )
-    return found
+    except OSError as error:
+        raise EnvironmentFault(f"cannot read {path}: {error.strerror}. Check its rights.") from error
+    return model.checked(data, str(path))
 
 
 def write_tensors(path: Path, tensors: dict[str, "Tensor"]) -> Written:
@@ -243,7 +218,7 @@ def require_free_space(folder: Path, n_bytes: int, mend: str) -> None:
 
 
 def size_text(n_bytes: float) -> str:
-    """Bytes in words, decimal units: 1.2 GB."""
+    """Return bytes in words, decimal units: 1.2 GB."""
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if n_bytes < 1000 or unit == "TB":
             break

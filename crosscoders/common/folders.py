@@ -18,6 +18,8 @@ from crosscoders.common.errors import CorruptData, EnvironmentFault, InputError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from crosscoders.common.records import Record
+
 T = TypeVar("T")
 
 
@@ -31,12 +33,12 @@ class Folder:
         return str(self.path)
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of each file in it; empty where there is no such folder."""
+        """Return the bytes of each file in it; empty where there is no such folder."""
         path = Path(self.path)
         return {file.name: file.stat().st_size for file in path.iterdir() if file.is_file()} if path.is_dir() else {}
 
     def subfolders(self) -> list[str]:
-        """Names of the folders in it."""
+        """Return the names of the folders in it."""
         path = Path(self.path)
         return sorted(inner.name for inner in path.iterdir() if inner.is_dir()) if path.is_dir() else []
 
@@ -46,20 +48,20 @@ class Folder:
             raise InputError(f"{other} is remote and {self} is not. Put both on one side.")
         files.link_or_copy(Path(other.path) / name, Path(self.path) / name, expected)
 
-    def read_object(self, name: str, *keys: str) -> dict[str, Any]:
-        """As `files.read_object`."""
-        return files.read_object(Path(self.path) / name, *keys)
+    def read_model(self, name: str, model: type["Record"]) -> dict[str, Any]:
+        """Read a JSON file of ours in it, as `files.read_model`."""
+        return files.read_model(Path(self.path) / name, model)
 
     def read_tensors(self, name: str, expected: files.Written) -> dict[str, "Tensor"]:
-        """As `files.read_tensors`."""
+        """Read a file of tensors in it, as `files.read_tensors`."""
         return files.read_tensors(Path(self.path) / name, expected)
 
     def write_json(self, name: str, value: Any) -> None:
-        """As `files.write_json`."""
+        """Write plain data into it, as `files.write_json`."""
         files.write_json(Path(self.path) / name, value)
 
     def write_tensors(self, name: str, tensors: dict[str, "Tensor"]) -> files.Written:
-        """As `files.write_tensors`."""
+        """Write tensors into it, as `files.write_tensors`."""
         return files.write_tensors(Path(self.path) / name, tensors)
 
     def remove(self, name: str) -> None:
@@ -67,7 +69,7 @@ class Folder:
         (Path(self.path) / name).unlink(missing_ok=True)
 
     def exclusive(self) -> AbstractContextManager[None]:
-        """As `files.exclusive`."""
+        """Hold it as its only writer, as `files.exclusive`."""
         return files.exclusive(Path(self.path))
 
     def require_space(self, n_bytes: int, shard_bytes: int, mend: str) -> None:
@@ -99,7 +101,7 @@ class RemoteFolder(Folder):
         self.path = url.rstrip("/")
 
     def _call(self, what: str, act: Callable[[], T], *, if_missing: T | None = None) -> T:
-        """Failures of the other side, of whatever class its package uses, as one line."""
+        """Run `act`; failures of the other side, of whatever class its package uses, are raised as one line."""
         try:
             return act()
         except Exception as error:
@@ -134,9 +136,9 @@ class RemoteFolder(Folder):
         source = other._at(name)
         self._call(f"copy of {other}/{name} to {self}", lambda: self._fs.cp_file(source, self._at(name)))
 
-    def read_object(self, name: str, *keys: str) -> dict[str, Any]:
+    def read_model(self, name: str, model: type["Record"]) -> dict[str, Any]:
         data = self._call(f"reading {self}/{name}", lambda: self._fs.cat_file(self._at(name)))
-        return files.parse_object(data, f"{self}/{name}", *keys)
+        return model.checked(data, f"{self}/{name}")
 
     def read_tensors(self, name: str, expected: files.Written) -> dict[str, "Tensor"]:
         with tempfile.TemporaryDirectory() as folder:
@@ -157,7 +159,7 @@ class RemoteFolder(Folder):
 
     @contextlib.contextmanager
     def _staged(self, name: str) -> Iterator[Path]:
-        """A local file that is uploaded and read back at the end."""
+        """Yield a local file that is uploaded and read back at the end."""
         with tempfile.TemporaryDirectory() as folder:
             local = Path(folder) / name
             yield local
@@ -188,5 +190,5 @@ class RemoteFolder(Folder):
 
 
 def open_folder(path: str | Path) -> Folder:
-    """The folder at a local path or a URL."""
+    """Return the folder at a local path or a URL."""
     return RemoteFolder(path) if isinstance(path, str) and "://" in path else Folder(path)

@@ -6,7 +6,7 @@ from typing import Any
 
 
 def loader(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
-    """A package's `__getattr__`. homes: the module that each public name lives in."""
+    """Return a package's `__getattr__`. homes: the module that each public name lives in."""
 
     def load(name: str) -> Any:
         if name in homes:

@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 
 def say(line: str) -> None:
-    """One line of progress, above the bar where there is one."""
+    """Print one line of progress, above the bar where there is one."""
     tqdm.write(line, file=sys.stderr)
 
 

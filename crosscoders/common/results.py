@@ -5,20 +5,38 @@ from typing import Any
 
 from crosscoders.common.progress import say
 from crosscoders.common.provenance import environment, peak_memory_gib
+from crosscoders.common.records import Record
+
+
+class Row(Record):
+    """A row, as `row` makes it."""
+
+    name: str
+    value: float | None
+    unit: str
+    n: int
+    low: float | None = None
+    high: float | None = None
+
+
+class ResultRecord(Record):
+    """A file of results: eval.json, causal.json, what `--out FILE` writes."""
+
+    rows: list[Row]
 
 
 def row(
     name: str, value: float, unit: str, n: int, low: float | None = None, high: float | None = None
 ) -> dict[str, Any]:
-    """One row of a JSON result: dotted name, value, unit, count, interval where there is one."""
+    """Return one row of a JSON result: dotted name, value, unit, count, interval where there is one."""
     return {"name": name, "value": value, "unit": unit, "n": n, "low": low, "high": high}
 
 
 def result(name: str, config: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The object that --json prints."""
+    """Return the object that --json prints."""
     return {"name": name, "config": config, "environment": environment(), "rows": rows}
 
 
-def closing(started: float, text: str) -> None:
-    """The last lines of a command: what was made, wall time, peak memory."""
+def say_closing(started: float, text: str) -> None:
+    """Say the last line of a command: wall time, peak memory, what it leaves behind."""
     say(f"done in {time.perf_counter() - started:.0f} s, peak memory {peak_memory_gib():.2f} GiB: {text}")

@@ -17,7 +17,7 @@ CODE_NORMALIZATION_IDS = {1: "sum", 2: "concat", 4: "none"}
 
 
 def _read_dictionary_learning(config: dict[str, Any], weights: Path) -> Crosscoder:
-    """Buffers decide over the config: k, threshold, code normalisation and normaliser may be missing from it."""
+    """Read it; buffers decide over the config, from which k, threshold, norms and normaliser may be missing."""
     tensors = read_weights(weights)
     encoder = tensors.get("encoder.weight")
     if encoder is None or encoder.ndim != 3:
@@ -56,7 +56,8 @@ def _read_dictionary_learning(config: dict[str, Any], weights: Path) -> Crosscod
 
 
 def _normaliser(tensors: Mapping[str, Tensor], n_models: int, d_model: int) -> tuple[Tensor, Tensor]:
-    """Mean and scale of each model: x' = (x - mean) target_rms / sqrt(sum_i std_i^2); NaN in the buffers means none."""
+    """Return the mean and scale of each model: x' = (x - mean) target_rms / sqrt(sum_i std_i^2); NaN in the buffers
+    means none."""
     mean, std = tensors.get("activation_mean"), tensors.get("activation_std")
     if mean is None or std is None or mean.isnan().any() or std.isnan().any():
         return torch.zeros(n_models, d_model), torch.ones(n_models)

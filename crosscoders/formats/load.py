@@ -11,17 +11,18 @@ from pathlib import Path
 
 from crosscoders.common import files
 from crosscoders.common.errors import InputError
+from crosscoders.common.records import Record
 from crosscoders.dictionary.crosscoder import Crosscoder
 from crosscoders.formats.ckkissane import _read_ckkissane
 from crosscoders.formats.dictionary_learning import _read_dictionary_learning
 from crosscoders.formats.neighbours import neighbour
-from crosscoders.formats.ours import _read_ours
+from crosscoders.formats.ours import FORMAT, _read_ours
 
 
 def load_crosscoder(
     path_or_repo: str | Path, *, input_scale: list[float] | None = None, device: str = "cpu"
 ) -> Crosscoder:
-    """A crosscoder from a local folder or weights file, or from a hub repository.
+    """Return a crosscoder from a local folder or weights file, or from a hub repository.
 
     input_scale: the factor of each model's activations, for the ckkissane layout only, whose files do not hold it:
     sqrt(d_model) / mean ||x||, base first. Without it the weights are taken to expect activations as they are.
@@ -41,11 +42,11 @@ def load_crosscoder(
         )
     config_path = next((folder / name for name in ("config.json", "cfg.json") if (folder / name).is_file()), None)
     if config_path is None:
-        found = ", ".join(sorted(f.name for f in folder.iterdir())[:5]) or "nothing"
+        there = ", ".join(sorted(f.name for f in folder.iterdir())[:5]) or "nothing"
         raise InputError(
-            f"{path_or_repo} holds no crosscoder: no config.json or cfg.json beside the weights (found {found})."
+            f"{path_or_repo} holds no crosscoder: no config.json or cfg.json beside the weights (found {there})."
         )
-    config = files.read_object(config_path)
+    config = files.read_model(config_path, Record)
     if config_path.name == "cfg.json":
         weights = weights or folder / "cc_weights.pt"
         if not weights.is_file():
@@ -58,8 +59,8 @@ def load_crosscoder(
         raise InputError(
             "input_scale is for the ckkissane layout; these weights carry their own normaliser. Leave it out."
         )
-    elif config.get("format") == "model-diffing/crosscoder":
-        model = _read_ours(config, config_path)
+    elif config.get("format") == FORMAT:
+        model = _read_ours(config_path)
     else:
         model = _read_dictionary_learning(config, weights or _first_weights(folder))
     return model.to(device)

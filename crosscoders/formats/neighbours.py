@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from crosscoders.common import files
+from crosscoders.common.records import Record
 
 BY_NAME = "it is read by its name in SAELens's list (RELEASE/ID), if it is there"
 
@@ -47,4 +48,4 @@ def _kind(toolkit: str, *, is_transcoder: bool = False) -> str:
 
 def _settings(folder: Path) -> dict[str, Any]:
     path = next((folder / name for name in ("cfg.json", "config.json") if (folder / name).is_file()), None)
-    return {} if path is None else files.read_object(path)
+    return {} if path is None else files.read_model(path, Record)

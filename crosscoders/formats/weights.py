@@ -13,7 +13,7 @@ from crosscoders.dictionary.crosscoder import Crosscoder
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors or .pt file, in float32 where they are floats.
+    """Return tensors of a safetensors or .pt file, in float32 where they are floats.
 
     Raises:
         InputError: no such file, a git-lfs pointer, or a pickle that holds more than tensors.
@@ -24,19 +24,19 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise InputError(f"there is no {path}. Check the folder's name.")
     files.refuse_lfs_pointer(path)
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise InputError(
             f"{path} is refused: it needs unpickling of more than tensors, or is no checkpoint "
             f"({str(error).splitlines()[0]}). Ask for safetensors, or convert it where it was made."
         ) from None
-    if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
+    if not isinstance(tensors, Mapping) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise InputError(f"{path} is not a plain state dict of tensors. Save model.state_dict() alone.")
-    return {name.removeprefix("_orig_mod."): value for name, value in found.items()}
+    return {name.removeprefix("_orig_mod."): value for name, value in tensors.items()}
 
 
 def _filled(model: Crosscoder, tensors: Mapping[str, Tensor], source: Path) -> Crosscoder:
-    """The model with these tensors, after checking names and shapes."""
+    """Return the model with these tensors, after checking names and shapes."""
     wanted = model.state_dict()
     for name, value in wanted.items():
         if name not in tensors:

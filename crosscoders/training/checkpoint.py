@@ -15,18 +15,63 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from crosscoders.common import files
 from crosscoders.common.checks import to_dict
 from crosscoders.common.errors import CorruptData, InputError
 from crosscoders.common.progress import say
+from crosscoders.common.records import FileRecord, Record
+from crosscoders.models.names import Named
 from crosscoders.training import adam8
 
 FORMAT_VERSION = 1
+
+
+class CacheInput(Record):
+    """What a run records of the activations that it read; without a path where the models ran beside it."""
+
+    path: str | None = None
+    hash: str
+    hook_point: str
+    base: Named
+    tuned: Named
+
+
+class StreamInput(Record):
+    """What was measured on the activations when the run began."""
+
+    mean_norm: list[Annotated[float, Field(strict=False)]] | None = None
+    """Written as text, since JSON numbers need not keep every bit."""
+
+
+class Inputs(Record):
+    """What a run was made from; a fit has others than these, which are only compared."""
+
+    cache: CacheInput | None = None
+    stream: StreamInput = StreamInput()
+
+
+class RunRecord(Record):
+    """run.json"""
+
+    format_version: int
+    command: str
+    config: dict[str, Any]
+    inputs: Inputs
+
+
+class StateRecord(Record):
+    """manifest.json of a state."""
+
+    version = FORMAT_VERSION
+    format_version: int
+    step: int = Field(ge=0)
+    state: FileRecord
 
 
 def start_run(
@@ -57,7 +102,7 @@ def start_run(
     if not path.is_file():
         files.write_json(path, described)
         return
-    before = files.read_object(path, "config", "inputs")
+    before = files.read_model(path, RunRecord)
     recorded = {"config": _with_newer(before["config"], config), "inputs": _by_content(before["inputs"])}
     asked = {"config": described["config"], "inputs": _by_content(inputs)}
     recorded, asked = (json.loads(json.dumps(run)) for run in (recorded, asked))
@@ -140,10 +185,9 @@ def load_state(
     """
     for path in reversed(_state_folders(folder)):
         try:
-            manifest = files.read_object(path / "manifest.json", "format_version", "step", "state")
-            if manifest["format_version"] != FORMAT_VERSION:
-                raise InputError(f"{path} has format_version {manifest['format_version']}, not {FORMAT_VERSION}.")
-            tensors = files.read_tensors(path / "state.safetensors", files.Written(**manifest["state"]))
+            manifest = files.read_model(path / "manifest.json", StateRecord)
+            expected = files.Written(manifest["state"]["n_bytes"], manifest["state"]["checksum"])
+            tensors = files.read_tensors(path / "state.safetensors", expected)
         except (CorruptData, InputError) as error:
             say(f"warning: {error} Going on from the state before it.")
             continue
@@ -168,7 +212,7 @@ def cut_log(path: Path, step: int) -> None:
         return
     lines = []
     for line in path.read_text().splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
+        with contextlib.suppress(ValueError, TypeError, KeyError):  # torn, or no line of ours
             if json.loads(line)["step"] <= step:
                 lines.append(line + "\n")
     files.write_bytes(path, "".join(lines).encode())

@@ -12,7 +12,7 @@ from crosscoders.common.devices import choose_device
 from crosscoders.common.errors import EnvironmentFault, InputError
 from crosscoders.common.memory import keep_large_blocks
 from crosscoders.common.progress import say
-from crosscoders.common.results import closing, result, row
+from crosscoders.common.results import ResultRecord, result, row, say_closing
 from crosscoders.dictionary import metrics
 from crosscoders.formats.load import load_crosscoder
 from crosscoders.training.adam8 import require_torchao
@@ -49,8 +49,8 @@ def train_run(settings: TrainSettings) -> dict[str, Any]:
         f"needs {feed.memory}"
     )
     trained = train_crosscoder(config, feed.stream, out, holdout=feed.holdout, inputs=feed.inputs, log=_wandb(settings))
-    closing(started, f"crosscoder in {out}")
-    rows = files.read_object(out / "eval.json", "rows")["rows"] if feed.holdout else []
+    say_closing(started, f"crosscoder in {out}")
+    rows = files.read_model(out / "eval.json", ResultRecord)["rows"] if feed.holdout else []
     rows.append(row("train.tokens", config.n_tokens, "tokens", config.n_tokens))
     return result("train", {**to_dict(config), "crosscoder": to_dict(trained.config)}, rows)
 

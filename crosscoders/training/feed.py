@@ -24,7 +24,9 @@ from crosscoders.common.command_line import parse
 from crosscoders.common.devices import choose_device
 from crosscoders.common.errors import InputError
 from crosscoders.common.memory import PROCESS_BYTES, Need
+from crosscoders.formats.ours import trained_on
 from crosscoders.models.names import identity
+from crosscoders.training.checkpoint import RunRecord
 from crosscoders.training.loop import Holdout
 from crosscoders.training.settings import TrainConfig, TrainSettings
 
@@ -175,7 +177,7 @@ def read_cache_config(path: str) -> CacheConfig:
 def _known_moments(settings: TrainSettings, d_model: int) -> Moments | None:
     """Return the moments that the settings give, or that an interrupted run was started with; None: measure them."""
     path = Path(settings.out) / "run.json"
-    stream = files.read_object(path, "inputs")["inputs"].get("stream", {}) if path.is_file() else {}
+    stream = files.read_model(path, RunRecord)["inputs"].get("stream", {}) if path.is_file() else {}
     norm = settings.mean_norm or [float(value) for value in stream.get("mean_norm", [])]
     if not norm or (settings.input_norm == "centred" and "mean" not in stream):
         return None
@@ -190,8 +192,7 @@ def _in_eval_batches(parts: Iterable[Tokens]) -> Iterator[Float[Tensor, "_ n_mod
 
 def require_same_source(crosscoder: str | Path, opened: ActivationCache) -> None:
     """Raise InputError when one of our crosscoders was trained on another pair or hook point than the cache holds."""
-    path = Path(crosscoder) / "config.json"
-    trained = files.read_object(path).get("provenance", {}).get("cache", {}) if path.is_file() else {}
+    trained = trained_on(Path(crosscoder))
     for key in ("hook_point", "base", "tuned"):
         if key in trained and identity(trained[key]) != identity(opened.manifest[key]):
             raise InputError(

@@ -10,7 +10,7 @@ from crosscoders.common import files
 from crosscoders.common.checks import to_dict
 from crosscoders.common.devices import choose_device
 from crosscoders.common.progress import say
-from crosscoders.common.results import closing, result
+from crosscoders.common.results import result, say_closing
 from crosscoders.formats.load import load_crosscoder
 from crosscoders.models.limits import require_ids
 from crosscoders.text.chats import read_chats
@@ -20,7 +20,7 @@ from diffing.causal.patching import DIRECTIONS, inspect_cached, load_whole, meas
 from diffing.causal.sets import checked, choose_sets
 from diffing.causal.settings import CausalSettings, LensSettings, SteerSettings
 from diffing.causal.steering import answer, steered, steering_vector
-from diffing.causal.summary import rows, summary
+from diffing.causal.summary import causal_rows, causal_summary
 from diffing.latents.latent_scaling import MODELS
 from diffing.latents.runs import open_run_and_cache
 from diffing.latents.table import read_table, require_fit
@@ -56,11 +56,11 @@ def causal(settings: CausalSettings) -> dict[str, Any]:
     measured = measure(
         crosscoder, pair, chats, sets, batch_rows=settings.batch_rows, first_tokens=settings.first_tokens
     )
-    entries = rows(measured, first_tokens=settings.first_tokens, seed=settings.seed)
+    entries = causal_rows(measured, first_tokens=settings.first_tokens, seed=settings.seed)
     described = {**result("causal", to_dict(settings), entries), "latents": files.hash_file(run / "latents.json")}
     files.write_json(run / "causal.json", described)
-    closing(started, f"{len(entries)} rows in {run / 'causal.json'}")
-    return described | {"text": summary(entries, settings.first_tokens)}
+    say_closing(started, f"{len(entries)} rows in {run / 'causal.json'}")
+    return described | {"text": causal_summary(entries, settings.first_tokens)}
 
 
 def steer(settings: SteerSettings) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 r"""Rows and words of a causal measurement: means, shares of KL closed, bootstrap intervals over documents.
 
-`rows` gives the rows of `--json`, `summary` a table for people. Nothing here runs a model.
+`causal_rows` gives the rows of `--json`, `causal_summary` a table for people. Nothing here runs a model.
 """
 
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ class _Resampled:
         self.n_documents, self.n_tokens = n, int(measured.n_tokens[window].sum())
 
     def mean(self, sums: Float[np.ndarray, "patches documents"]) -> Float[np.ndarray, " resamples"]:
-        """Mean over tokens, then over draws where there are several."""
+        """Return the mean over tokens, then over draws where there are several."""
         values = self.weights @ sums.T / self.tokens[:, None]
         draws = values.shape[1]
         if draws == 1:
@@ -36,7 +36,7 @@ class _Resampled:
         return (values * resample(draws, self.generator) / draws).sum(axis=1)
 
     def of(self, name: str, what: str) -> Float[np.ndarray, " resamples"]:
-        """`kl` or `ce` of the set of this name."""
+        """Return `kl` or `ce` of the set of this name."""
         picked = [i for i, known in enumerate(self.measured.names) if known == name]
         return self.mean(getattr(self.measured, what)[self.window][picked])
 
@@ -45,18 +45,21 @@ class _Resampled:
         return row(name, float(values[0]), unit, self.n_tokens, low, high)
 
 
-def rows(measured: Mapping[str, Measured], *, first_tokens: int = 9, seed: int = 0) -> list[dict[str, Any]]:
-    """Rows causal.<direction>.<set>[.first_<K>].{kl,ce,share_closed} with 95% bootstrap intervals over documents.
+def causal_rows(measured: Mapping[str, Measured], *, first_tokens: int = 9, seed: int = 0) -> list[dict[str, Any]]:
+    """Return rows causal.<direction>.<set>[.first_<K>].{kl,ce,share_closed} with 95% bootstrap intervals over
+    documents.
 
     Raises:
         InputError: the two models predict the same, so that there is nothing to close.
     """
-    found = []
+    entries = []
     for direction, sums in measured.items():
-        found.append(row(f"causal.{direction}.documents", sums.n_tokens.shape[1], "documents", sums.n_tokens.shape[1]))
+        entries.append(
+            row(f"causal.{direction}.documents", sums.n_tokens.shape[1], "documents", sums.n_tokens.shape[1])
+        )
         for window, suffix in enumerate(("", f".first_{first_tokens}")):
-            found += _window_rows(f"causal.{direction}", suffix, _Resampled(sums, window, seed))
-    return found
+            entries += _window_rows(f"causal.{direction}", suffix, _Resampled(sums, window, seed))
+    return entries
 
 
 def _window_rows(start: str, suffix: str, resampled: _Resampled) -> list[dict[str, Any]]:
@@ -66,26 +69,28 @@ def _window_rows(start: str, suffix: str, resampled: _Resampled) -> list[dict[st
         raise InputError("the two models give the same activations at this hook point, so there is no KL to close.")
     share = {name: 1 - values / kl["none"] for name, values in kl.items()}
     own = resampled.mean(resampled.measured.own_ce[resampled.window][None])
-    found = [resampled.row(f"{start}.unpatched{suffix}.ce", own, "nats/token")]
+    entries = [resampled.row(f"{start}.unpatched{suffix}.ce", own, "nats/token")]
     for name in names:
-        found.append(resampled.row(f"{start}.{name}{suffix}.kl", kl[name], "nats/token"))
-        found.append(resampled.row(f"{start}.{name}{suffix}.ce", resampled.of(name, "ce"), "nats/token"))
+        entries.append(resampled.row(f"{start}.{name}{suffix}.kl", kl[name], "nats/token"))
+        entries.append(resampled.row(f"{start}.{name}{suffix}.ce", resampled.of(name, "ce"), "nats/token"))
         if name not in ("none", "source_model"):
-            found.append(resampled.row(f"{start}.{name}{suffix}.share_closed", share[name], "fraction"))
+            entries.append(resampled.row(f"{start}.{name}{suffix}.share_closed", share[name], "fraction"))
     for top in dict.fromkeys(name.split(".")[0] for name in names if name.startswith("top_")):
         for other in ("norm", "random"):
             gain = share[f"{top}.scaling"] - share[f"{top}.{other}"]
-            found.append(resampled.row(f"{start}.{top}.scaling_minus_{other}{suffix}.share_closed", gain, "fraction"))
+            entries.append(resampled.row(f"{start}.{top}.scaling_minus_{other}{suffix}.share_closed", gain, "fraction"))
         draws = [i for i, name in enumerate(resampled.measured.names) if name == f"{top}.random"]
         smallest = resampled.measured.kl[resampled.window][draws].sum(axis=1).min() / resampled.n_tokens
         largest = 1 - smallest / kl["none"][0]
-        found.append(row(f"{start}.{top}.random_largest{suffix}.share_closed", float(largest), "fraction", len(draws)))
-    return found
+        entries.append(
+            row(f"{start}.{top}.random_largest{suffix}.share_closed", float(largest), "fraction", len(draws))
+        )
+    return entries
 
 
-def summary(found: list[dict[str, Any]], first_tokens: int) -> str:
-    """The rows as a table for people, one block for each direction."""
-    values, first = {entry["name"]: entry for entry in found}, f".first_{first_tokens}"
+def causal_summary(rows: list[dict[str, Any]], first_tokens: int) -> str:
+    """Return the rows as a table for people, one block for each direction."""
+    values, first = {entry["name"]: entry for entry in rows}, f".first_{first_tokens}"
     lines = []
     for direction in DIRECTIONS:
         start = f"causal.{direction}."

@@ -23,7 +23,8 @@ from crosscoders.common import files, results
 from crosscoders.common.checks import to_dict
 from crosscoders.common.progress import say
 from crosscoders.common.provenance import peak_memory_gib
-from crosscoders.common.results import row
+from crosscoders.common.records import Record
+from crosscoders.common.results import ResultRecord, row
 from crosscoders.text.settings import DataSource
 from crosscoders.training.feed import EVAL_TOKENS, cache_inputs
 from crosscoders.training.settings import PRESETS
@@ -51,7 +52,7 @@ def run_demo(settings: DemoSettings) -> dict[str, Any]:
     run = out / "run"
     config = train_config(settings.seed)
     train_on(train_cache, heldout, config, run)
-    rows = files.read_object(run / "eval.json", "rows")["rows"]
+    rows = files.read_model(run / "eval.json", ResultRecord)["rows"]
     rows.append(row("train.tokens", config.n_tokens, "tokens", config.n_tokens))
     if not (run / "latents.json").is_file():
         say(f"scale {len(train_cache):,} tokens")
@@ -59,7 +60,7 @@ def run_demo(settings: DemoSettings) -> dict[str, Any]:
     table = pandas.read_parquet(run / "latents.parquet")
     nulls = calibrate_demo(out, run, train_cache, settings.null_seeds) if settings.null_seeds else ("", [])
     written = write_report(run)
-    text = demo_summary(table, files.read_json(run / "examples.json")["latents"])
+    text = demo_summary(table, files.read_model(run / "examples.json", Record)["latents"])
     text += nulls[0] + "\n" + closing_words(written.html, rows, time.perf_counter() - started)
     return results.result("demo", to_dict(settings), [*rows, *demo_rows(table), *nulls[1]]) | {"text": text}
 

@@ -7,7 +7,7 @@ from typing import Any
 from crosscoders.common import files
 from crosscoders.common.checks import to_dict
 from crosscoders.common.progress import say
-from crosscoders.common.results import closing, result, row
+from crosscoders.common.results import result, row, say_closing
 from crosscoders.dictionary.health import warning
 from crosscoders.training.log import last_line
 from diffing.latents.contexts import MAX_GROUPS, OTHER, n_folded
@@ -17,7 +17,7 @@ from diffing.latents.runs import open_run_and_cache
 from diffing.latents.settings import ScaleSettings, StabilitySettings
 from diffing.latents.stability import read_runs
 from diffing.latents.stability import stability as survival_rows
-from diffing.latents.table import scale_run
+from diffing.latents.table import TwinRecord, scale_run
 from diffing.latents.verdict import VERDICTS
 
 
@@ -45,10 +45,10 @@ def scale(settings: ScaleSettings) -> dict[str, Any]:
         say(f"{folded:,} groups of documents are counted together as {OTHER!r}; the {MAX_GROUPS} largest are not")
     if not nulls:
         say(f"these counts have no false-positive rate yet: {NULL.format(run=run)}")
-    twins = files.read_object(run / "twins.json", "twins", "control")
+    twins = files.read_model(run / "twins.json", TwinRecord)
     if twins["twins"]:
         say(f"{len(twins['twins'])} pairs of twins, a tuned-only and a base-only latent of one direction: twins.json")
-    closing(started, f"latent table in {run / 'latents.json'}")
+    say_closing(started, f"latent table in {run / 'latents.json'}")
     say(f"next: diffing report {shlex.quote(str(run))}")
     rows = [row(f"scale.verdict.{verdict}.count", n, "latents", len(table)) for verdict, n in counts.items()]
     rows.append(row("scale.twins.count", len(twins["twins"]), "pairs", len(table)))

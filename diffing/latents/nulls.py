@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from crosscoders.common.errors import InputError
-from crosscoders.common.files import hash_file, read_object
+from crosscoders.common.files import hash_file, read_model
+from crosscoders.common.records import Record
 
 NULL = "diffing null {run} --placebo MODEL --out {run}-null"
 
@@ -33,7 +34,7 @@ def read_nulls(run: Path) -> dict[str, Any]:
     path, again = run / "null.json", f"Run: {NULL.format(run=run)}"
     if not path.is_file():
         return {}
-    calibration = read_object(path)
+    calibration = read_model(path, Record)
     if calibration.get("format_version") != 1:
         raise InputError(
             f"{path} has format_version {calibration.get('format_version')!r}; this version reads 1. {again}"

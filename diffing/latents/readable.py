@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from crosscoders.common import files
+from crosscoders.common.records import Record
+from crosscoders.common.results import ResultRecord
 from crosscoders.dictionary.health import complaints
 
 
@@ -34,14 +36,14 @@ def reasons(
 def evaluation_of(run: Path) -> list[dict[str, Any]]:
     """Return the rows of eval.json; empty where there is none."""
     path = run / "eval.json"
-    rows: list[dict[str, Any]] = files.read_object(path, "rows")["rows"] if path.is_file() else []
+    rows: list[dict[str, Any]] = files.read_model(path, ResultRecord)["rows"] if path.is_file() else []
     return rows
 
 
 def k_of(run: Path) -> int | None:
     """Return the active latents per token that a crosscoder of ours was trained for; None where that is not known."""
     path = run / "config.json"
-    shape = files.read_object(path).get("crosscoder") if path.is_file() else None
+    shape = files.read_model(path, Record).get("crosscoder") if path.is_file() else None
     return shape.get("k") if isinstance(shape, dict) else None
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from crosscoders.activations.cache import ActivationCache
 from crosscoders.common import files
 from crosscoders.common.errors import InputError
+from crosscoders.training.checkpoint import RunRecord
 from crosscoders.training.feed import require_same_source
 
 
@@ -32,7 +33,7 @@ def training_cache(run: Path) -> str:
         raise InputError(
             f"{str(run)!r} is not a run folder (no run.json), so its cache is unknown. Name it: --cache CACHE"
         )
-    inputs = files.read_object(run / "run.json", "inputs")["inputs"]
-    if "path" not in inputs.get("cache", {}):
+    inputs = files.read_model(run / "run.json", RunRecord)["inputs"]
+    if (inputs.get("cache") or {}).get("path") is None:
         raise InputError(f"{str(run)!r} was not trained on a cache. Name one: --cache CACHE")
     return str(inputs["cache"]["path"])

@@ -20,11 +20,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from crosscoders.common import files
 from crosscoders.common.errors import InputError
 from crosscoders.common.results import row
 from crosscoders.dictionary.crosscoder import Crosscoder
 from crosscoders.formats.load import load_crosscoder
+from crosscoders.formats.ours import trained_on
 from crosscoders.models.names import identity
 from diffing.latents.table import read_table
 from diffing.latents.verdict import VERDICTS, alive_latents
@@ -48,38 +48,38 @@ class Matches(NamedTuple):
 
 
 def read_runs(folders: list[str]) -> list[TrainedRun]:
-    """Runs on one pair and hook point.
+    """Return runs on one pair and hook point.
 
     Raises:
         InputError: fewer than two, one named twice, or runs on different pairs or of different width.
     """
     if len({Path(folder).resolve() for folder in folders}) < max(2, len(folders)):
         raise InputError(f"stability needs two or more different runs; it got {', '.join(folders) or 'none'}.")
-    found = [TrainedRun(load_crosscoder(folder), read_table(Path(folder))) for folder in folders]
-    first = _source(folders[0]) | {"d_model": found[0].crosscoder.b_dec.shape[1]}
-    for folder, run in zip(folders, found, strict=True):
+    runs = [TrainedRun(load_crosscoder(folder), read_table(Path(folder))) for folder in folders]
+    first = _source(folders[0]) | {"d_model": runs[0].crosscoder.b_dec.shape[1]}
+    for folder, run in zip(folders, runs, strict=True):
         now = _source(folder) | {"d_model": run.crosscoder.b_dec.shape[1]}
         for key, value in first.items():
             if now[key] != value:
                 raise InputError(f"run {folder!r} has another {key} than {folders[0]!r}. Compare runs of one pair.")
-    return found
+    return runs
 
 
 def _source(folder: str) -> dict[str, Any]:
-    cache = files.read_object(Path(folder) / "config.json").get("provenance", {}).get("cache", {})
+    cache = trained_on(Path(folder))
     return {key: identity(cache.get(key)) for key in ("hook_point", "base", "tuned")}
 
 
 def matches(run: TrainedRun, other: TrainedRun, *, permute: int | None = None) -> Matches:
-    """Nearest latents; `permute`: seed of a permutation of the other run's coordinates, for the control."""
+    """Return nearest latents; `permute`: seed of a permutation of the other run's coordinates, for the control."""
     latents, candidates = alive_latents(run.table), alive_latents(other.table)
     mine, theirs = _directions(run, latents), _directions(other, candidates)
     if permute is not None:
         order = torch.randperm(theirs.shape[1] // 2, generator=torch.Generator().manual_seed(permute))
         theirs = torch.cat([half[:, order] for half in theirs.chunk(2, dim=1)], dim=1)
     best = [(chunk @ theirs.T).max(dim=1) for chunk in mine.split(4096)]
-    cosine, places = (torch.cat([found[i] for found in best]).numpy() for i in (0, 1))
-    return Matches(latents, candidates[places], cosine)
+    cosine, nearest = (torch.cat([maxima[i] for maxima in best]).numpy() for i in (0, 1))
+    return Matches(latents, candidates[nearest], cosine)
 
 
 def _directions(run: TrainedRun, latents: Int[np.ndarray, " n"]) -> Float[Tensor, "n twice_d_model"]:
@@ -88,17 +88,17 @@ def _directions(run: TrainedRun, latents: Int[np.ndarray, " n"]) -> Float[Tensor
 
 
 def stability(runs: list[TrainedRun], *, seed: int = 0) -> list[dict[str, Any]]:
-    """Rows stability.<verdict>.{survival,same}, .top_32.*, .all.*, and .control.survival; n counts latents over all
-    ordered pairs of runs, and `_least` is the smallest share among these pairs."""
+    """Return rows stability.<verdict>.{survival,same}, .top_32.*, .all.*, and .control.survival; n counts latents over
+    all ordered pairs of runs, and `_least` is the smallest share among these pairs."""
     hits: dict[str, list[tuple[int, int, int]]] = {}
     for i, j in permutations(range(len(runs)), 2):
-        found = matches(runs[i], runs[j])
-        survives = found.cosine >= COSINE
+        matched = matches(runs[i], runs[j])
+        survives = matched.cosine >= COSINE
         verdict, partner = (run.table["verdict"].to_numpy() for run in (runs[i], runs[j]))
-        same = survives & (verdict[found.latents] == partner[found.partners])
-        groups = {word: verdict[found.latents] == word for word in VERDICTS}
-        groups[f"top_{TOP}"] = runs[i].table["rank"].to_numpy()[found.latents] <= TOP
-        groups["all"] = np.full(len(found.latents), True)
+        same = survives & (verdict[matched.latents] == partner[matched.partners])
+        groups = {word: verdict[matched.latents] == word for word in VERDICTS}
+        groups[f"top_{TOP}"] = runs[i].table["rank"].to_numpy()[matched.latents] <= TOP
+        groups["all"] = np.full(len(matched.latents), True)
         for name, inside in groups.items():
             if inside.any():
                 counted = (int(survives[inside].sum()), int(same[inside].sum()), int(inside.sum()))

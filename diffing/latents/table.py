@@ -15,6 +15,7 @@ import numpy as np
 import pandas
 import torch
 from jaxtyping import Float
+from pydantic import ConfigDict, model_validator
 from torch import Tensor
 
 from crosscoders.activations.cache import ActivationCache
@@ -22,6 +23,7 @@ from crosscoders.common import files
 from crosscoders.common.devices import choose_device
 from crosscoders.common.errors import CorruptData, InputError
 from crosscoders.common.progress import Progress, say
+from crosscoders.common.records import Record
 from crosscoders.dictionary.crosscoder import Crosscoder
 from crosscoders.formats.load import load_crosscoder
 from crosscoders.models.pair import inspect_pair
@@ -166,6 +168,61 @@ def with_positions(table: pandas.DataFrame, shares: Float[Tensor, "dict_size pla
     )
 
 
+class Twin(Record):
+    """A pair of twins, or of the control."""
+
+    tuned: int
+    base: int
+    cosine: float
+    divergence: float
+
+
+class TwinRecord(Record):
+    """twins.json"""
+
+    version = FORMAT_VERSION
+    again = "run diffing scale again"
+    format_version: int
+    twins: list[Twin]
+    control: list[Twin]
+
+
+class CacheOf(Record):
+    """The cache that a table was made on."""
+
+    path: str
+    hash: str
+
+
+class Columns(Record):
+    """Columns of the latent table, by name, of equal length; more than these."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, list[Any]]
+    latent: list[int]
+    verdict: list[str]
+
+    @model_validator(mode="after")
+    def _agrees(self) -> "Columns":
+        for name, values in [("verdict", self.verdict), *self.__pydantic_extra__.items()]:
+            if len(values) != len(self.latent):
+                raise ValueError(f"{name!r} has {len(values)} entries, 'latent' has {len(self.latent)}")
+        return self
+
+
+class LatentRecord(Record):
+    """latents.json"""
+
+    version = FORMAT_VERSION
+    again = "run diffing scale again"
+    format_version: int
+    n_tokens: int
+    n_blocks: int
+    cache: CacheOf
+    thresholds: dict[str, float]
+    columns: Columns
+
+
 def write_table(run: Path, table: pandas.DataFrame, scales: LatentScales, cache: ActivationCache) -> None:
     """Write RUN/latents.json: the table by columns, undefined numbers as null."""
     columns = {"latent": table.index.tolist()}
@@ -196,13 +253,13 @@ def read_table(run: Path) -> pandas.DataFrame:
     """
     if not (run / "latents.json").is_file():
         raise InputError(f"{str(run)!r} has no latent table (latents.json). Make it first: diffing scale {run}")
-    listed = files.read_object(run / "latents.json", "columns")["columns"]
+    listed = files.read_model(run / "latents.json", LatentRecord)["columns"]
     try:
         table = pandas.read_parquet(run / "latents.parquet")
     except (OSError, ValueError) as error:
         cause = str(error).splitlines()[0]
         raise CorruptData(f"{run / 'latents.parquet'} cannot be read ({cause}). Run diffing scale again.") from None
-    if table.index.tolist() != listed.get("latent"):
+    if table.index.tolist() != listed["latent"]:
         raise CorruptData(f"{run / 'latents.parquet'} and latents.json list other latents. Run diffing scale again.")
     return table
 

@@ -18,6 +18,7 @@ from crosscoders.common import files
 from crosscoders.common.devices import choose_device
 from crosscoders.common.errors import InputError
 from crosscoders.common.progress import say
+from crosscoders.common.records import Record
 from crosscoders.models import hooks
 from crosscoders.models.loading import load_model
 from crosscoders.models.names import hash_model, load_auto, quiet_transformers
@@ -168,7 +169,7 @@ def is_made(out: Path, recipe: dict[str, Any]) -> bool:
     """
     if not (out / "made.json").is_file():
         return False
-    recorded = files.read_object(out / "made.json")
+    recorded = files.read_model(out / "made.json", Record)
     for key, value in recipe.items():
         if recorded.get(key) != value:
             raise InputError(

@@ -16,6 +16,7 @@ from crosscoders.activations.cache import ActivationCache
 from crosscoders.common import files
 from crosscoders.common.errors import InputError
 from crosscoders.models.names import hash_model
+from diffing.latents.table import LatentRecord
 from diffing.null.calibration import Tables, calibrate
 from diffing.null.models import round_model, train_placebo
 from diffing.null.runs import null_cache, null_run, read_config, read_scaled, require_null
@@ -60,7 +61,7 @@ def calibrate_run(settings: NullSettings, opened: ActivationCache) -> dict[str, 
 
 def require_scaled_on(run: Path, opened: ActivationCache) -> int:
     """Return the tokens that the run was scaled on; raise InputError unless they are the first ones of `opened`."""
-    scaled = files.read_object(run / "latents.json", "n_tokens", "cache")
+    scaled = files.read_model(run / "latents.json", LatentRecord)
     if scaled["cache"]["hash"] != opened.manifest_hash:
         raise InputError(
             f"{run} was scaled on cache {scaled['cache']['path']!r}, not on {str(opened.path)!r}. Name that one with "

@@ -53,7 +53,7 @@ SCORES = {
 
 
 def score_values(table: pandas.DataFrame, score: str) -> Float[np.ndarray, " dict_size"]:
-    """The score of each latent, in its own unit."""
+    """Return the score of each latent, in its own unit."""
     if score == "specificity":
         return specificity(table)
     if score == "larger_ratio":
@@ -63,20 +63,20 @@ def score_values(table: pandas.DataFrame, score: str) -> Float[np.ndarray, " dic
 
 
 def evidence(table: pandas.DataFrame, score: str) -> Float[np.ndarray, " dict_size"]:
-    """The score, signed so that larger is more specific; -inf where the latent is not `eligible`."""
+    """Return the score, signed so that larger is more specific; -inf where the latent is not `eligible`."""
     values = SCORES[score].sign * score_values(table, score)
     return np.where(eligible(table) & ~np.isnan(values), values, -np.inf)
 
 
 def _n_allowed(n: int, rate: float) -> int:
-    """Whole latents of n that a rate allows; 0.01 of 300 is 3, whatever its float says."""
+    """Return whole latents of n that a rate allows; 0.01 of 300 is 3, whatever its float says."""
     return math.floor(rate * n + 1e-9)
 
 
 def threshold_at(null: Float[np.ndarray, " dict_size"], n: int, rate: float, best: float = math.inf) -> float:
-    """The loosest threshold that at most `rate` n entries of a null's evidence exceed: its (floor(rate n) + 1)-th
-    largest entry; -inf where so few are eligible that none need be excluded. n is the number of alive latents, `best`
-    the largest evidence that the score can have.
+    """Return the loosest threshold that at most `rate` n entries of a null's evidence exceed: its (floor(rate n) +
+    1)-th largest entry; -inf where so few are eligible that none need be excluded. n is the number of alive latents,
+    `best` the largest evidence that the score can have.
 
     For less than one latent, rate n < 1: where a further crosscoder of the null has `rate` n of them on average, or
     RARE if that is more; no looser than the largest entry. With K = round(sqrt(n)), u the (K + 1)-th largest entry and
@@ -98,7 +98,8 @@ def threshold_at(null: Float[np.ndarray, " dict_size"], n: int, rate: float, bes
 
 
 def chance(n: int, rate: float) -> float:
-    """Share of the latents of a further null crosscoder that the threshold for a rate is expected to let through."""
+    """Return the share of the latents of a further null crosscoder that the threshold for a rate is expected to let
+    through."""
     n_allowed = _n_allowed(n, rate)
     return (n_allowed + 1) / (n + 1) if n_allowed else max(rate, RARE / n) if n else 0.0
 
@@ -107,7 +108,7 @@ def chance(n: int, rate: float) -> float:
 
 
 def effective_number(crosscoder: Crosscoder, table: pandas.DataFrame) -> float:
-    """Independent latents that the n alive ones of a crosscoder count as.
+    """Return how many independent latents the n alive ones of a crosscoder count as.
 
         n_eff = n / mean_i #{j : |cos(d_i^tuned, d_j^tuned)| >= ALIGNED},  i and j alive, j = i included
 
@@ -117,18 +118,19 @@ def effective_number(crosscoder: Crosscoder, table: pandas.DataFrame) -> float:
     unaligned decoders, and whatever moves all latents of one crosscoder together; only other seeds show that.
     Source: Kish 1965, Survey Sampling, 8.2 (design effect); the neighbourhood form is ours.
     """
-    kept = alive_latents(table)
-    if not len(kept):
+    chosen = alive_latents(table)
+    if not len(chosen):
         return 0.0
-    directions = crosscoder.decoder().detach().float()[torch.from_numpy(kept), 1]
+    directions = crosscoder.decoder().detach().float()[torch.from_numpy(chosen), 1]
     directions = torch.nn.functional.normalize(directions, dim=1)
-    rows = torch.linspace(0, len(kept) - 1, min(len(kept), GRAM_ROWS)).long()
+    rows = torch.linspace(0, len(chosen) - 1, min(len(chosen), GRAM_ROWS)).long()
     near = [((directions[part] @ directions.T).abs() >= ALIGNED).sum(dim=1) for part in rows.split(512)]
-    return float(len(kept) / torch.cat(near).clamp_min(1).double().mean())
+    return float(len(chosen) / torch.cat(near).clamp_min(1).double().mean())
 
 
 def rate_interval(k: float, n: int, n_effective: float) -> tuple[float, float]:
-    """95% interval of a rate from k false positives among n latents that count as `n_effective` independent ones.
+    """Return the 95% interval of a rate from k false positives among n latents that count as `n_effective` independent
+    ones.
 
     Clopper and Pearson's with k n_eff / n of n_eff: Beta quantiles, which need no whole numbers. Source: Korn and
     Graubard 1998, Survey Methodology 24, 193; differs: the design effect comes from decoders, not from replicates,

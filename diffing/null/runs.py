@@ -21,10 +21,17 @@ from crosscoders.formats.load import load_crosscoder
 from crosscoders.models.names import hash_model, identity
 from crosscoders.models.pair import inspect_pair
 from crosscoders.text.settings import DataSource
+from crosscoders.training.checkpoint import RunRecord
 from crosscoders.training.command import train_run
 from crosscoders.training.settings import TrainConfig, TrainSettings
-from diffing.latents.table import cache_table, cache_tokenizer, write_table
+from diffing.latents.table import LatentRecord, cache_table, cache_tokenizer, write_table
 from diffing.null.rates import effective_number
+
+
+class TrainRecord(RunRecord):
+    """run.json of `crosscoders train`"""
+
+    config: TrainConfig  # type: ignore[assignment]  # narrower: what every run records is plain data
 
 
 class Scaled(NamedTuple):
@@ -45,7 +52,7 @@ def read_config(run: Path, device: str) -> TrainConfig:
         raise InputError(f"{str(run)!r} is not a run folder (no run.json). Name one of `crosscoders train`.")
     if not (run / "latents.json").is_file():
         raise InputError(f"{str(run)!r} has no latents.json. Run: diffing scale {run}")
-    config = files.read_object(run / "run.json", "config")["config"]
+    config = files.read_model(run / "run.json", TrainRecord)["config"]
     known = {field.name for field in fields(TrainConfig)}
     shape = CrosscoderConfig(**config["crosscoder"])
     return TrainConfig(
@@ -108,7 +115,7 @@ def null_run(config: TrainConfig, cache: ActivationCache, out: Path, n_tokens: i
     train_run(TrainSettings(**settings, cache=str(cache.path), out=str(out)))
     described = out / "latents.json"
     if described.is_file():
-        scaled = files.read_object(described, "n_tokens", "cache")
+        scaled = files.read_model(described, LatentRecord)
         if scaled["n_tokens"] == n_tokens and scaled["cache"]["hash"] == cache.manifest_hash:
             return read_scaled(out)
     crosscoder = load_crosscoder(out, device=str(choose_device(config.device)))
@@ -119,6 +126,6 @@ def null_run(config: TrainConfig, cache: ActivationCache, out: Path, n_tokens: i
 
 def read_scaled(run: Path) -> Scaled:
     """Return the latent table of a scaled run, and how many independent latents it counts as."""
-    columns: dict[str, Any] = files.read_object(run / "latents.json", "columns")["columns"]
+    columns: dict[str, Any] = files.read_model(run / "latents.json", LatentRecord)["columns"]
     table = pandas.DataFrame(columns).set_index("latent")
     return Scaled(table, effective_number(load_crosscoder(run), table))

@@ -65,7 +65,8 @@ def read_causal(run: Path) -> dict[str, Any]:
     path = run / "causal.json"
     if not path.is_file():
         return {}
-    rows, again = read_rows(path), f"Run: {CAUSAL.format(run=run)}"
+    again = f"Run: {CAUSAL.format(run=run)}"
+    rows = read_rows(path, again)
     if read_object(path).get("latents") != hash_file(path.with_name("latents.json")):
         return {}
     directions: dict[str, Any] = {}

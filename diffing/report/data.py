@@ -15,7 +15,8 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from crosscoders.common.errors import InputError, nearest
-from crosscoders.common.files import read_json
+from crosscoders.common.files import read_model
+from crosscoders.common.records import Record
 from diffing.latents.decoder_norms import NORM_CLASSES
 from diffing.latents.verdict import VERDICTS, Thresholds, is_alive
 
@@ -146,7 +147,8 @@ def read_run(path: Path) -> Run:
     latents = read_latents(path / "latents.json")
     setup = read_object(path / "run.json") if (path / "run.json").is_file() else {}
     training, heldout = read_training(path / "train.jsonl") if (path / "train.jsonl").is_file() else ([], [])
-    evaluation = read_rows(path / "eval.json") if (path / "eval.json").is_file() else []
+    again = f"Run: {command_for('eval.json', path)}"
+    evaluation = read_rows(path / "eval.json", again) if (path / "eval.json").is_file() else []
     examples = read_examples(path / "examples.json", latents) if (path / "examples.json").is_file() else {}
     return Run(path, setup, training, heldout, evaluation, latents, examples)
 
@@ -172,10 +174,7 @@ def finite(value: Any) -> Any:
 
 def read_object(path: Path) -> dict[str, Any]:
     """Read a file that holds one JSON object."""
-    value = read_json(path)
-    if not isinstance(value, dict):
-        raise InputError(f"{path} holds a {type(value).__name__}, not an object. Restore it, or make it again.")
-    return {str(key): finite(item) for key, item in value.items()}
+    return {key: finite(item) for key, item in read_model(path, Record).items()}
 
 
 def read_latents(path: Path) -> Latents:
@@ -252,11 +251,11 @@ def read_training(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]
     return [training[step] for step in sorted(training)], [heldout[step] for step in sorted(heldout)]
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: Path, again: str) -> list[dict[str, Any]]:
     """Read the rows of a result file: name, value, unit, n, low, high."""
     rows = read_object(path).get("rows")
     if not (isinstance(rows, list) and all(isinstance(row, dict) and isinstance(row.get("name"), str) for row in rows)):
-        raise InputError(f"{path} has no list of named 'rows'. Run: {command_for(path.name, path.parent)}")
+        raise InputError(f"{path} has no list of named 'rows'. {again}")
     return rows
 
 

@@ -20,7 +20,7 @@ from crosscoders.common.checks import to_dict
 from crosscoders.common.devices import choose_device
 from crosscoders.common.errors import InputError
 from crosscoders.common.progress import say
-from crosscoders.common.results import closing, result, row
+from crosscoders.common.results import result, row, say_closing
 from crosscoders.common.statistics import bootstrap_interval, resample
 from crosscoders.models.names import hash_model, load_auto
 from diffing.sae_gap.classes import CLASSES, RoleClasses
@@ -212,5 +212,5 @@ def sae_gap(settings: SaeGapSettings) -> dict[str, Any]:
     entries = gap_rows(gap_run(settings), settings.seed)
     described = result("sae-gap", to_dict(settings), entries)
     files.write_json(Path(settings.out) / "sae-gap.json", described)
-    closing(started, f"{len(entries)} rows in {Path(settings.out) / 'sae-gap.json'}")
+    say_closing(started, f"{len(entries)} rows in {Path(settings.out) / 'sae-gap.json'}")
     return {**described, "text": gap_summary(entries)}

@@ -14,8 +14,10 @@ from torch import nn
 
 from crosscoders.common import files
 from crosscoders.common.errors import CorruptData, InputError
+from crosscoders.common.records import Record
 from crosscoders.formats.load import load_crosscoder
 from crosscoders.formats.neighbours import neighbour
+from crosscoders.formats.ours import FORMAT, CrosscoderRecord, trained_on
 from crosscoders.models import hooks
 from sae_lora.dictionaries import gemma_scope, hub
 from sae_lora.dictionaries.frozen import (
@@ -110,7 +112,7 @@ def _layout(given: Path) -> Literal["gemma-scope", "sae-lens", "crosscoder"]:
         return "crosscoder"
     # SAELens wrote no architecture at first.
     has_weights = (given / "sae_weights.safetensors").is_file()
-    return "sae-lens" if has_weights or "architecture" in files.read_object(given / "cfg.json") else "crosscoder"
+    return "sae-lens" if has_weights or "architecture" in files.read_model(given / "cfg.json", Record) else "crosscoder"
 
 
 def read_dictionary(info: DictionaryInfo, other: nn.Module | None = None) -> FrozenDictionary:
@@ -161,8 +163,17 @@ def _inspect_gemma_scope(path: Path, hook_point: str | None, model_type: str | N
 # -------------------------------------------------------------------------------------------------------- SAELens
 
 
+class SaeLensRecord(Record):
+    """cfg.json of SAELens, as far as it is read without looking closer."""
+
+    again = "save the SAE again"
+    d_in: Any
+    d_sae: Any
+    metadata: dict[str, Any] | None = None
+
+
 def _inspect_sae_lens(folder: Path, hook_point: str | None, model_type: str | None) -> DictionaryInfo:
-    config = files.read_object(folder / "cfg.json", "d_in", "d_sae")
+    config = files.read_model(folder / "cfg.json", SaeLensRecord)
     return _sae_lens_info(
         config, str(folder), hook_point, model_type, NORMALISATIONS,
         lambda: _require_shapes(folder, config["d_in"], config["d_sae"]),
@@ -264,9 +275,8 @@ def _read_sae_lens(info: DictionaryInfo, source: Path | hub.Converted) -> Frozen
 def _crosscoder_shape(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the settings of a crosscoder, and the record of the activations that it was trained on."""
     config_path = path / "config.json"
-    config = files.read_object(config_path) if config_path.is_file() else {}
-    if config.get("format") == "model-diffing/crosscoder":
-        return config.get("crosscoder", {}), config.get("provenance", {}).get("cache", {})
+    if config_path.is_file() and files.read_model(config_path, Record).get("format") == FORMAT:
+        return dict(files.read_model(config_path, CrosscoderRecord)["crosscoder"]), trained_on(path)
     n_models, d_model, dict_size = load_crosscoder(path).W_enc.shape  # layouts of others say it in the weights only
     return {"n_models": n_models, "d_model": d_model, "dict_size": dict_size}, {}
 
@@ -275,12 +285,7 @@ def _inspect_crosscoder(
     path: Path, hook_point: str | None, side: Side | None, model_type: str | None
 ) -> DictionaryInfo:
     shape, source = _crosscoder_shape(path)
-    try:
-        n_models, d_model, dict_size = (int(shape[key]) for key in ("n_models", "d_model", "dict_size"))
-    except (KeyError, TypeError):
-        raise CorruptData(
-            f"{path / 'config.json'} lacks n_models, d_model or dict_size. Save the crosscoder again."
-        ) from None
+    n_models, d_model, dict_size = (int(shape[key]) for key in ("n_models", "d_model", "dict_size"))
     if n_models == 2 and side is None:
         raise InputError(f"crosscoder {str(path)!r} reads two models. Give its side: base, tuned or both.")
     if n_models == 1 and side is not None:

@@ -67,7 +67,7 @@ class Ablating(FrozenDictionary):
 
 
 def choose_latents(n_active: Int[Tensor, " dict_size"], n: int, seed: int) -> list[int]:
-    """A sample of the latents that fire on enough tokens, all of them where there are no more than n."""
+    """Return a sample of the latents that fire on enough tokens, all of them where there are no more than n."""
     able = np.flatnonzero(n_active.numpy() >= MIN_TOKENS)
     return sorted(np.random.default_rng(seed).choice(able, min(n, len(able)), replace=False).tolist())
 
@@ -82,7 +82,7 @@ def effects(
     keep_ids: Sequence[int],
     seed: int = 0,
 ) -> Effects:
-    """What the model loses without each of these latents of the dictionary at a hook point; the others stay spliced."""
+    """Measure what the model loses without each of these latents of the dictionary at a hook point."""
     device = next(fitted.model.parameters()).device
     chosen = torch.tensor(latents, device=device)
     drawn = torch.randn(
@@ -109,8 +109,8 @@ def effects(
                 for when, run in enumerate(runs):
                     changed = run(part, chosen[j], pushed)
                     with head_alone(fitted.model) as to_logits:
-                        found = _kl_of_rows(to_logits, whole[when][r], changed, used[r])
-                    np.add.at(kl[kind, when], j.cpu().numpy(), found)
+                        sums = _kl_of_rows(to_logits, whole[when][r], changed, used[r])
+                    np.add.at(kl[kind, when], j.cpu().numpy(), sums)
         for r, j in pairs:
             n_firing[j] += int(firing[r, j])
             n_sequences[j] += 1
@@ -120,8 +120,8 @@ def effects(
 def _runner(
     fitted: Fitted, put: Sequence[FrozenDictionary] | None, hook_point: str, keep_ids: Sequence[int]
 ) -> Callable[[Batch, Tensor | None, Tensor | None], Tensor]:
-    """Final hidden states before (these dictionaries, LoRA off) or after (None: those of the fit), one latent less in
-    each row."""
+    """Return the final hidden states before (these dictionaries, LoRA off) or after (None: those of the fit), one
+    latent less in each row."""
     spliced = fitted.dictionaries if put is None else list(put)
     changed = [Ablating(d) if d.hook_point == hook_point else d for d in spliced]
     ablating = next(d for d in changed if isinstance(d, Ablating))
@@ -148,19 +148,19 @@ def _firing(
     batch: Batch,
     keep_ids: Sequence[int],
 ) -> Int[Tensor, "rows latents"]:
-    """Tokens of each sequence on which each latent fires, adapter off."""
-    found: list[Tensor] = []
+    """Return the number of tokens of each sequence on which each latent fires, adapter off."""
+    firing: list[Tensor] = []
 
     def keep(dictionary: FrozenDictionary, _x: Tensor, latents: Tensor, _x_hat: Tensor) -> None:
         if dictionary.hook_point == hook_point:
-            found.append(latents[:, chosen] != 0)
+            firing.append(latents[:, chosen] != 0)
 
     with lora_off(fitted.model), splice(fitted.model, dictionaries, keep_ids=keep_ids, observe=keep):
         final_states(fitted.model, batch)
     kept = kept_positions(batch.ids, batch.attention_mask, keep_ids)
     row_of = torch.arange(len(kept), device=kept.device)[:, None].expand_as(kept)[~kept]
     counts = torch.zeros(len(kept), len(chosen), dtype=torch.int64, device=kept.device)
-    return counts.index_add(0, row_of, found[0].long()).cpu()
+    return counts.index_add(0, row_of, firing[0].long()).cpu()
 
 
 def _kl_of_rows(
@@ -169,25 +169,25 @@ def _kl_of_rows(
     q: Float[Tensor, "rows seq d_model"],
     used: Bool[Tensor, "rows seq"],
 ) -> Float[np.ndarray, " rows"]:
-    found = np.zeros(len(used))
+    sums = np.zeros(len(used))
     for r in range(len(used)):
         log_p, log_q = (predictions.log_probs(to_logits(final[r, :-1][used[r, 1:]])) for final in (p, q))
-        found[r] = float(predictions.kl(log_p, log_q).double().sum())
-    return found
+        sums[r] = float(predictions.kl(log_p, log_q).double().sum())
+    return sums
 
 
 def rate_rows(
     hook_point: str, before: Int[Tensor, " dict_size"], after: Int[Tensor, " dict_size"], seed: int = 0
 ) -> list[dict[str, Any]]:
-    """Rows eval.rates.<hook point>.correlation and .changed, from the tokens on which each latent fired. A correlation
-    without variance is left out."""
+    """Return rows eval.rates.<hook point>.correlation and .changed, from the tokens on which each latent fired. A
+    correlation without variance is left out."""
     counts = np.stack([before.numpy(), after.numpy()]).astype(float)
-    found = []
+    rows = []
     alive = counts[:, counts.max(axis=0) > 0]
     if alive.shape[1] > 1 and alive.std(axis=1).all():
         values = _correlations(alive, resample(alive.shape[1], seed))
         limits = bootstrap_interval(values)
-        found.append(
+        rows.append(
             row(f"eval.rates.{hook_point}.correlation", float(values[0]), "correlation", alive.shape[1], *limits)
         )
     often = counts[:, counts.max(axis=0) >= MIN_TOKENS]
@@ -195,14 +195,14 @@ def rate_rows(
         n_changed = int((often.max(axis=0) > 2 * often.min(axis=0)).sum())
         share = n_changed / often.shape[1]
         limits = wilson(n_changed, often.shape[1])
-        found.append(row(f"eval.rates.{hook_point}.changed", share, "fraction", often.shape[1], *limits))
-    return found
+        rows.append(row(f"eval.rates.{hook_point}.changed", share, "fraction", often.shape[1], *limits))
+    return rows
 
 
 def _correlations(
     pair: Float[np.ndarray, "2 n"], weights: Float[np.ndarray, "resamples n"]
 ) -> Float[np.ndarray, " varying"]:
-    """Correlation of two counts under each row of weights; rows without variance are left out."""
+    """Return correlation of two counts under each row of weights; rows without variance are left out."""
     x, y = pair - pair.mean(axis=1, keepdims=True)
     mean_x, mean_y, xx, yy, xy = (weights @ np.stack([x, y, x * x, y * y, x * y], axis=1)).T / len(x)
     var_x, var_y, covariance = xx - mean_x**2, yy - mean_y**2, xy - mean_x * mean_y
@@ -210,10 +210,10 @@ def _correlations(
     return np.clip(covariance[varies] / np.sqrt(var_x[varies] * var_y[varies]), -1, 1)
 
 
-def effect_rows(hook_point: str, found: Effects, seed: int = 0) -> list[dict[str, Any]]:
-    """Rows eval.effects.<hook point>.{before,after,ratio,halved} and .random.{before,after,ratio}; means over latents
-    of nats per firing token, ratios of those means, 95% bootstrap intervals over latents."""
-    able = found.n_firing > 0
+def effect_rows(hook_point: str, measured: Effects, seed: int = 0) -> list[dict[str, Any]]:
+    """Return rows eval.effects.<hook point>.{before,after,ratio,halved} and .random.{before,after,ratio}; means over
+    latents of nats per firing token, ratios of those means, 95% bootstrap intervals over latents."""
+    able = measured.n_firing > 0
     n = int(able.sum())
     if not n:
         return []
@@ -221,7 +221,7 @@ def effect_rows(hook_point: str, found: Effects, seed: int = 0) -> list[dict[str
     rows = []
     for kind, name in enumerate(PERTURBATIONS):
         place = f"eval.effects.{hook_point}." + ("" if name == "latent" else f"{name}.")
-        each = found.kl[kind][:, able] / found.n_firing[able]
+        each = measured.kl[kind][:, able] / measured.n_firing[able]
         before, after = (weights @ values for values in each)
         columns = [("before", before, "nats/firing"), ("after", after, "nats/firing")]
         if (before > 0).all():

@@ -1,8 +1,8 @@
 r"""What a fit closed, and what it cost: {adapter off, on} x {dictionary off, on}, two ablations, intervals.
 
 `measure` runs every cell over the same sequences and keeps sums for each sequence, of all predictions and of those of
-each class; `rows` divides once and resamples sequences, the same for all cells, classes and runs, so that differences
-are paired. Definitions in docs/math.md, section "SAE LoRA".
+each class; `eval_rows` divides once and resamples sequences, the same for all cells, classes and runs, so that
+differences are paired. Definitions in docs/math.md, section "SAE LoRA".
 """
 
 import contextlib
@@ -31,6 +31,10 @@ CELLS = ("plain", "spliced", "adapted", "adapted_spliced", "zero_ablated", "mean
 """Adapter and dictionary off; dictionary on; adapter on; both on; the adapter off and a constant in place of x."""
 QUANTITIES = ("ce", "kl", "top1")
 UNITS = {"ce": "nats/token", "kl": "nats/token", "top1": "fraction"}
+
+
+Observer = Callable[[FrozenDictionary, Tensor, Tensor, Tensor], None]
+"""Gets a dictionary, x, latents and x_hat."""
 
 
 class Sums(NamedTuple):
@@ -64,7 +68,7 @@ def measure(
     classes: Classes | None = None,
     cells: Sequence[str] = CELLS,
 ) -> Measured:
-    """Every cell of a model, under PEFT or not, and its dictionaries, over all batches; `batches` makes a fresh pass.
+    """Measure every cell of a model, under PEFT or not, and its dictionaries; `batches` makes a fresh pass.
 
     corrected: what is spliced while the adapter is on, for correctors of the dictionary. cells: fewer of `CELLS`, from
     `plain` on.
@@ -80,10 +84,9 @@ def measure(
         for when in ("before", "after")
     }
 
-    def collect(when: str) -> Callable[[FrozenDictionary, Tensor, Tensor, Tensor], None]:
+    def collect(when: str) -> Observer:
         def add(dictionary: FrozenDictionary, x: Tensor, latents: Tensor, x_hat: Tensor) -> None:
-            n_active = (latents != 0).sum(dim=0)
-            collected[dictionary.hook_point, when].add(x[:, None], x_hat[:, None], n_active)
+            collected[dictionary.hook_point, when].add(x[:, None], x_hat[:, None], (latents != 0).sum(dim=0))
 
         return add
 
@@ -116,30 +119,44 @@ def measure(
                 marked = torch.stack([mask[r, 1:][wanted] for mask in masks]).double()
                 sums[..., number] = (each @ marked.T).permute(2, 0, 1).cpu().numpy()
     parts = {f"{point}.{when}": part for (point, when), part in collected.items()}
-    return Measured(
-        sums[0],
-        n_tokens[0],
-        {name: part.result() for name, part in parts.items()},
-        {name: part.n_active for name, part in parts.items()},
-        {name: Sums(*found) for name, *found in zip(names[1:], sums[1:], n_tokens[1:], strict=True)},
-    )
+    of_classes = {name: Sums(*part) for name, *part in zip(names[1:], sums[1:], n_tokens[1:], strict=True)}
+    reconstruction = {name: part.result() for name, part in parts.items()}
+    n_active = {name: part.n_active for name, part in parts.items()}
+    return Measured(sums[0], n_tokens[0], reconstruction, n_active, of_classes)
+
+
+def _cell_states(
+    model: Any,
+    cell: str,
+    spliced: Sequence[FrozenDictionary],
+    batch: Batch,
+    keep_ids: Sequence[int],
+    observe: Observer | None,
+) -> Tensor:
+    """Return the final hidden states of one cell; nothing is spliced into the plain and the adapted one."""
+    with torch.no_grad(), contextlib.ExitStack() as stack:
+        if not cell.startswith("adapted"):
+            stack.enter_context(lora_off(model))
+        if spliced:
+            stack.enter_context(splice(model, spliced, keep_ids=keep_ids, observe=observe))
+        return final_states(model, batch)
 
 
 def of_predictions(
     to_logits: ToLogits, finals: Sequence[Float[Tensor, "predictions d_model"]], ids: Int[Tensor, " predictions"]
 ) -> Float[Tensor, "cells quantities predictions"]:
-    """CE, KL to the first cell and agreement with its best token, from what the head reads in each cell.
+    """Return CE, KL to the first cell and agreement with its best token, from what the head reads in each cell.
 
     ids: the tokens that are predicted.
     """
     log_p = predictions.log_probs(to_logits(finals[0]))
-    found = []
+    quantities = []
     for number, final in enumerate(finals):
         log_q = predictions.log_probs(to_logits(final)) if number else log_p
         same = log_p.argmax(dim=1) == log_q.argmax(dim=1)
         each = (predictions.ce(log_q, ids), predictions.kl(log_p, log_q), same)
-        found.append(torch.stack([values.double() for values in each]))
-    return torch.stack(found)
+        quantities.append(torch.stack([values.double() for values in each]))
+    return torch.stack(quantities)
 
 
 def _ablations(
@@ -184,11 +201,11 @@ class Means:
         return row(name, float(values[0]), unit, self.n, low, high)
 
     def gap(self, cell: str) -> Float[np.ndarray, " resamples"]:
-        """CE above that of the plain model."""
+        """Return CE above that of the plain model."""
         return self.ce[cell] - self.ce["plain"]
 
     def shares(self) -> dict[str, Float[np.ndarray, " resamples"]]:
-        """gap_closed and kl_closed, where their denominators are above 0."""
+        """Return gap_closed and kl_closed, where their denominators are above 0."""
         parts = {
             "gap_closed": (self.ce["spliced"] - self.ce["adapted_spliced"], self.gap("spliced")),
             "kl_closed": (self.kl["spliced"] - self.kl["adapted_spliced"], self.kl["spliced"]),
@@ -196,19 +213,19 @@ class Means:
         return {name: part / whole for name, (part, whole) in parts.items() if (whole > 0).all()}
 
     def recovered(self) -> dict[str, Float[np.ndarray, " resamples"]]:
-        """loss_recovered.<ablation>.<cell>, under the same condition."""
-        found = {}
+        """Return loss_recovered.<ablation>.<cell>, under the same condition."""
+        shares = {}
         for kind in ("zero", "mean"):
             whole = self.gap(f"{kind}_ablated")
             if (whole > 0).all():
                 for cell in ("spliced", "adapted_spliced"):
-                    found[f"loss_recovered.{kind}.{cell}"] = (whole - self.gap(cell)) / whole
-        return found
+                    shares[f"loss_recovered.{kind}.{cell}"] = (whole - self.gap(cell)) / whole
+        return shares
 
 
-def rows(measured: Measured, seed: int = 0) -> list[dict[str, Any]]:
-    """Rows eval.<quantity>.<cell>, eval.ce_gap.*, eval.loss_recovered.*, eval.gap_closed, eval.kl_closed, the same for
-    each class of predictions, fve and l0. A share whose denominator is not above 0 is left out.
+def eval_rows(measured: Measured, seed: int = 0) -> list[dict[str, Any]]:
+    """Return rows eval.<quantity>.<cell>, eval.ce_gap.*, eval.loss_recovered.*, eval.gap_closed, eval.kl_closed, the
+    same for each class of predictions, fve and l0. A share whose denominator is not above 0 is left out.
 
     Raises:
         InputError: no prediction was scored.
@@ -218,24 +235,24 @@ def rows(measured: Measured, seed: int = 0) -> list[dict[str, Any]]:
         raise InputError("no prediction to measure: every sequence has one token or none. Give longer documents.")
     weights = resample(n_sequences, seed)
     means = Means(measured.sums, measured.n_tokens, weights)
-    found = [row("eval.sequences", n_sequences, "sequences", n_sequences)]
+    entries = [row("eval.sequences", n_sequences, "sequences", n_sequences)]
     for quantity in QUANTITIES:
         of_cells = getattr(means, quantity)
-        found += [means.entry(f"eval.{quantity}.{cell}", of_cells[cell], UNITS[quantity]) for cell in CELLS]
-    found += [means.entry(f"eval.ce_gap.{cell}", means.gap(cell), "nats/token") for cell in CELLS[1:4]]
+        entries += [means.entry(f"eval.{quantity}.{cell}", of_cells[cell], UNITS[quantity]) for cell in CELLS]
+    entries += [means.entry(f"eval.ce_gap.{cell}", means.gap(cell), "nats/token") for cell in CELLS[1:4]]
     shares = means.recovered() | means.shares()
-    found += [means.entry(f"eval.{name}", values, "fraction") for name, values in shares.items()]
+    entries += [means.entry(f"eval.{name}", values, "fraction") for name, values in shares.items()]
     for name, part in measured.reconstruction.items():
-        found.append(row(f"eval.fve.{name}", part.fve[0], "fraction", part.n_tokens))
-        found.append(row(f"eval.l0.{name}", part.l0, "latents/token", part.n_tokens))
+        entries.append(row(f"eval.fve.{name}", part.fve[0], "fraction", part.n_tokens))
+        entries.append(row(f"eval.l0.{name}", part.l0, "latents/token", part.n_tokens))
     for name, (sums, n_tokens) in measured.classes.items():
         if n_tokens.any():
-            found += _class_rows(f"eval.{name}", Means(sums, n_tokens, weights))
-    return found
+            entries += _class_rows(f"eval.{name}", Means(sums, n_tokens, weights))
+    return entries
 
 
 def _class_rows(place: str, means: Means) -> list[dict[str, Any]]:
-    found = [means.entry(f"{place}.ce.plain", means.ce["plain"], "nats/token")]
-    found += [means.entry(f"{place}.ce_gap.{cell}", means.gap(cell), "nats/token") for cell in CELLS[1:4]]
-    found += [means.entry(f"{place}.kl.{cell}", means.kl[cell], "nats/token") for cell in CELLS[1:4]]
-    return found + [means.entry(f"{place}.{name}", values, "fraction") for name, values in means.shares().items()]
+    entries = [means.entry(f"{place}.ce.plain", means.ce["plain"], "nats/token")]
+    entries += [means.entry(f"{place}.ce_gap.{cell}", means.gap(cell), "nats/token") for cell in CELLS[1:4]]
+    entries += [means.entry(f"{place}.kl.{cell}", means.kl[cell], "nats/token") for cell in CELLS[1:4]]
+    return entries + [means.entry(f"{place}.{name}", values, "fraction") for name, values in means.shares().items()]

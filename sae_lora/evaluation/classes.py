@@ -49,7 +49,7 @@ class TokenClasses:
         return first + [f"role.{name}" for name in self.roles.values()]
 
     def of(self, batch: Batch, used: Bool[Tensor, "rows seq"]) -> dict[str, Bool[Tensor, "rows seq"]]:
-        """The predictions of each class among those that are used, marked at the token that is predicted."""
+        """Return the predictions of each class among those that are used, marked at the token that is predicted."""
         is_first = used.cumsum(dim=1) <= N_FIRST
         is_common = torch.isin(batch.ids, self.common.to(batch.ids.device))
         found = [is_first, ~is_first, is_common, ~is_common]

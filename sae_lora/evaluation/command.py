@@ -11,7 +11,7 @@ from crosscoders.common.checks import to_dict
 from crosscoders.common.devices import choose_device
 from crosscoders.common.errors import InputError
 from crosscoders.common.progress import say
-from crosscoders.common.results import closing, result, row
+from crosscoders.common.results import result, row, say_closing
 from sae_lora.dictionaries.controls import as_fitted
 from sae_lora.dictionaries.frozen import FrozenDictionary
 from sae_lora.dictionaries.settings import WITHOUT_LATENTS, ControlKind
@@ -26,7 +26,7 @@ from sae_lora.lora.sidecar import read_sidecar
 
 
 def eval_command(settings: EvalSettings) -> dict[str, Any]:
-    """`sae-lora eval`"""
+    """Run `sae-lora eval`."""
     started = time.perf_counter()
     _require_file(settings.out)
     sidecar = read_sidecar(settings.run)
@@ -37,27 +37,27 @@ def eval_command(settings: EvalSettings) -> dict[str, Any]:
     device = choose_device(settings.device)
     fitted, dictionaries = _load(settings, plan, sidecar, device)
     measured = _measure(settings, plan, sidecar, fitted, dictionaries, device)
-    found = cells.rows(measured, settings.seed)
-    found.append(row("eval.weights", fitted.n_weights, "weights", fitted.n_weights))
+    rows = cells.eval_rows(measured, settings.seed)
+    rows.append(row("eval.weights", fitted.n_weights, "weights", fitted.n_weights))
     for dictionary in dictionaries:
         point = dictionary.hook_point
         before, after = (measured.n_active[f"{point}.{when}"] for when in ("before", "after"))
-        found += ablation.rate_rows(point, before, after, settings.seed)
+        rows += ablation.rate_rows(point, before, after, settings.seed)
         chosen = ablation.choose_latents(before, settings.stability, settings.seed)
         if chosen:
             say(f"ablating {len(chosen)} latents at {point}")
-            made = ablation.effects(
+            effects = ablation.effects(
                 fitted, dictionaries, point, chosen, plan.batches(settings.batch_rows, device),
                 sidecar["kept_positions"]["token_ids"], settings.seed,
             )  # fmt: skip
-            found += ablation.effect_rows(point, made, settings.seed)
-    described = _publish(result("eval", to_dict(settings), found), settings.out)
-    closing(started, f"{int(measured.n_tokens.sum()):,} predictions")
-    return {**described, "text": tables.summary(found)}
+            rows += ablation.effect_rows(point, effects, settings.seed)
+    described = _publish(result("eval", to_dict(settings), rows), settings.out)
+    say_closing(started, f"{int(measured.n_tokens.sum()):,} predictions")
+    return {**described, "text": tables.eval_summary(rows)}
 
 
 def compare_command(settings: CompareSettings) -> dict[str, Any]:
-    """`sae-lora compare`"""
+    """Run `sae-lora compare`."""
     started = time.perf_counter()
     _require_file(settings.out)
     sidecars = {Path(run).name: read_sidecar(run) for run in settings.runs}
@@ -71,10 +71,10 @@ def compare_command(settings: CompareSettings) -> dict[str, Any]:
         fitted, dictionaries = _load(settings, plan, sidecar, device)
         measured[name] = _measure(settings, plan, sidecar, fitted, dictionaries, device)
         weights[name] = fitted.n_weights
-    found = tables.compared(measured, weights, settings.seed)
-    described = _publish(result("compare", to_dict(settings), found), settings.out)
-    closing(started, f"{len(sidecars)} runs")
-    return {**described, "text": tables.table(found, {name: _what(s) for name, s in sidecars.items()})}
+    rows = tables.comparison_rows(measured, weights, settings.seed)
+    described = _publish(result("compare", to_dict(settings), rows), settings.out)
+    say_closing(started, f"{len(sidecars)} runs")
+    return {**described, "text": tables.comparison_table(rows, {name: _what(s) for name, s in sidecars.items()})}
 
 
 def _require_file(out: str | None) -> None:
@@ -89,13 +89,13 @@ def _publish(described: dict[str, Any], out: str | None) -> dict[str, Any]:
 
 
 def _control(sidecar: dict[str, Any]) -> ControlKind:
-    made = sidecar["dictionaries"][0]["control"]
-    kind: ControlKind = made["kind"] if made else "none"
+    control = sidecar["dictionaries"][0]["control"]
+    kind: ControlKind = control["kind"] if control else "none"
     return kind
 
 
 def _what(sidecar: dict[str, Any]) -> str:
-    """Corrector and control of a run in words."""
+    """Return corrector and control of a run in words."""
     lora = f" {sidecar['rank']} on {len(sidecar['layers'])} layers" if sidecar["corrector"] == "lora" else ""
     control = _control(sidecar)
     return sidecar["corrector"] + lora + ("" if control == "none" else f", {control}")
@@ -115,8 +115,8 @@ def _require_comparable(sidecars: dict[str, dict[str, Any]]) -> None:
         }  # fmt: skip
 
     (first, wanted), *others = ((name, shared(sidecar)) for name, sidecar in sidecars.items())
-    for name, found in others:
-        for key, value in found.items():
+    for name, other in others:
+        for key, value in other.items():
             if value != wanted[key]:
                 raise InputError(
                     f"runs {first!r} and {name!r} differ in {key}, so their figures are not comparable. Compare fits "
@@ -140,7 +140,7 @@ def _plan(settings: EvalSettings | CompareSettings, sidecar: dict[str, Any]) -> 
 def _load(
     settings: EvalSettings | CompareSettings, plan: Plan, sidecar: dict[str, Any], device: torch.device
 ) -> tuple[Fitted, list[FrozenDictionary]]:
-    """The fit on its model, and the dictionaries or controls that it started from."""
+    """Return the fit on its model, and the dictionaries or controls that it started from."""
     memory.require([eval_need(settings, plan, device)], MEND, force=settings.force)
     dictionaries = as_fitted(load_dictionaries(plan, settings, device), sidecar)
     return load_corrector(load_model(plan, settings, device), sidecar["folder"], dictionaries), dictionaries

@@ -7,9 +7,9 @@ from crosscoders.common.statistics import resample
 from sae_lora.evaluation.cells import CELLS, Means, Measured
 
 
-def summary(found: list[dict[str, Any]]) -> str:
-    """The rows of one run as a table for people."""
-    values = {entry["name"].removeprefix("eval."): entry for entry in found}
+def eval_summary(rows: list[dict[str, Any]]) -> str:
+    """Return the rows of one run as a table for people."""
+    values = {entry["name"].removeprefix("eval."): entry for entry in rows}
     n, n_sequences = values["ce.plain"]["n"], values["sequences"]["value"]
     lines = [f"{n:,} predictions in {n_sequences:,} sequences; 95% intervals over sequences"]
     lines.append(f"  {'':<18}{'CE':>8}   {'CE - plain':<30}{'KL':>8}{'top-1':>8}")
@@ -58,10 +58,10 @@ def _interval(entry: dict[str, Any] | None, form: str) -> str:
 # ------------------------------------------------------------------------------------------------------ several runs
 
 
-def compared(runs: dict[str, Measured], n_weights: dict[str, int], seed: int = 0) -> list[dict[str, Any]]:
-    """Rows compare.<run>.{gap, gap_left, gap_closed, kl, kl_left, kl_closed, ce_drift, kl_drift, weights} of runs on
-    the same predictions, and .minus_first: KL left, minus that of the first run."""
-    found: list[dict[str, Any]] = []
+def comparison_rows(runs: dict[str, Measured], n_weights: dict[str, int], seed: int = 0) -> list[dict[str, Any]]:
+    """Return rows compare.<run>.{gap, gap_left, gap_closed, kl, kl_left, kl_closed, ce_drift, kl_drift, weights} of
+    runs on the same predictions, and .minus_first: KL left, minus that of the first run."""
+    rows: list[dict[str, Any]] = []
     first: Means | None = None
     for name, measured in runs.items():
         means = Means(measured.sums, measured.n_tokens, resample(len(measured.n_tokens), seed))
@@ -71,15 +71,16 @@ def compared(runs: dict[str, Measured], n_weights: dict[str, int], seed: int = 0
             "kl": means.kl["spliced"], "kl_left": means.kl["adapted_spliced"], "kl_drift": means.kl["adapted"],
             "minus_first": means.kl["adapted_spliced"] - first.kl["adapted_spliced"],
         }  # fmt: skip
-        found += [means.entry(f"compare.{name}.{key}", values, "nats/token") for key, values in columns.items()]
-        found += [means.entry(f"compare.{name}.{key}", part, "fraction") for key, part in means.shares().items()]
-        found.append(row(f"compare.{name}.weights", n_weights[name], "weights", n_weights[name]))
-    return found
+        rows += [means.entry(f"compare.{name}.{key}", values, "nats/token") for key, values in columns.items()]
+        rows += [means.entry(f"compare.{name}.{key}", part, "fraction") for key, part in means.shares().items()]
+        rows.append(row(f"compare.{name}.weights", n_weights[name], "weights", n_weights[name]))
+    return rows
 
 
-def table(found: list[dict[str, Any]], described: dict[str, str]) -> str:
-    """The rows of several runs, one line each in three tables. `described`: corrector and control of each run."""
-    values = {entry["name"]: entry for entry in found}
+def comparison_table(rows: list[dict[str, Any]], described: dict[str, str]) -> str:
+    """Return the rows of several runs, one line each in three tables. `described`: corrector and control of each
+    run."""
+    values = {entry["name"]: entry for entry in rows}
     n = next(iter(values.values()))["n"]
     parts = [
         {

@@ -16,6 +16,7 @@ import torch
 from crosscoders.common import files
 from crosscoders.common.errors import InputError
 from crosscoders.common.progress import Progress, say
+from crosscoders.common.records import FileRecord, Record
 from crosscoders.models.resume import final_states
 from sae_lora.dictionaries.frozen import FrozenDictionary
 from sae_lora.fitting.inputs import Plan
@@ -24,6 +25,15 @@ from sae_lora.fitting.settings import FitConfig
 from sae_lora.lora.adapter import lora_off
 
 FORMAT_VERSION = 1
+
+
+class StatesRecord(Record):
+    """manifest.json of a folder of states; what else it says is in the folder's name."""
+
+    version = FORMAT_VERSION
+    again = "remove this folder"
+    format_version: int
+    files: list[FileRecord]
 
 
 class StoredStates:
@@ -51,7 +61,7 @@ class StoredStates:
                 self._run(model, plan, batch_rows, device)
                 entries = [file._asdict() for file in self.files]
                 files.write_json(path, {"format_version": FORMAT_VERSION, **self.described, "files": entries})
-        manifest = files.read_object(path, "files", *self.described)
+        manifest = files.read_model(path, StatesRecord)
         self.files = [files.Written(**file) for file in manifest["files"]]
         say(f"states of {len(self.files):,} batches in {self.folder}")
 

@@ -2,11 +2,16 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
 
 from crosscoders.common import files
 from crosscoders.common.errors import CorruptData, InputError
-from sae_lora.dictionaries.frozen import FrozenDictionary
+from crosscoders.common.records import FileRecord, Record
+from crosscoders.models.names import Named
+from sae_lora.dictionaries.frozen import FrozenDictionary, Side
+from sae_lora.dictionaries.settings import ControlKind
 
 FORMAT = "model-diffing/sae-lora"
 
@@ -18,6 +23,62 @@ SIDECAR = "splice.json"
 
 
 CORRECTOR_WEIGHTS = "corrector.safetensors"
+
+
+class ControlOf(Record):
+    """What a control was made from."""
+
+    kind: ControlKind
+    seed: int
+    source_hash: str
+
+
+class DictionaryEntry(Record):
+    """One of the dictionaries that were spliced in."""
+
+    hash: str
+    path: str
+    hook_point: str
+    side: Side | None
+    control: ControlOf | None
+
+
+class Tokens(Record):
+    """What was fitted on."""
+
+    hash: str
+    n: int
+
+
+class Kept(Record):
+    """Positions that no dictionary replaces."""
+
+    token_ids: list[int]
+
+
+class SidecarRecord(Record):
+    """splice.json"""
+
+    version = FORMAT_VERSION
+    again = "fit again"
+    format: Literal["model-diffing/sae-lora"]
+    format_version: int
+    model: Named
+    tokens: Tokens
+    corrector: Literal["lora", "mean-scale", "affine", "sae"]
+    layers: list[int] | None = None
+    rank: int | None = None
+    kept_positions: Kept
+    dictionaries: list[DictionaryEntry] = Field(min_length=1)
+    foreign_dictionary: bool
+    other_model: Named | None = None
+    weights: FileRecord
+
+    @model_validator(mode="after")
+    def _agrees(self) -> "SidecarRecord":
+        if self.corrector == "lora" and (self.rank is None or not self.layers):
+            raise ValueError("LoRA has a rank and layers")
+        return self
 
 
 def weights_file(corrector: str) -> str:
@@ -57,13 +118,7 @@ def read_sidecar(folder: str | Path) -> dict[str, Any]:
             f"{path} is an adapter without {SIDECAR}, which names the dictionary that it was fitted around. Copy the "
             "whole folder of `sae-lora fit`, or load it with plain PEFT if it is none."
         )
-    keys = ("format", "format_version", "model", "tokens", "corrector", "dictionaries", "weights")
-    sidecar = files.read_object(path / SIDECAR, *keys)
-    if (sidecar["format"], sidecar["format_version"]) != (FORMAT, FORMAT_VERSION):
-        raise InputError(
-            f"{path / SIDECAR} has format {sidecar['format']!r} version {sidecar['format_version']}; expected "
-            f"{FORMAT!r} version {FORMAT_VERSION}."
-        )
+    sidecar = files.read_model(path / SIDECAR, SidecarRecord)
     weights = path / weights_file(sidecar["corrector"])
     if not weights.is_file() or files.written(weights)._asdict() != sidecar["weights"]:
         raise CorruptData(f"{weights} is not the file that {SIDECAR} describes. Copy or fit it again.")

@@ -9,6 +9,7 @@ from benchmarks import sae_lora_gap
 from benchmarks.sae_lora_gap import race, saes, setting
 from benchmarks.sae_lora_gap.race import Point
 from crosscoders.common import files
+from crosscoders.common.results import ResultRecord
 from diffing.demo import read_rows
 from sae_lora import load_dictionary
 from sae_lora.dictionaries.frozen import DictionaryInfo
@@ -97,4 +98,4 @@ def test_the_command_keeps_its_work(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(sae_lora_gap, "run", lambda quick, work: {"name": "sae-lora", "rows": [], "work": str(work)})
     found = command.run_one("sae-lora", quick=True, out=tmp_path, options={})
     assert found["work"] == str(tmp_path / "sae-lora")
-    assert files.read_json(tmp_path / "sae-lora-quick.json")["name"] == "sae-lora"
+    assert files.read_model(tmp_path / "sae-lora-quick.json", ResultRecord)["name"] == "sae-lora"

@@ -118,9 +118,9 @@ def test_classes_split_the_predictions_and_their_sums(pair: Any, scope: Path) ->
         marks["frequency.common"] = np.array([int(token) in common for token in one[0, 1:]])
         for name, mark in marks.items():
             np.testing.assert_allclose(found.classes[name].sums[0, 0, i], ce[mark].sum(), rtol=1e-4, atol=1e-5)
-    rows = {row["name"]: row for row in cells.rows(found)}
+    rows = {row["name"]: row for row in cells.eval_rows(found)}
     assert rows["eval.role.template.kl.adapted"]["n"] == found.classes["role.template"].n_tokens.sum()
-    text = tables.summary(list(rows.values()))
+    text = tables.eval_summary(list(rows.values()))
     assert "role.template" in text and text.count("drift (dictionary off)") == 2
 
 
@@ -282,6 +282,6 @@ def test_a_run_compared_with_itself_differs_by_nothing_in_every_resample(pair: A
     plan, fitted, dictionaries, batches = lora(config(pair, scope, n_tokens=300), 0.05)
     n = len(plan.rows.offsets) - 1
     measured = cells.measure(fitted.model, dictionaries, lambda: iter(batches), n, plan.keep_ids)
-    rows = {r["name"]: r for r in tables.compared({"a": measured, "b": measured}, {"a": 1, "b": 2})}
+    rows = {r["name"]: r for r in tables.comparison_rows({"a": measured, "b": measured}, {"a": 1, "b": 2})}
     row = rows["compare.b.minus_first"]
     assert row["value"] == row["low"] == row["high"] == 0 and rows["compare.b.weights"]["value"] == 2

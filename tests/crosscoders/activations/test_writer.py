@@ -19,6 +19,7 @@ from crosscoders import EnvironmentFault, run_cache
 from crosscoders import cli as crosscoders_cli
 from crosscoders.activations import writer
 from crosscoders.activations.scored import Tokens
+from crosscoders.activations.shards import Manifest
 from crosscoders.common import files
 from crosscoders.common.background import Background
 
@@ -187,5 +188,5 @@ def test_the_handler_of_sigterm_is_given_back(pair: Pair, tmp_path: Path) -> Non
 
 
 def test_checksums_and_sizes_are_those_of_the_published_files(cache_folder: Path) -> None:
-    for shard in files.read_object(cache_folder / "manifest.json")["shards"]:
+    for shard in files.read_model(cache_folder / "manifest.json", Manifest)["shards"]:
         assert files.written(cache_folder / shard["name"]) == files.Written(shard["n_bytes"], shard["checksum"])
