@@ -25,7 +25,7 @@ PROGRAMS: dict[str, Main] = {
     "crosscoders": crosscoders_cli.main, "diffing": diffing_cli.main, "sae-lora": sae_lora_cli.main
 }  # fmt: skip
 TRAIN = (
-    "--crosscoder.dict-size 8 --crosscoder.k 2 --n-tokens 640 --batch-size 64 --checkpoint-every 5 "
+    "--crosscoder.dict-size 8 --crosscoder.k 2 --n-tokens 640 --lr-warmup-steps 1 --batch-size 64 --checkpoint-every 5 "
     "--threshold-start-step 2 --holdout-tokens 88"
 ).split()
 STEP = 11

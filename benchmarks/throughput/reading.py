@@ -10,6 +10,8 @@ import torch
 from benchmarks.timing import interleaved, ratio_row
 from crosscoders import ActivationCache, cached_stream
 from crosscoders.activations.scored import moments_of
+from crosscoders.activations.settings import CacheConfig
+from crosscoders.common.checks import to_dict
 from crosscoders.common.files import write_json, write_tensors
 
 
@@ -61,8 +63,17 @@ def write_plain_cache(folder: Path, x: torch.Tensor) -> ActivationCache:
     columns = {name: zeros.clone() for name in ("token_ids", "positions", "document_ids", "groups")}
     written = write_tensors(folder / "shard.safetensors", {"activations": x, **columns, "roles": zeros.to(torch.uint8)})
     entry = {"name": "shard.safetensors", "n_tokens": len(x), **written._asdict()}
-    manifest = {"format_version": 1, "d_model": x.shape[2], "n_models": 2, "shards": [entry]}
+    n_tokens, n_models, d_model = x.shape
     moments = moments_of(x)
-    statistics = {"mean": moments.mean, "mean_norm": moments.norm, "mean_squared_norm": moments.square}
-    write_json(folder / "manifest.json", manifest | {"statistics": statistics})
+    config = CacheConfig(base="none", tuned="none", hook_point="blocks.0.hook_resid_post", data="none", out=str(folder))
+    manifest = {
+        "format_version": 1, **{key: {"name": "none", "hash": "none"} for key in ("base", "tuned")},
+        **dict.fromkeys(("tokenizer_hash", "template_hash", "token_hash"), "none"), "hook_point": config.hook_point,
+        "n_models": n_models, "d_model": d_model, "dtype": "bfloat16", "n_tokens": n_tokens, "drop_bos": True,
+        "groups": [], "counts": {}, "config": to_dict(config), "shards": [entry],
+        "statistics": {
+            "n_tokens": n_tokens, "mean": moments.mean, "mean_norm": moments.norm, "mean_squared_norm": moments.square,
+        },
+    }  # fmt: skip
+    write_json(folder / "manifest.json", manifest)
     return ActivationCache(folder)

@@ -21,8 +21,8 @@ from crosscoders.activations.settings import CacheConfig, Part
 from crosscoders.common.checks import to_dict
 from crosscoders.common.errors import InputError
 from crosscoders.common.folders import Folder
-from crosscoders.common.records import FileRecord, Record
-from crosscoders.models.names import Named, identity
+from crosscoders.common.records import FileRecord, Named, Record
+from crosscoders.models.names import identity
 
 COLUMN_BYTES = 17
 """Of one token, beside its activations."""
@@ -72,6 +72,7 @@ class Statistics(Record):
     n_tokens: int
     mean: list[list[float]]
     mean_norm: list[float]
+    mean_squared_norm: list[float]
 
 
 class Manifest(Record):

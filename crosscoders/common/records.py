@@ -55,6 +55,13 @@ class FileRecord(Record):
     checksum: str
 
 
+class Named(Record):
+    """What is recorded of a model, wherever it lies: the name that was given, and the hash of its files."""
+
+    name: str
+    hash: str
+
+
 def _first_fault(error: ValidationError) -> str:
     """Return what is wrong, and where, of the first fault that was found."""
     fault = error.errors(include_url=False)[0]

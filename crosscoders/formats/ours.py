@@ -5,11 +5,10 @@ from typing import Any, Literal
 
 from crosscoders.common import files
 from crosscoders.common.errors import CorruptData
-from crosscoders.common.records import FileRecord, Record
+from crosscoders.common.records import FileRecord, Named, Record
 from crosscoders.dictionary.crosscoder import FORMAT_VERSION, Crosscoder
 from crosscoders.dictionary.settings import CrosscoderConfig
 from crosscoders.formats.weights import _filled
-from crosscoders.models.names import Named
 
 FORMAT = "model-diffing/crosscoder"
 

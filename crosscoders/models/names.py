@@ -11,7 +11,6 @@ from typing import Any
 
 from crosscoders.common import files
 from crosscoders.common.errors import InputError
-from crosscoders.common.records import Record
 
 PROBE = "The quick brown fox, def f(x): return 42\n\tNäïve 数据 <end>"
 """Two tokenizers are compared on it."""
@@ -97,13 +96,6 @@ def one_tokenizer(base: str, tuned: str, chosen: str | None, adapter: str | None
             "Name the one that fits both with --tokenizer."
         )
     return tuned_tokenizer if tuned_tokenizer.chat_template or not base_tokenizer.chat_template else base_tokenizer
-
-
-class Named(Record):
-    """What is recorded of a model, wherever it lies: the name that was given, and `hash_model`."""
-
-    name: str
-    hash: str
 
 
 def identity(entry: Any) -> Any:

@@ -25,8 +25,7 @@ from crosscoders.common import files
 from crosscoders.common.checks import to_dict
 from crosscoders.common.errors import CorruptData, InputError
 from crosscoders.common.progress import say
-from crosscoders.common.records import FileRecord, Record
-from crosscoders.models.names import Named
+from crosscoders.common.records import FileRecord, Named, Record
 from crosscoders.training import adam8
 
 FORMAT_VERSION = 1

@@ -8,8 +8,7 @@ from pydantic import Field, model_validator
 
 from crosscoders.common import files
 from crosscoders.common.errors import CorruptData, InputError
-from crosscoders.common.records import FileRecord, Record
-from crosscoders.models.names import Named
+from crosscoders.common.records import FileRecord, Named, Record
 from sae_lora.dictionaries.frozen import FrozenDictionary, Side
 from sae_lora.dictionaries.settings import ControlKind
 

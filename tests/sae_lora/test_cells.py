@@ -71,7 +71,7 @@ def test_an_adapter_with_b_zero_leaves_both_cells_as_they_are(pair: Any, scope: 
     cell = {name: found.sums[i] for i, name in enumerate(cells.CELLS)}
     assert np.array_equal(cell["adapted"], cell["plain"])
     assert np.array_equal(cell["adapted_spliced"], cell["spliced"])
-    values = {row["name"]: row["value"] for row in cells.rows(found)}
+    values = {row["name"]: row["value"] for row in cells.eval_rows(found)}
     assert values["eval.kl_closed"] == 0 and values["eval.kl.spliced"] > 0
 
 
@@ -81,7 +81,7 @@ def test_shares_and_intervals_on_paper() -> None:
     for c, value in enumerate((1.0, 2.0, 1.1, 1.4, 5.0, 3.0)):
         sums[c, 0] = value * np.array([1, 3])
         sums[c, 1] = (value - 1) * np.array([1, 3])
-    values = {row["name"]: row for row in cells.rows(cells.Measured(sums, np.array([1, 3]), {}))}
+    values = {row["name"]: row for row in cells.eval_rows(cells.Measured(sums, np.array([1, 3]), {}))}
     wanted = {
         "ce.spliced": 2.0, "ce_gap.adapted": 0.1, "gap_closed": 0.6, "kl_closed": 0.6,
         "loss_recovered.zero.spliced": 0.75, "loss_recovered.zero.adapted_spliced": 0.9,
@@ -92,4 +92,4 @@ def test_shares_and_intervals_on_paper() -> None:
         np.testing.assert_allclose([row["value"], row["low"], row["high"]], value)  # every resample has this mean
         assert row["n"] == 4
     sums[1, 0] = sums[0, 0] - 1  # the splice helps: no gap, so no share of it
-    assert "eval.gap_closed" not in {r["name"] for r in cells.rows(cells.Measured(sums, np.array([1, 3]), {}))}
+    assert "eval.gap_closed" not in {r["name"] for r in cells.eval_rows(cells.Measured(sums, np.array([1, 3]), {}))}

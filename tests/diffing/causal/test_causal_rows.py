@@ -12,7 +12,7 @@ from crosscoders import ActivationCache, Crosscoder, CrosscoderConfig, InputErro
 from crosscoders.training.feed import cache_inputs
 from diffing import cli
 from diffing.causal.patching import DIRECTIONS, Measured
-from diffing.causal.summary import rows, summary
+from diffing.causal.summary import causal_rows, causal_summary
 from diffing.latents.table import latent_table, scale_cache, write_table
 
 SETS = (
@@ -38,7 +38,7 @@ def made_up(n_documents: int = 40) -> Measured:
 
 def test_rows_are_ratios_of_sums_with_paired_intervals() -> None:
     measured = made_up()
-    found = {row["name"]: row for row in rows({"base_to_tuned": measured}, first_tokens=5)}
+    found = {row["name"]: row for row in causal_rows({"base_to_tuned": measured}, first_tokens=5)}
     start = "causal.base_to_tuned"
     assert found[f"{start}.documents"]["value"] == 40
     none, top = found[f"{start}.none.kl"], found[f"{start}.top_4.scaling.share_closed"]
@@ -52,7 +52,7 @@ def test_rows_are_ratios_of_sums_with_paired_intervals() -> None:
     assert found[f"{start}.top_4.scaling_minus_norm.share_closed"]["value"] == pytest.approx(0.25)
     assert found[f"{start}.top_4.scaling_minus_random.first_5.share_closed"]["value"] == pytest.approx(0.45)
     assert f"{start}.none.share_closed" not in found
-    text = summary(list(found.values()), 5)
+    text = causal_summary(list(found.values()), 5)
     assert "400 response tokens of 40 chats" in text and "50.0%" in text and "tuned to base" not in text
 
 
@@ -61,17 +61,17 @@ def test_the_interval_of_a_mean_covers_as_often_as_it_says() -> None:
     for trial in range(60):
         measured = made_up(30)
         measured.kl[:, 0] = generator.exponential(20.0, 30)  # true mean 2 per token
-        row = next(r for r in rows({"base_to_tuned": measured}, seed=trial) if r["name"].endswith("none.kl"))
+        row = next(r for r in causal_rows({"base_to_tuned": measured}, seed=trial) if r["name"].endswith("none.kl"))
         inside += row["low"] <= 2.0 <= row["high"]
     assert inside >= 48  # 95% nominal; a percentile bootstrap of 30 skewed values covers about 91%
 
 
 def test_one_document_has_no_interval_and_equal_models_nothing_to_close() -> None:
     one = made_up(1)
-    assert all(row["low"] is None for row in rows({"base_to_tuned": one}))
+    assert all(row["low"] is None for row in causal_rows({"base_to_tuned": one}))
     one.kl[:] = 0
     with pytest.raises(InputError, match="no KL to close"):
-        rows({"base_to_tuned": one})
+        causal_rows({"base_to_tuned": one})
 
 
 @pytest.fixture(scope="module")

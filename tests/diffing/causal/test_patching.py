@@ -18,7 +18,7 @@ from crosscoders.models.pair import ModelPair, inspect_pair, load_pair
 from crosscoders.text.chats import batches, read_chats, response_places
 from diffing.causal.patching import DIRECTIONS, measure
 from diffing.causal.sets import Exchange, PatchSet, orders
-from diffing.causal.summary import rows
+from diffing.causal.summary import causal_rows
 from diffing.latents.table import latent_table, scale_cache
 
 
@@ -202,7 +202,7 @@ def test_the_latent_that_holds_the_only_difference_closes_the_kl_and_random_ones
         lambda _m, _a, x: x + 20 * (x @ probe).relu()[..., None] * planted
     )
     try:
-        found = rows({"base_to_tuned": measure(made, loaded, chats, {"base_to_tuned": sets})["base_to_tuned"]})
+        found = causal_rows({"base_to_tuned": measure(made, loaded, chats, {"base_to_tuned": sets})["base_to_tuned"]})
         table = latent_table(made, scale_cache(made, ActivationCache(cache_folder))[0])
     finally:
         add.remove()

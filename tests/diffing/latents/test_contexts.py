@@ -91,7 +91,8 @@ def many(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def rows(fve: float) -> list[dict[str, Any]]:
-    return [{"name": f"eval.{name}", "value": value} for name, value in (("fve.base", fve), ("l0", 6.0), ("dead", 0.1))]
+    values = {"fve.base": fve, "l0": 6.0, "dead": 0.1}
+    return [{"name": f"eval.{name}", "value": value, "unit": "fraction", "n": 88} for name, value in values.items()]
 
 
 def test_a_file_is_a_column_only_where_it_is_one_of_twelve(many: Path) -> None:
