@@ -39,18 +39,6 @@ from documents import (
 from crosscoders import ActivationCache, Crosscoder, CrosscoderConfig
 from diffing.latents.verdict import VERDICTS
 
-UNFINISHED = {
-    "benchmarks/sae_lora_gap/race.py",
-    "benchmarks/throughput/steps.py",
-    "crosscoders/activations/needs.py",
-    "crosscoders/models/names.py",
-    "crosscoders/training/feed.py",
-    "sae_lora/dictionaries/controls.py",
-    "sae_lora/evaluation/ablation.py",
-    "sae_lora/fitting/objective.py",
-}
-"""Modules with docstrings that do not stand alone yet."""
-
 # ----------------------------------------------------------------------------------------------------------- documents
 
 
@@ -163,7 +151,7 @@ def test_the_public_api_is_one_list(package: str) -> None:
 def test_public_docstrings_stand_alone(package: str) -> None:
     modules = (path.relative_to(ROOT).as_posix() for path in sorted((ROOT / package).rglob("*.py")))
     wrong = {module: fault for module in modules if (fault := wrong_docstring(read(module)))}
-    assert set(wrong) <= UNFINISHED, wrong
+    assert not wrong
 
 
 # ---------------------------------------------------------------------------------------------------------------- meta

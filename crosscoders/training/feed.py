@@ -94,8 +94,8 @@ def cache_inputs(opened: ActivationCache) -> dict[str, Any]:
 
 
 def _recorded(manifest: dict[str, Any]) -> dict[str, Any]:
-    found = {key: manifest[key] for key in RECORDED}
-    return found | {key: manifest[key] for key in IF_THERE if manifest.get(key)}
+    """Return what a run records of the manifest of its cache, or of the plan that stands in for one."""
+    return {key: manifest[key] for key in RECORDED} | {key: manifest[key] for key in IF_THERE if manifest.get(key)}
 
 
 def _from_models(settings: TrainSettings) -> Feed:

@@ -36,7 +36,7 @@ PERTURBATIONS = ("latent", "random")
 
 
 class Effects(NamedTuple):
-    """Of the sampled latents of one dictionary."""
+    """What perturbing each of the sampled latents of one dictionary does."""
 
     latents: list[int]
     kl: Float[np.ndarray, "perturbations when latents"]

@@ -92,6 +92,11 @@ def measure(
 
     ablated = any(cell.endswith("_ablated") for cell in cells)
     zeros, means = _ablations(model, dictionaries, batches, keep_ids) if ablated else ([], [])
+    spliced: dict[str, Sequence[FrozenDictionary]] = {
+        "spliced": dictionaries, "adapted_spliced": corrected or dictionaries, "zero_ablated": zeros,
+        "mean_ablated": means,
+    }  # fmt: skip
+    observers = {"spliced": collect("before"), "adapted_spliced": collect("after")}
     for batch in batches():
         if not n_tokens.any():
             require_head(model, batch)
@@ -99,19 +104,9 @@ def measure(
         used[:, 0] = False  # nothing predicts the first token
         masks = [used, *(classes.of(batch, used).values() if classes else [])]
         n_tokens[:, batch.numbers] = [mask.sum(dim=1).cpu().numpy() for mask in masks]
-        finals = []
-        for cell in cells:
-            with torch.no_grad(), contextlib.ExitStack() as stack:
-                if not cell.startswith("adapted"):
-                    stack.enter_context(lora_off(model))
-                put: Sequence[FrozenDictionary] = {
-                    "zero_ablated": zeros, "mean_ablated": means, "adapted_spliced": corrected or dictionaries
-                }.get(cell, dictionaries)  # fmt: skip
-                if cell not in ("plain", "adapted"):
-                    when = {"spliced": "before", "adapted_spliced": "after"}.get(cell)
-                    observe = collect(when) if when else None
-                    stack.enter_context(splice(model, put, keep_ids=keep_ids, observe=observe))
-                finals.append(final_states(model, batch))
+        finals = [
+            _cell_states(model, cell, spliced.get(cell, ()), batch, keep_ids, observers.get(cell)) for cell in cells
+        ]
         with torch.no_grad(), head_alone(model) as to_logits:
             for r, number in enumerate(batch.numbers):
                 wanted = used[r, 1:]
