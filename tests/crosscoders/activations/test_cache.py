@@ -74,7 +74,7 @@ def test_a_run_that_stops_at_any_write_goes_on_to_the_same_bytes(
     pair: Pair, cache_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: int
 ) -> None:
     out = tmp_path / "cache"
-    with failing_write(monkeypatch, "write_bytes", lambda number, _: number == calls):
+    with failing_write(monkeypatch, "_published", lambda number, _: number == calls):
         cache_activations(pair.config(out))
     with pytest.raises(InputError, match=r"has no manifest\.json"):
         ActivationCache(out)
