@@ -20,7 +20,7 @@ COMMANDS = [
         TrainSettings,
         "crosscoders.training.command:train",
         presets=PRESETS,
-        fit_preset=lambda preset, given: fit_to_length(preset, given["n_tokens"], given["batch_size"]),
+        fit_preset=lambda preset, settings: fit_to_length(preset, settings["n_tokens"], settings["batch_size"]),
     ),
     Command(
         "eval",

@@ -106,5 +106,5 @@ def average_precision(value: np.ndarray, positive: np.ndarray) -> float:
     if not positive.any():
         return float("nan")
     table = pandas.DataFrame({"value": value, "hit": positive}).groupby("value")["hit"].agg(["sum", "size"])[::-1]
-    hits, taken = table["sum"].cumsum(), table["size"].cumsum()
-    return float((table["sum"] / positive.sum() * hits / taken).sum())
+    hits, sizes = table["sum"].cumsum(), table["size"].cumsum()
+    return float((table["sum"] / positive.sum() * hits / sizes).sum())

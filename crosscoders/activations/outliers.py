@@ -38,10 +38,10 @@ def within(tokens: Tokens, max_norm_multiple: float | None) -> Tokens:
     if max_norm_multiple is None:
         return tokens
     norms = torch.linalg.vector_norm(tokens.activations, dim=-1, dtype=torch.float64)
-    kept = ~beyond(norms, max_norm_multiple).any(dim=1)
-    if not kept.any():
+    is_within = ~beyond(norms, max_norm_multiple).any(dim=1)
+    if not is_within.any():
         raise InputError(f"max_norm_multiple = {max_norm_multiple} leaves no token of a shard. Raise it.")
-    return tokens if kept.all() else Tokens(*(column[kept] for column in tokens))
+    return tokens if is_within.all() else Tokens(*(column[is_within] for column in tokens))
 
 
 def outlier_sums(
@@ -56,11 +56,11 @@ def outlier_sums(
     n_largest = -int(-TOP * len(norms) // 1)
     largest.scatter_(0, norms.topk(n_largest, dim=0).indices, True)
     outlying = beyond(norms, MULTIPLE)
-    found = (
+    sums = (
         norms.median(dim=0).values * len(norms), squares.sum(dim=0), largest.sum(dim=0), (squares * largest).sum(dim=0),
         outlying.sum(dim=0), (squares * outlying).sum(dim=0),
     )  # fmt: skip
-    return {name: values.tolist() for name, values in zip(SUMS, found, strict=True)}
+    return {name: values.tolist() for name, values in zip(SUMS, sums, strict=True)}
 
 
 def outlier_statistics(shards: list[dict[str, Any]]) -> dict[str, Any]:

@@ -76,11 +76,11 @@ class BufferedStream:
 
     def place(self, step: int) -> Place:
         """Return the epoch, buffer and batch of a step."""
-        epoch, left = divmod(step, self.steps_per_epoch)
+        epoch, batch = divmod(step, self.steps_per_epoch)
         for buffer, n in enumerate(self.batches_in):
-            if left < n:
-                return Place(epoch, buffer, left)
-            left -= n
+            if batch < n:
+                return Place(epoch, buffer, batch)
+            batch -= n
         raise AssertionError("a step lies within its epoch")
 
     def batches(self, start_step: int) -> Iterator[Float[Tensor, "batch n_models d_model"]]:

@@ -16,18 +16,18 @@ def environment(device: str | None = None) -> dict[str, Any]:
     """Versions of Python, this toolkit and the packages that decide numbers; processor, threads, device."""
     import torch
 
-    found: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform()}
+    facts: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform()}
     for name in ("model-diffing", *PACKAGES):
         try:
-            found[name] = importlib.metadata.version(name)
+            facts[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    found["cpu"] = cpu_name()
-    found["cpu_capability"] = torch.backends.cpu.get_cpu_capability()  # AVX2, AVX512, ...: ratios of speed depend on it
-    found["threads"] = torch.get_num_threads()
-    found["device"] = torch.cuda.get_device_name(device) if device and device.startswith("cuda") else "cpu"
-    found["git_commit"] = git_commit()
-    return found
+            facts[name] = None
+    facts["cpu"] = cpu_name()
+    facts["cpu_capability"] = torch.backends.cpu.get_cpu_capability()  # AVX2, AVX512, ...: ratios of speed depend on it
+    facts["threads"] = torch.get_num_threads()
+    facts["device"] = torch.cuda.get_device_name(device) if device and device.startswith("cuda") else "cpu"
+    facts["git_commit"] = git_commit()
+    return facts
 
 
 def cpu_name() -> str:

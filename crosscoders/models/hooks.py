@@ -122,8 +122,8 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 def language_model(model: Any) -> nn.Module:
     """The part of a model that reads tokens, where it says which; else the model itself."""
     decoder = getattr(model, "get_decoder", None)
-    found: nn.Module = model if decoder is None else decoder()
-    return found
+    text_model: nn.Module = model if decoder is None else decoder()
+    return text_model
 
 
 def name_of_layers(model: nn.Module) -> str:

@@ -34,8 +34,8 @@ def threshold_for(
         x = x[: MAX_TOKENS - n_tokens].to(crosscoder.b_enc.device).float()
         pre_acts = crosscoder.pre_acts(crosscoder.normalise(x))
         scaled = (pre_acts.relu_() * crosscoder.code_norm).flatten()
-        kept = scaled.topk(min(KEPT_PER_TOKEN * k * len(x), len(scaled)), sorted=False).values
-        largest.append(kept[kept > 0])
+        candidates = scaled.topk(min(KEPT_PER_TOKEN * k * len(x), len(scaled)), sorted=False).values
+        largest.append(candidates[candidates > 0])
         n_tokens += len(x)
         if n_tokens == MAX_TOKENS:
             break

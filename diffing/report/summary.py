@@ -118,7 +118,7 @@ def outlier_sentence(run: Run) -> str:
     """How much of the variance a few tokens of the cache hold, and what is explained of the others; empty where neither
     is known."""
     shares = [run.look("inputs", "cache", f"{name}_share") for name in ("top", "outlying")]
-    found = measures(run)
+    heldout = measures(run)
     sentences = []
     if all(isinstance(share, list) and len(share) == 2 for share in shares):
         top, outlying = ([f"{value:.1%}" for value in share] for share in shares)
@@ -126,8 +126,8 @@ def outlier_sentence(run: Run) -> str:
             f"Of the variance of base and tuned model in the cache, {top[0]} and {top[1]} lie in the {TOP:.1%} of "
             f"tokens of largest norm, {outlying[0]} and {outlying[1]} in those beyond {MULTIPLE:g} times the median."
         )
-    if "fve_rest.base" in found and "fve_rest.tuned" in found:
-        rest = found["fve_rest.base"].value, found["fve_rest.tuned"].value
+    if "fve_rest.base" in heldout and "fve_rest.tuned" in heldout:
+        rest = heldout["fve_rest.base"].value, heldout["fve_rest.tuned"].value
         sentences.append(f"On held-out tokens of ordinary norm the FVE is {rest[0]:.3f} and {rest[1]:.3f}.")
     return " ".join(sentences)
 
