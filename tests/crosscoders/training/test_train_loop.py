@@ -25,7 +25,7 @@ from crosscoders import (
 from crosscoders.activations.source import ActivationSource
 from crosscoders.common import files
 from crosscoders.text.tokens import tokenize_documents
-from crosscoders.training.loop import geometric_median
+from crosscoders.training.start import geometric_median
 
 
 def test_an_epoch_covers_every_token_once_except_the_rest_of_a_buffer() -> None:
