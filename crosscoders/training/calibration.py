@@ -4,7 +4,7 @@ The threshold that training tracks remembers young models for thousands of steps
 model does now.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from jaxtyping import Float
@@ -17,6 +17,16 @@ MAX_TOKENS = 65_536
 KEPT_PER_TOKEN = 4
 """Largest values kept of a batch, in units of k times its tokens; more can matter only where one batch has four times
 as many active latents as the others."""
+
+
+def first_tokens(
+    batches: Iterator[Float[Tensor, "_ n_models d_model"]],
+) -> Iterator[Float[Tensor, "_ n_models d_model"]]:
+    """Yield the batches that `threshold_for` reads, up to 65,536 tokens; `batches` then stands behind them."""
+    n_tokens = 0
+    while n_tokens < MAX_TOKENS and (x := next(batches, None)) is not None:
+        n_tokens += len(x)
+        yield x
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import signal
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,10 @@ from crosscoders.common.provenance import environment
 from crosscoders.dictionary import selection
 from crosscoders.dictionary.crosscoder import Crosscoder
 from crosscoders.dictionary.health import complaints, warning
-from crosscoders.dictionary.metrics import ReconstructionSums, evaluate
+from crosscoders.dictionary.metrics import Evaluation, ReconstructionSums, evaluate
 from crosscoders.formats.load import load_crosscoder
 from crosscoders.training import checkpoint
-from crosscoders.training.calibration import MAX_TOKENS, threshold_for
+from crosscoders.training.calibration import MAX_TOKENS, first_tokens, threshold_for
 from crosscoders.training.log import (
     Log,
     eval_line,
@@ -136,8 +137,7 @@ def _take_steps_(
             write_line(out, step_line(config, model, result, x, dead, state.step) | rate, log)
             logged = time.perf_counter(), state.step
         if holdout and config.eval_every and state.step % config.eval_every == 0 and not is_last:
-            _calibrate_(model, config, holdout())
-            write_line(out, eval_line(state.step, evaluate(model, holdout())), log)
+            write_line(out, eval_line(state.step, _measure_(model, config, holdout)), log)
         if state.step % config.checkpoint_every == 0 or stop or is_last:
             counters = {"tokens_since_fired": state.tokens_since_fired}
             checkpoint.save_state(out, state.step, model, state.optimizer.adam, counters)
@@ -156,10 +156,10 @@ def _conclude_(
     log: Log | None,
 ) -> None:
     """Set the inference threshold, write eval.json, and warn of a dictionary that must not be read."""
-    _calibrate_(model, config, holdout() if holdout else _last_batches(config, stream))
     if not holdout:
+        _calibrate_(model, config, _last_batches(config, stream))
         return
-    evaluation = evaluate(model, holdout())
+    evaluation = _measure_(model, config, holdout)
     write_line(out, eval_line(config.n_steps, evaluation), log)
     files.write_json(out / "eval.json", {"name": "eval", "rows": evaluation_rows(evaluation)})
     reasons = complaints(heldout_columns(evaluation), k=config.crosscoder.k, training=last_line(out))
@@ -180,6 +180,14 @@ def _calibrate_(model: Crosscoder, config: TrainConfig, batches: Iterable[Float[
     threshold = threshold_for(model, batches, config.crosscoder.k)
     if threshold is not None:
         model.threshold.fill_(threshold)
+
+
+def _measure_(model: Crosscoder, config: TrainConfig, holdout: Holdout) -> Evaluation:
+    """Calibrate on held-out tokens and evaluate on them; they are read once, as each read may run the models."""
+    batches = iter(holdout())
+    first = deque(first_tokens(batches) if config.crosscoder.k is not None else ())
+    _calibrate_(model, config, first)
+    return evaluate(model, itertools.chain((first.popleft() for _ in range(len(first))), batches))
 
 
 def k_at(config: TrainConfig, step: int) -> int | None:
