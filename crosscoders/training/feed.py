@@ -33,7 +33,7 @@ from crosscoders.training.settings import TrainConfig, TrainSettings
 
 EVAL_TOKENS = 4096
 """Tokens that an evaluation encodes together."""
-MEND = "Lower --crosscoder.dict-size, --batch-size or --buffer-tokens."
+MEND = "Lower crosscoder.dict_size, batch_size or buffer_tokens."
 RECORDED = ("hook_point", "base", "tuned", "tokenizer_hash", "template_hash", "dtype", "drop_bos")
 IF_THERE = ("template_date", "refused")
 """Recorded where the template writes a date, and where rows were left out."""

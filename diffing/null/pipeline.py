@@ -39,14 +39,17 @@ def calibrate_run(settings: NullSettings, opened: ActivationCache) -> dict[str, 
         if model is not None:
             require_null(base, model, opened)
     models = null_models(settings, opened, config.seed)
-    caches = {kind: null_cache(opened, model, out / kind / "cache", settings.device) for kind, model in models.items()}
+    caches = {
+        kind: null_cache(opened, model, out / kind / "cache", settings.device, force=settings.force)
+        for kind, model in models.items()
+    }
     tables: Tables = {"tuned": {config.seed: read_scaled(run)}, **{kind: {} for kind in models}}
     for seed in range(config.seed, config.seed + settings.n_seeds):
         for kind, cache in {**caches, "tuned": opened}.items():
             # A rounded copy barely differs from the base: one crosscoder says whether any latent passes.
             if seed not in tables[kind] and not (kind == "rounded" and seed > config.seed):
                 here = out / kind / f"seed-{seed}"
-                tables[kind][seed] = null_run(replace(config, seed=seed), cache, here, n_tokens)
+                tables[kind][seed] = null_run(replace(config, seed=seed), cache, here, n_tokens, force=settings.force)
     calibration = {
         "format_version": FORMAT_VERSION,
         "latents": files.hash_file(run / "latents.json"),

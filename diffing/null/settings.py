@@ -39,6 +39,8 @@ class NullSettings:
     """False-positive rates for which thresholds are sought."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
+    force: bool = False
+    """Go on where the memory estimate is above what the machine has."""
 
     def __post_init__(self) -> None:
         require_range(self, 1, 1000, "n_seeds")

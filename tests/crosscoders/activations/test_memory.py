@@ -87,7 +87,8 @@ def test_too_little_memory_is_one_line_before_anything_loads(
     assert crosscoders_cli.main([*argv, "--hook-point", POINT, "--out", str(tmp_path / "cache")]) == 3
     line = capsys.readouterr().err.splitlines()[-1]
     assert (
-        line.startswith("error: this needs about 15") and "MB of memory, but there are 100.0 MB. Lower --batch" in line
+        line.startswith("error: this needs about 15")
+        and "MB of memory, but there are 100.0 MB. Lower batch_rows" in line
     )
     assert not (tmp_path / "cache").exists()
     (tmp_path / "live.yaml").write_text(
@@ -98,7 +99,7 @@ def test_too_little_memory_is_one_line_before_anything_loads(
     for source in (["--cache", str(cache_folder)], ["--live", str(tmp_path / "live.yaml")]):
         assert crosscoders_cli.main([*train, *source]) == 3
         line = capsys.readouterr().err.splitlines()[-1]
-        assert "but there are 100.0 MB. Lower --crosscoder.dict-size, --batch-size or" in line
+        assert "but there are 100.0 MB. Lower crosscoder.dict_size, batch_size or" in line
         assert line.endswith("--force goes on all the same.")
     assert not (tmp_path / "run").exists()
 

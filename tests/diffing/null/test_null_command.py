@@ -14,6 +14,7 @@ from crosscoders import (  # fmt: skip
     cache_activations,
 )
 from crosscoders import cli as crosscoders_cli
+from crosscoders.common import memory
 from diffing import cli as diffing_cli
 from diffing.latents.nulls import counts_beside, read_nulls
 from diffing.null import models
@@ -99,6 +100,16 @@ def raw_text(tmp_path_factory: pytest.TempPathFactory) -> str:
     file = tmp_path_factory.mktemp("text") / "text.txt"
     file.write_text("\n\n".join(f"The size of a table is the sum of line {i} and the word." for i in range(200)))
     return str(file)
+
+
+def test_more_memory_than_there_is_is_refused_but_for_force(
+    scaled_run: Path, placebo: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(memory, "ram_room", lambda: memory.Room(50_000_000, 100_000_000))
+    argv = ["--format-only", placebo, "--n-seeds", "1"]
+    assert null(scaled_run, tmp_path, *argv) == 3
+    assert error_line(capsys).endswith("--force goes on all the same.")
+    assert null(scaled_run, tmp_path, *argv, "--force") == 0
 
 
 def test_a_placebo_with_all_weights_learns_its_text_and_is_made_once(pair: Pair, raw_text: str, tmp_path: Path) -> None:
