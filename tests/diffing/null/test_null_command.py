@@ -10,11 +10,12 @@ from conftest import Pair, make_model, make_tokenizer
 from test_cli import TRAIN, error_line
 
 from crosscoders import (  # fmt: skip
+    CorruptData,
     InputError,
     cache_activations,
 )
 from crosscoders import cli as crosscoders_cli
-from crosscoders.common import memory
+from crosscoders.common import files, memory
 from diffing import cli as diffing_cli
 from diffing.latents.nulls import counts_beside, read_nulls
 from diffing.null import models
@@ -226,16 +227,38 @@ def test_rounding_that_changes_nothing_is_refused(pair: Pair, tmp_path: Path) ->
     assert not (tmp_path / "rounded").exists()
 
 
-def test_a_null_file_that_lacks_a_part_is_named(scaled_run: Path, tmp_path: Path) -> None:
-    whole = {"format_version": 1, "crosscoders": [{"kind": "tuned", "seed": 0}], "thresholds": [{"null": "placebo"}]}
-    for content, line in (
-        ({}, "format_version None"),
-        ({"format_version": 1}, "has no 'crosscoders'. Run: diffing"),
-        (whole, "an entry of 'thresholds' has no 'score'"),
-        (whole | {"crosscoders": [{"kind": "<b>", "seed": 0}]}, "names '<b>'; expected one of tuned, placebo"),
+def test_a_null_file_that_lacks_a_part_is_named(tmp_path: Path) -> None:
+    counts = {kind: [{"seed": 0, "count": 2, "n": 90}] for kind in ("tuned", "placebo")}
+    rate = {"false_positive_rate": 0.1, "low": 0.0, "high": 0.2, "n": 90}
+    threshold = {
+        **rate, "null": "placebo", "score": "larger_ratio", "rate": 0.01, "threshold": 0.2, "words": "below {}",
+        "counts": counts, "held_out": True, "expected_false": 0.2, "expected_false_high": 4.0, "contexts": {"raw": 2},
+        "latents": [4, 7],
+    }  # fmt: skip
+    (tmp_path / "latents.json").write_text("{}")
+    whole: dict[str, Any] = {
+        "format_version": 1, "latents": files.hash_file(tmp_path / "latents.json"), "seed": 0,
+        "crosscoders": [{"kind": "tuned", "seed": 0}, {"kind": "placebo", "seed": 0}], "thresholds": [threshold],
+        "fixed": [{"words": "verdict rotated", "counts": counts, "rates": {"placebo": rate}}],
+        "curves": [{"score": "larger_ratio", "thresholds": [0.1, 0.2], "shares": {"tuned": [0.0, 0.1]}}],
+    }  # fmt: skip
+    (tmp_path / "null.json").write_text(json.dumps(whole))
+    assert read_nulls(tmp_path) == whole
+    unnamed = {key: value for key, value in threshold.items() if key != "score"}
+    uncounted = threshold | {"counts": {"tuned": counts["tuned"]}}
+    for changes, line in (
+        ({"format_version": None}, "has format_version = None"),
+        ({"format_version": 2}, "has format_version 2; this version reads 1"),
+        ({"seed": "0"}, "has seed = '0'"),
+        ({"thresholds": []}, "has thresholds = .* Restore it, or run diffing null again"),
+        ({"thresholds": [unnamed]}, "has no 'thresholds.0.score'"),
+        ({"thresholds": [uncounted]}, "not every crosscoder of the list is counted"),
+        ({"fixed": [whole["fixed"][0] | {"counts": {"tuned": []}}]}, "has fixed.0.counts.tuned = "),
+        ({"curves": []}, "no curve is of 'larger_ratio'"),
+        ({"crosscoders": [{"kind": "<b>", "seed": 0}]}, "has crosscoders.0.kind = '<b>'"),
     ):
-        (tmp_path / "null.json").write_text(json.dumps(content))
-        with pytest.raises(InputError, match=line):
+        (tmp_path / "null.json").write_text(json.dumps(whole | changes))
+        with pytest.raises((InputError, CorruptData), match=line):
             read_nulls(tmp_path)
 
 
