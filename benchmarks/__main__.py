@@ -31,7 +31,7 @@ KEEPING = ("chat-pair", "sae-lora")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point; returns the exit status."""
+    """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="name the benchmarks")
@@ -119,7 +119,7 @@ def run_one(name: str, *, quick: bool, out: Path, options: dict[str, Any]) -> di
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """Machine and date, the rows as one Markdown table, what the rows are noted for, and what was left out."""
+    """Return machine and date, the rows as one Markdown table, what the rows are noted for, and what was left out."""
     machine = result["environment"]
     machine_facts = [
         machine.get("cpu"),

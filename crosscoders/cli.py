@@ -33,5 +33,5 @@ COMMANDS = [
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point of the console command `crosscoders`."""
+    """Run the console command `crosscoders` and return its exit status."""
     return run_main("crosscoders", "Sparse dictionaries over the activations of several models.", COMMANDS, argv)

@@ -64,7 +64,7 @@ def weak(table: pandas.DataFrame) -> pandas.Series:
 
 
 def counted(table: pandas.DataFrame) -> pandas.DataFrame:
-    """The latents that count in precision, recall, AUROC and AP."""
+    """Return the latents that count in precision, recall, AUROC and AP."""
     return alive_rows(table[~weak(table)])
 
 

@@ -13,7 +13,7 @@ PACKAGES = ("torch", "transformers", "transformer-lens", "sae-lens", "safetensor
 
 
 def environment(device: str | None = None) -> dict[str, Any]:
-    """Versions of Python, this toolkit and the packages that decide numbers; processor, threads, device."""
+    """Return versions of Python, this toolkit and the packages that decide numbers; processor, threads, device."""
     import torch
 
     facts: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform()}
@@ -31,14 +31,14 @@ def environment(device: str | None = None) -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """Model of the processor; the architecture where the system does not tell."""
+    """Return the model of the processor; the architecture where the system does not tell."""
     info = Path("/proc/cpuinfo")
     named = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.M) if info.is_file() else None
     return named[1] if named else platform.processor() or platform.machine()
 
 
 def git_commit() -> str | None:
-    """Commit of the checkout that this file lies in, with `+changes` where it was edited; None outside one."""
+    """Return the commit of this file's checkout, with `+changes` where it was edited; None outside one."""
     folder = Path(__file__).parent.parent
     if not (folder / ".git").exists():
         return None
@@ -55,5 +55,5 @@ def git_commit() -> str | None:
 
 
 def peak_memory_gib() -> float:
-    """Largest resident memory of this process so far, GiB (the kernel counts kB on Linux, bytes on macOS)."""
+    """Return the largest resident memory of this process, GiB (the kernel counts kB on Linux, bytes on macOS)."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024**3 if sys.platform == "darwin" else 1024**2)

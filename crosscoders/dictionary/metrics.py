@@ -65,7 +65,7 @@ class NormSums:
 
 
 def norm_steps(square: Float[Tensor, " batch"]) -> Int[Tensor, " batch"]:
-    """floor(4 log2 ||x||) of ||x||^2, the number of a quarter octave."""
+    """Return floor(4 log2 ||x||) of ||x||^2, the number of a quarter octave."""
     return (2 * square.clamp_min(1e-300).log2()).floor().long()
 
 

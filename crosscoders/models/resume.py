@@ -99,7 +99,7 @@ class _Ended:
         return self.last_hidden_state if index == "last_hidden_state" else (self.last_hidden_state,)[index]
 
     def keys(self) -> list[str]:
-        """Multimodal models hand on what their language model gives as `**outputs`."""
+        """Return the one key; multimodal models hand on what their language model gives as `**outputs`."""
         return ["last_hidden_state"]
 
 

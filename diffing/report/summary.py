@@ -115,8 +115,8 @@ def headline(run: Run) -> str:
 
 
 def outlier_sentence(run: Run) -> str:
-    """How much of the variance a few tokens of the cache hold, and what is explained of the others; empty where neither
-    is known."""
+    """Say how much of the variance a few tokens of the cache hold, and what is explained of the others; empty where
+    neither is known."""
     shares = [run.look("inputs", "cache", f"{name}_share") for name in ("top", "outlying")]
     heldout = measures(run)
     sentences = []
@@ -150,13 +150,13 @@ def reasons_against(run: Run) -> list[str]:
 
 
 def folded_sentence(run: Run) -> str:
-    """How many groups of documents have no column of their own; empty where each has one."""
+    """Say how many groups of documents have no column of their own; empty where each has one."""
     n = run.latents.n_folded_groups
     return f"{counted(n, 'group')} of documents, the smaller ones, are counted together as share_other." if n else ""
 
 
 def refused_sentence(run: Run) -> str:
-    """How many rows of the data were left out and why; empty where none was, or where that is not known."""
+    """Say how many rows of the data were left out and why; empty where none was, or where that is not known."""
     refused = run.look("inputs", "cache", "refused")
     if not isinstance(refused, dict) or not refused:
         return ""
