@@ -48,6 +48,18 @@ class SummedShard(Shard):
     norm_sum: list[float]
     square_sum: list[float]
     norm_max: list[float]
+    norm_median_sum: list[float] | None = None
+    spread: list[float] | None = None
+    top_tokens: list[int] | None = None
+    top_spread: list[float] | None = None
+    outlying_tokens: list[int] | None = None
+    outlying_spread: list[float] | None = None
+    left_out: int = 0
+
+    def lengths(self) -> set[tuple[str, int]]:
+        """Return the lengths of its lists, which are one for each kind of list."""
+        of_models = {("n_models", len(values)) for _, values in self if isinstance(values, list)}
+        return of_models | {("d_model", len(values)) for values in self.sum}
 
 
 class ProgressRecord(Record):
@@ -55,6 +67,12 @@ class ProgressRecord(Record):
 
     format_version: int
     shards: list[SummedShard]
+
+    @model_validator(mode="after")
+    def _agrees(self) -> "ProgressRecord":
+        if len(set().union(*(shard.lengths() for shard in self.shards))) > 2:
+            raise ValueError("the sums of its shards are of different lengths")
+        return self
 
 
 class PartRecord(ProgressRecord):

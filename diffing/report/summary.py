@@ -10,7 +10,7 @@ from crosscoders.activations.outliers import MULTIPLE, TOP
 from diffing.latents.decoder_norms import NORM_CLASSES
 from diffing.latents.readable import reasons
 from diffing.latents.verdict import VERDICTS
-from diffing.report.data import Run
+from diffing.report.data import Run, is_number
 from diffing.report.text import amount, counted, number
 
 MEASURES = {
@@ -120,7 +120,7 @@ def outlier_sentence(run: Run) -> str:
     shares = [run.look("inputs", "cache", f"{name}_share") for name in ("top", "outlying")]
     heldout = measures(run)
     sentences = []
-    if all(isinstance(share, list) and len(share) == 2 for share in shares):
+    if all(isinstance(share, list) and len(share) == 2 and all(map(is_number, share)) for share in shares):
         top, outlying = ([f"{value:.1%}" for value in share] for share in shares)
         sentences.append(
             f"Of the variance of base and tuned model in the cache, {top[0]} and {top[1]} lie in the {TOP:.1%} of "
