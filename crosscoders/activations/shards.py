@@ -8,7 +8,7 @@
 merged parts.
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -41,6 +41,10 @@ class Shard(FileRecord):
     n_tokens: int = Field(gt=0)
 
 
+IfThere = Annotated[list[float], Field(default_factory=list)]
+"""A number of each model, which shards of earlier versions lack."""
+
+
 class SummedShard(Shard):
     """The same before the sums are made into statistics."""
 
@@ -48,18 +52,19 @@ class SummedShard(Shard):
     norm_sum: list[float]
     square_sum: list[float]
     norm_max: list[float]
-    norm_median_sum: list[float] | None = None
-    spread: list[float] | None = None
-    top_tokens: list[int] | None = None
-    top_spread: list[float] | None = None
-    outlying_tokens: list[int] | None = None
-    outlying_spread: list[float] | None = None
+    norm_median_sum: IfThere
+    spread: IfThere
+    top_tokens: IfThere
+    top_spread: IfThere
+    outlying_tokens: IfThere
+    outlying_spread: IfThere
     left_out: int = 0
 
     def lengths(self) -> set[tuple[str, int]]:
-        """Return the lengths of its lists, which are one for each kind of list."""
-        of_models = {("n_models", len(values)) for _, values in self if isinstance(values, list)}
-        return of_models | {("d_model", len(values)) for values in self.sum}
+        """Return the lengths of the lists that it has, which are one for each kind of list."""
+        values = [getattr(self, name) for name in self.model_fields_set]
+        of_models = {("n_models", len(value)) for value in values if isinstance(value, list)}
+        return of_models | {("d_model", len(value)) for value in self.sum}
 
 
 class ProgressRecord(Record):
