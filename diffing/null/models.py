@@ -24,7 +24,8 @@ from crosscoders.models.loading import load_model
 from crosscoders.models.names import hash_model, load_auto, quiet_transformers
 from crosscoders.text.documents import read_source
 from crosscoders.text.packing import missing_borders
-from crosscoders.text.settings import DataSource
+from crosscoders.text.refusals import Refusals
+from crosscoders.text.settings import DataConfig, DataSource
 from crosscoders.text.tokens import tokenize_text
 from diffing.finetuning import Schedule, finetune
 from diffing.null.settings import NullSettings
@@ -97,15 +98,19 @@ def text_rows(tokenizer: Any, data: str, length: int) -> Int[Tensor, "rows lengt
     is left out.
 
     Raises:
-        InputError: a document is a chat, a row cannot be read, or there is not one whole row.
+        InputError: a document is a chat, too many rows cannot be read, or there is not one whole row.
     """
     documents: list[list[int]] = []
+    refusals = Refusals(DataConfig.max_refused)
     for document in read_source(DataSource(path=data)):
+        refusals.n_rows += 1
         if document.refused is not None:
-            raise document.refused
+            refusals.add(document.refused)
+            continue
         if not isinstance(document.content, str):
             raise InputError(f"{document.where} is a chat; a placebo is tuned on raw text only. Give plain text.")
         documents.append(tokenize_text(tokenizer, document.content)[0])
+    refusals.finish()
     firsts = np.array([ids[0] for ids in documents[1:]], dtype=np.int64)
     lasts = np.array([ids[-1] for ids in documents[:-1]], dtype=np.int64)
     for number in missing_borders(firsts, lasts, tokenizer).nonzero()[0]:

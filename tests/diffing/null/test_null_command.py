@@ -221,6 +221,24 @@ def test_a_chat_or_too_little_text_is_no_placebo_text(pair: Pair, tmp_path: Path
         models.text_rows(tokenizer, str(tmp_path / "short.txt"), 1024)
 
 
+def test_rows_of_a_placebo_text_that_cannot_be_read_are_left_out_and_counted(
+    pair: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(pair.base)
+    good = [json.dumps({"text": f"Return the name of file {i}."}) for i in range(60)]
+    clean, broken, bad = (tmp_path / f"{name}.jsonl" for name in ("clean", "broken", "bad"))
+    clean.write_text("\n".join(good))
+    broken.write_text("\n".join([*good[:9], "{", '{"text": 3}', *good[9:]]))
+    rows = models.text_rows(tokenizer, str(broken), 16)
+    assert torch.equal(rows, models.text_rows(tokenizer, str(clean), 16))
+    assert "left out 2 of 62 rows: 1 broken_json, 1 no_text" in capsys.readouterr().err
+    bad.write_text("\n".join([*good, *["{"] * 8]))
+    with pytest.raises(InputError, match=r"8 of 68 rows cannot be read, more than max_refused = 0\.1 admits"):
+        models.text_rows(tokenizer, str(bad), 16)
+
+
 def test_rounding_that_changes_nothing_is_refused(pair: Pair, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"has more than 24 significant bits\. Lower --rounded-bits"):
         models.round_model(pair.base, tmp_path / "rounded", 24)
