@@ -114,16 +114,17 @@ def test_more_memory_than_there_is_is_refused_but_for_force(
 
 
 def test_a_placebo_with_all_weights_learns_its_text_and_is_made_once(pair: Pair, raw_text: str, tmp_path: Path) -> None:
-    given = {"train_placebo": raw_text, "placebo_steps": 12, "placebo_rows": 4, "device": "cpu"}
-    settings = NullSettings(run="", out="", placebo_lr=1e-2, **given)  # type: ignore[arg-type]
-    made = models.train_placebo(pair.base, tmp_path / "model", settings, 64, 0)
+    def train(lr: float) -> Path:
+        recipe = models.Placebo(raw_text, steps=12, lr=lr, rows=4)
+        return models.train_placebo(pair.base, tmp_path / "model", recipe, context_length=64, seed=0, device="cpu")
+
+    made = train(1e-2)
     assert mean_loss(pair.base, made, raw_text) < mean_loss(pair.base, None, raw_text) - 0.3
     before = (made / "model.safetensors").stat().st_mtime_ns
-    assert models.train_placebo(pair.base, made, settings, 64, 0) == made
+    assert train(1e-2) == made
     assert (made / "model.safetensors").stat().st_mtime_ns == before
-    other = NullSettings(run="", out="", placebo_lr=2e-2, **given)  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"made with placebo_lr = 0\.01, now 0\.02\. Choose another --out"):
-        models.train_placebo(pair.base, made, other, 64, 0)
+        train(2e-2)
 
 
 def test_a_placebo_with_lora_is_a_null_of_the_pair(pair: Pair, scaled_run: Path, raw_text: str, tmp_path: Path) -> None:
