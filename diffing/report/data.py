@@ -31,6 +31,7 @@ COLUMNS = (*NUMBERS, *WORDS, "main_context")
 NUMBER_TYPES: tuple[set[type], str] = {int, float, type(None)}, "a number"
 TYPES: dict[str, tuple[set[type], str]] = {
     "latent": ({int}, "a whole number"),
+    "n_active": ({int}, "a whole number"),
     "main_context": ({str, type(None)}, "text"),
 }
 PLAIN = {int, str, bool, type(None)}
