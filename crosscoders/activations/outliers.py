@@ -38,10 +38,10 @@ def within(tokens: Tokens, max_norm_multiple: float | None) -> Tokens:
     if max_norm_multiple is None:
         return tokens
     norms = torch.linalg.vector_norm(tokens.activations, dim=-1, dtype=torch.float64)
-    kept = ~beyond(norms, max_norm_multiple).any(dim=1)
-    if not kept.any():
+    is_within = ~beyond(norms, max_norm_multiple).any(dim=1)
+    if not is_within.any():
         raise InputError(f"max_norm_multiple = {max_norm_multiple} leaves no token of a shard. Raise it.")
-    return tokens if kept.all() else Tokens(*(column[kept] for column in tokens))
+    return tokens if is_within.all() else Tokens(*(column[is_within] for column in tokens))
 
 
 def outlier_sums(

@@ -9,7 +9,7 @@ merged parts.
 """
 
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -46,6 +46,10 @@ class Shard(FileRecord):
     n_tokens: int = Field(gt=0)
 
 
+IfThere = Annotated[list[float], Field(default_factory=list)]
+"""A number of each model, which shards of earlier versions lack."""
+
+
 class SummedShard(Shard):
     """The same before the sums are made into statistics."""
 
@@ -53,6 +57,19 @@ class SummedShard(Shard):
     norm_sum: list[float]
     square_sum: list[float]
     norm_max: list[float]
+    norm_median_sum: IfThere
+    spread: IfThere
+    top_tokens: IfThere
+    top_spread: IfThere
+    outlying_tokens: IfThere
+    outlying_spread: IfThere
+    left_out: int = 0
+
+    def lengths(self) -> set[tuple[str, int]]:
+        """Return the lengths of the lists that it has, which are one for each kind of list."""
+        values = [getattr(self, name) for name in self.model_fields_set]
+        of_models = {("n_models", len(value)) for value in values if isinstance(value, list)}
+        return of_models | {("d_model", len(value)) for value in self.sum}
 
 
 class ProgressRecord(Record):
@@ -60,6 +77,12 @@ class ProgressRecord(Record):
 
     format_version: int
     shards: list[SummedShard]
+
+    @model_validator(mode="after")
+    def _agrees(self) -> "ProgressRecord":
+        if len(set().union(*(shard.lengths() for shard in self.shards))) > 2:
+            raise ValueError("the sums of its shards are of different lengths")
+        return self
 
 
 class PartRecord(ProgressRecord):

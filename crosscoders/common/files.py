@@ -106,7 +106,7 @@ def _published(path: Path, n_bytes: int) -> Iterator[Path]:
                 f"no space left for {path}: it needs {size_text(n_bytes)} and {size_text(free)} are free. "
                 "Free some space and run the same command again; it goes on where it stopped."
             ) from error
-        raise EnvironmentFault(f"cannot write {path}: {error.strerror}. Choose another --out.") from error
+        raise EnvironmentFault(f"cannot write {path}: {error.strerror}. Choose another folder.") from error
 
 
 def link_or_copy(source: Path, path: Path, expected: Written) -> None:
@@ -129,7 +129,7 @@ def link_or_copy(source: Path, path: Path, expected: Written) -> None:
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
-        raise EnvironmentFault(f"cannot write {path}: {error.strerror}. Choose another --out.") from error
+        raise EnvironmentFault(f"cannot write {path}: {error.strerror}. Choose another folder.") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -256,10 +256,12 @@ def exclusive(folder: Path) -> Iterator[None]:
         lock.acquire(blocking=False)
     except Timeout:
         owner = path.read_text(errors="replace").strip() or "another process"
-        raise EnvironmentFault(f"{folder} is being written by {owner}. Wait for it, or choose another --out.") from None
+        raise EnvironmentFault(
+            f"{folder} is being written by {owner}. Wait for it, or choose another folder."
+        ) from None
     except OSError as error:
         cause = "its file system has no locks" if error.errno in _NO_LOCKS else error.strerror
-        raise EnvironmentFault(f"cannot write to {folder}: {cause}. Choose another --out.") from error
+        raise EnvironmentFault(f"cannot write to {folder}: {cause}. Choose another folder.") from error
     try:
         path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
         yield

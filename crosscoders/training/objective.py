@@ -62,8 +62,8 @@ def forward(
         sets.append(selection.largest_per_token(pre_acts, c, dead.nonzero().squeeze(1), k_aux))
     if products != torch.float32:
         sets = [sparse.refine(entries, model.W_enc, model.b_enc, x.flatten(1)) for entries in sets]
-    _, left, squares, *of_auxiliary = sparse.residuals(*_parameters(model), x.flatten(1), *sets)
-    entries, err = sets[0], left.view_as(x)
+    _, flat_err, squares, *of_auxiliary = sparse.residuals(*_parameters(model), x.flatten(1), *sets)
+    entries, err = sets[0], flat_err.view_as(x)
     terms = {"reconstruction": reconstruction_loss(squares, config.reconstruction)}
     if of_auxiliary:
         terms["auxiliary"] = config.aux_coefficient * auxiliary_loss(of_auxiliary[0], err)

@@ -259,8 +259,8 @@ def test_a_lock_is_free_again_after_its_holder_was_killed(tmp_path: Path) -> Non
     "code, line",
     [
         (errno.EAGAIN, r"is being written by another process\. Wait for it"),
-        (errno.ENOLCK, r"cannot write to .*: its file system has no locks\. Choose another --out\."),
-        (errno.EIO, r"cannot write to .*: Input/output error\. Choose another --out\."),
+        (errno.ENOLCK, r"cannot write to .*: its file system has no locks\. Choose another folder\."),
+        (errno.EIO, r"cannot write to .*: Input/output error\. Choose another folder\."),
     ],
 )
 def test_a_lock_that_cannot_be_had_says_why(
