@@ -14,6 +14,7 @@ from crosscoders.common.progress import Progress, say
 from crosscoders.common.records import Record
 from crosscoders.common.results import ResultRecord, result, row, say_closing
 from crosscoders.dictionary.crosscoder import Crosscoder
+from crosscoders.dictionary.health import warning
 from crosscoders.formats.load import load_crosscoder
 from crosscoders.text.decoding import token_text, token_texts
 from crosscoders.text.tokens import ROLES
@@ -23,6 +24,7 @@ from diffing.interpretation.offline import DRAWS, LEVEL, Prediction, predictions
 from diffing.interpretation.scores import Interpreted, interpret, n_questions
 from diffing.interpretation.settings import InterpretSettings
 from diffing.latents.contexts import TEMPLATE, ChosenLatents
+from diffing.latents.readable import run_reasons
 from diffing.latents.runs import open_run_and_cache
 from diffing.latents.table import cache_tokenizer, read_table, require_fit, require_latents
 
@@ -58,6 +60,8 @@ def interpret_run(settings: InterpretSettings) -> dict[str, Any]:
     latents = require_latents(ranked if settings.latents is None else settings.latents, len(table))
     crosscoder = load_crosscoder(run, device=str(choose_device(settings.device)))
     require_fit(crosscoder, cache)
+    if against := run_reasons(run, table):
+        say(warning(against))
     tokenizer = cache_tokenizer(cache)
     say(f"interpret {len(latents)} latents of {run} on {min(settings.n_tokens, len(cache)):,} tokens of {cache.path}")
     readout = read_latents(crosscoder, cache, list(latents), settings.n_tokens)
