@@ -4,6 +4,7 @@ from crosscoders.common.command_line import Command
 from crosscoders.common.command_line import main as run_main
 from diffing.causal.settings import CausalSettings, LensSettings, SteerSettings
 from diffing.demo.settings import DemoSettings
+from diffing.interpretation.settings import InterpretSettings
 from diffing.latents.settings import ScaleSettings, StabilitySettings
 from diffing.null.settings import NullSettings
 from diffing.report.settings import ReportSettings
@@ -42,6 +43,13 @@ COMMANDS = [
         "Tokens that the decoders of latents write for.",
         LensSettings,
         "diffing.causal.command:lens",
+        "run",
+    ),
+    Command(
+        "interpret",
+        "Tokens and labels that tell where latents fire; names from an endpoint, with scores.",
+        InterpretSettings,
+        "diffing.interpretation.command:interpret_run",
         "run",
     ),
     Command(
