@@ -1,5 +1,7 @@
 """Settings of the commands of `diffing`."""
 
+import sys
+
 from crosscoders.common.command_line import Command
 from crosscoders.common.command_line import main as run_main
 from diffing.causal.settings import CausalSettings, LensSettings, SteerSettings
@@ -9,6 +11,7 @@ from diffing.latents.settings import ScaleSettings, StabilitySettings
 from diffing.null.settings import NullSettings
 from diffing.report.settings import ReportSettings
 from diffing.sae_gap.settings import SaeGapSettings
+from diffing.topk_lora.settings import PRESETS, TopKEvalSettings, TopKFitSettings
 
 COMMANDS = [
     Command(
@@ -81,7 +84,27 @@ COMMANDS = [
     ),
 ]
 
+TOPK_COMMANDS = [
+    Command(
+        "fit",
+        "Distil the tuned model into the base with a sparse adapter.",
+        TopKFitSettings,
+        "diffing.topk_lora.command:fit",
+        presets=PRESETS,
+    ),
+    Command(
+        "eval",
+        "Held-out KL, internal faithfulness and directions of a run.",
+        TopKEvalSettings,
+        "diffing.topk_lora.command:evaluate",
+        "run",
+    ),
+]
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run the console command `diffing`."""
+    words = sys.argv[1:] if argv is None else argv
+    if words[:1] == ["topk-lora"]:
+        return run_main("diffing topk-lora", "The fine-tune as a sparse adapter.", TOPK_COMMANDS, words[1:])
     return run_main("diffing", "What a fine-tune changed inside a language model.", COMMANDS, argv)

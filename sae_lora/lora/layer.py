@@ -12,17 +12,16 @@ Source: the TopKLoRA line of the interpretable-finetuning repository. Differs: t
 entries is the default, and B is applied to the selected directions alone.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import embedding_bag
 
-Gate = Literal["none", "relu", "topk", "batchtopk"]
-Estimator = Literal["plain", "straight-through"]
+from sae_lora.lora.settings import Estimator, Gate
 
 
 class SparseLoRA(nn.Module):
@@ -174,7 +173,8 @@ class SparseLoRATable(SparseLoRA):
     Where the head is tied to the embedding, the same rows are added there: logits gain s (B^T h) . a(v).
     """
 
-    head: Any = None
+    heads: Sequence[nn.Module] = ()
+    """The head, where it is tied; in a list, so that it is no part of the adapter."""
 
     def pre_acts(self, x: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch rank"]:
         return torch.nn.functional.embedding(x, self.A.T)
@@ -196,7 +196,7 @@ class SparseLoRATable(SparseLoRA):
             return output + (self.scale * (read @ a.T)).to(output.dtype)
 
         handles = [module.register_forward_hook(add)]
-        return handles if self.head is None else [*handles, self.head.register_forward_hook(add_to_logits)]
+        return handles + [head.register_forward_hook(add_to_logits) for head in self.heads]
 
     @contextmanager
     def _unwatched(self) -> Iterator[None]:

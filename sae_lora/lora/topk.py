@@ -10,7 +10,7 @@ one model and add up. It cannot be merged, since what it adds is no matrix.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,64 +19,16 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from crosscoders.common import files
-from crosscoders.common.checks import require_positive, require_range
 from crosscoders.common.errors import CorruptData, InputError
 from crosscoders.common.records import FileRecord, Record
 from crosscoders.models import hooks
-from sae_lora.lora.layer import Estimator, Gate, SparseLoRA, SparseLoRATable
+from sae_lora.lora.layer import SparseLoRA, SparseLoRATable
+from sae_lora.lora.settings import TopKLoRAConfig
 from sae_lora.lora.targets import find_targets
 
 FORMAT, FORMAT_VERSION = "model-diffing/topk-lora", 1
 CONFIG, WEIGHTS = "topk_lora.json", "topk_lora.safetensors"
 DEAD_AFTER_TOKENS = 100_000
-
-
-@dataclass(frozen=True)
-class TopKLoRAConfig:
-    """Shape of a TopKLoRA."""
-
-    rank: int = 64
-    """Directions at each adapted module."""
-    k: int | None = 8
-    """Directions that a token may use at each module; None: all (gates `none` and `relu`)."""
-    gate: Gate = "topk"
-    """none (plain LoRA), relu, topk (per token) or batchtopk."""
-    alpha: float | None = None
-    """Deltas are scaled by alpha / rank; default: 2 rank."""
-    layers: list[int] | None = None
-    """Decoder layers whose linear maps are adapted; default: all."""
-    modules: list[str] | None = None
-    """Last parts of the names of linear maps, such as q_proj; default: all."""
-    embedding: bool = False
-    """Also the embedding, and the head where it is tied to it."""
-    k_start_factor: float = 2.0
-    """k begins at this multiple and falls linearly to k ..."""
-    k_warmup_fraction: float = 0.2
-    """... over this share of the steps."""
-    estimator: Estimator = "plain"
-    """Gradient of the selection: plain, or straight-through for reproduction."""
-    temperature: float = 0.1
-    """Of the straight-through estimator."""
-    seed: int = 0
-    """Of the first weights."""
-
-    def __post_init__(self) -> None:
-        require_positive(self, "rank", "temperature", "k_start_factor")
-        require_range(self, 0, 1, "k_warmup_fraction")
-        sparse = self.gate in ("topk", "batchtopk")
-        if sparse and self.k is None:
-            raise InputError(f"gate {self.gate} needs k, the directions that a token may use. Give k, or gate relu.")
-        if not sparse and self.k is not None:
-            raise InputError(f"k has no effect with gate {self.gate}. Leave k out, or give gate topk.")
-        if self.k is not None and not 1 <= self.k <= self.rank:
-            raise InputError(f"k is {self.k} but rank is {self.rank}. Give a k from 1 to {self.rank}.")
-
-    def k_at(self, fraction: float) -> int | None:
-        """Return k after a share of the training steps."""
-        if self.k is None or fraction >= self.k_warmup_fraction:
-            return self.k
-        start = min(self.k_start_factor * self.k, self.rank)
-        return round(start + (self.k - start) * fraction / self.k_warmup_fraction)
 
 
 class SiteRecord(Record):
@@ -113,7 +65,8 @@ class TopKLoRA(nn.Module):
             site = _site(name, module, config)
             if isinstance(site, SparseLoRATable):
                 head = model.get_output_embeddings()  # type: ignore[operator]
-                site.head = head if head is not None and head.weight is module.weight else None
+                is_tied = head is not None and head.weight is module.weight
+                site.heads = [head] if is_tied else []
             self.sites[name] = site.to(device)
             self.add_module(name.replace(".", "/"), site)
             self._handles += site.attach(module, lambda: self._enabled)
@@ -209,6 +162,8 @@ class TopKLoRA(nn.Module):
             "sites": sites,
             "weights": written._asdict(),
         }
+        # So that plain PEFT stops at a kind that it does not know, in place of reading a dense LoRA.
+        files.write_json(path / "adapter_config.json", {"peft_type": "TOPKLORA", "r": self.config.rank})
         files.write_json(path / CONFIG, record)
 
     @classmethod
