@@ -1,7 +1,5 @@
 """Settings of the commands of `diffing`."""
 
-import sys
-
 from crosscoders.common.command_line import Command
 from crosscoders.common.command_line import main as run_main
 from diffing.causal.settings import CausalSettings, LensSettings, SteerSettings
@@ -82,18 +80,15 @@ COMMANDS = [
         "diffing.null.command:null",
         "run",
     ),
-]
-
-TOPK_COMMANDS = [
     Command(
-        "fit",
+        "topk-lora fit",
         "Distil the tuned model into the base with a sparse adapter.",
         TopKFitSettings,
         "diffing.topk_lora.command:fit",
         presets=PRESETS,
     ),
     Command(
-        "eval",
+        "topk-lora eval",
         "Held-out KL, internal faithfulness and directions of a run.",
         TopKEvalSettings,
         "diffing.topk_lora.command:evaluate",
@@ -104,7 +99,4 @@ TOPK_COMMANDS = [
 
 def main(argv: list[str] | None = None) -> int:
     """Run the console command `diffing`."""
-    words = sys.argv[1:] if argv is None else argv
-    if words[:1] == ["topk-lora"]:
-        return run_main("diffing topk-lora", "The fine-tune as a sparse adapter.", TOPK_COMMANDS, words[1:])
     return run_main("diffing", "What a fine-tune changed inside a language model.", COMMANDS, argv)
