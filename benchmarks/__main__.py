@@ -23,10 +23,11 @@ BENCHMARKS = {
     "planted": "benchmarks.planted",
     "sae-lora": "benchmarks.sae_lora_gap",
     "throughput": "benchmarks.throughput",
+    "topk-lora": "benchmarks.topk_lora",
 }
 OPTIONS = {"throughput": ("only", "peers", "checkout"), "chat-pair": ("runs", "cache")}
 """Flags that only some benchmarks take."""
-KEEPING = ("chat-pair", "sae-lora")
+KEEPING = ("chat-pair", "sae-lora", "topk-lora")
 """Benchmarks that keep what they train."""
 
 

@@ -40,6 +40,7 @@ class Setting(NamedTuple):
     tuned: Any
     tokenizer: Any
     rows: Rows
+    """Of the held-out documents."""
     train: list[Batch]
     held_out: list[Batch]
 
@@ -72,16 +73,25 @@ def open_setting(config: DistilConfig) -> Setting:
         InputError: models that do not fit each other, too few tokens.
     """
     info = inspect_pair(config.base, config.tuned, ["blocks.0.hook_resid_post"])
-    rows = tokenize_documents(config.data_config(), info.tokenizer)
     pad_id = padding_id(info.tokenizer, info.n_ids)
-    batches = [pad_rows(rows, numbers, pad_id) for numbers in rows.batches(config.batch_rows)]
-    n_held_out = max(1, round(config.holdout_share * len(batches)))
-    if len(batches) <= n_held_out:
-        raise InputError(f"{rows.n_scored:,} tokens make {len(batches)} batches; give more text, or lower batch_rows.")
+
+    def batches(rows: Rows) -> list[Batch]:
+        return [pad_rows(rows, numbers, pad_id) for numbers in rows.batches(config.batch_rows)]
+
+    rows = tokenize_documents(config.data_config(), info.tokenizer)
+    train, eval_config = batches(rows), config.eval_config()
+    if eval_config is not None:
+        rows = tokenize_documents(eval_config, info.tokenizer)
+        held_out = batches(rows)
+    else:
+        n_held_out = max(1, round(config.holdout_share * len(train)))
+        train, held_out = train[:-n_held_out], train[-n_held_out:]
+    if not train:
+        raise InputError(f"{rows.n_scored:,} tokens make one batch; give more text, or lower batch_rows.")
     pair = load_pair(config.base, config.tuned, "blocks.0.hook_resid_post", device=config.device, info=info, whole=True)
     device = choose_device(config.device)
-    moved = [batch.to(device) for batch in batches]
-    return Setting(*pair.models, info.tokenizer, rows, moved[:-n_held_out], moved[-n_held_out:])
+    moved = ([batch.to(device) for batch in part] for part in (train, held_out))
+    return Setting(*pair.models, info.tokenizer, rows, *moved)
 
 
 def predicted(batch: Batch) -> Bool[Tensor, "rows positions"]:
@@ -145,7 +155,7 @@ def distil(setting: Setting, config: DistilConfig, *, name: str = "topk-lora") -
         setting.base, batches(), lambda batch: distil_loss(setting, batch, config, generator),
         torch.optim.Adam(adapter.parameters(), lr=config.lr, betas=(0.9, 0.98)),
         Schedule(config.steps, config.lr, warmup_steps=WARMUP_STEPS),
-        tokens_per_step=round(setting.rows.n_scored / max(1, len(setting.train) + len(setting.held_out))), name=name,
+        tokens_per_step=round(sum(int(batch.scored.sum()) for batch in setting.train) / len(setting.train)), name=name,
     )  # fmt: skip
     adapter.set_progress(1.0)
     return adapter.eval()

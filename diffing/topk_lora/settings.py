@@ -20,8 +20,10 @@ class DistilConfig(TopKLoRAConfig):
     """Documents that both models read, as `crosscoders cache` takes them; no tuning data is needed."""
     n_tokens: int = 200_000
     """Scored tokens to read, with the held-out ones."""
+    eval_data: str | list[str | DataSource] | None = None
+    """Other documents that only the evaluation reads; default: the last batches of `data`."""
     holdout_share: float = 0.1
-    """Share of the batches that only `eval` reads, the last ones."""
+    """Share of the batches of `data` that are kept for it then; with `eval_data`, its scored tokens over n_tokens."""
     context_length: int = 128
     """Tokens of a document that are read."""
     steps: int = 450
@@ -46,7 +48,14 @@ class DistilConfig(TopKLoRAConfig):
 
     def data_config(self) -> DataConfig:
         """Return the part that says which documents are read."""
-        return DataConfig(data=self.data, n_tokens=self.n_tokens, context_length=self.context_length, seed=0)
+        return DataConfig(data=self.data, n_tokens=self.n_tokens, context_length=self.context_length)
+
+    def eval_config(self) -> DataConfig | None:
+        """Return the same of the documents for the evaluation alone, if there are any."""
+        if self.eval_data is None:
+            return None
+        n_tokens = max(1, round(self.holdout_share * self.n_tokens))
+        return DataConfig(data=self.eval_data, n_tokens=n_tokens, context_length=self.context_length)
 
 
 @dataclass(frozen=True, kw_only=True)
