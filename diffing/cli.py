@@ -9,7 +9,7 @@ from diffing.latents.settings import ScaleSettings, StabilitySettings
 from diffing.null.settings import NullSettings
 from diffing.report.settings import ReportSettings
 from diffing.sae_gap.settings import SaeGapSettings
-from diffing.topk_lora.settings import PRESETS, TopKEvalSettings, TopKFitSettings
+from diffing.topk_lora.settings import PRESETS, TopKEvalSettings, TopKFitSettings, TopKSetsSettings
 
 COMMANDS = [
     Command(
@@ -92,6 +92,13 @@ COMMANDS = [
         "Held-out KL, internal faithfulness and directions of a run.",
         TopKEvalSettings,
         "diffing.topk_lora.command:evaluate",
+        "run",
+    ),
+    Command(
+        "topk-lora sets",
+        "The smallest set of directions behind each behaviour, audited on other prompts.",
+        TopKSetsSettings,
+        "diffing.topk_lora.sets_command:find_sets",
         "run",
     ),
 ]

@@ -78,6 +78,35 @@ class TopKEvalSettings:
     """auto, cpu, cuda or cuda:N."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class TopKSetsSettings:
+    """Smallest sets of directions without which a behaviour is gone and the others stay."""
+
+    run: str
+    """Run folder of `diffing topk-lora fit`."""
+    prompts: str | list[str | DataSource]
+    """Chats that the search reads; the first user message of each is a prompt, its `group` the behaviour."""
+    audit: str | list[str | DataSource]
+    """Other chats, on which what is left is counted."""
+    labels: list[str] | None = None
+    """Behaviours to look for; default: every group of the prompts."""
+    per_label: int = 48
+    """Prompts of each behaviour in the search."""
+    audit_per_label: int = 200
+    """And in the audit."""
+    max_directions: int = 64
+    """The search ends there."""
+    draws: int = 4
+    """Random sets that write as much, for each set."""
+    seed: int = 0
+    """Of those."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "per_label", "audit_per_label", "max_directions", "draws")
+
+
 PRESETS: dict[str, dict[str, object]] = {
     f"published-{rank}-{k}": {"rank": rank, "k": k, "k_start_factor": rank / 8 / k, "layers": [18]}
     for rank, k in ((512, 4), (1024, 8), (4096, 32), (8192, 64))
