@@ -41,6 +41,7 @@ class Setting(NamedTuple):
     tokenizer: Any
     rows: Rows
     """Of the held-out documents."""
+    train_rows: Rows
     train: list[Batch]
     held_out: list[Batch]
 
@@ -78,7 +79,7 @@ def open_setting(config: DistilConfig) -> Setting:
     def batches(rows: Rows) -> list[Batch]:
         return [pad_rows(rows, numbers, pad_id) for numbers in rows.batches(config.batch_rows)]
 
-    rows = tokenize_documents(config.data_config(), info.tokenizer)
+    rows = train_rows = tokenize_documents(config.data_config(), info.tokenizer)
     train, eval_config = batches(rows), config.eval_config()
     if eval_config is not None:
         rows = tokenize_documents(eval_config, info.tokenizer)
@@ -91,7 +92,7 @@ def open_setting(config: DistilConfig) -> Setting:
     pair = load_pair(config.base, config.tuned, "blocks.0.hook_resid_post", device=config.device, info=info, whole=True)
     device = choose_device(config.device)
     moved = ([batch.to(device) for batch in part] for part in (train, held_out))
-    return Setting(*pair.models, info.tokenizer, rows, *moved)
+    return Setting(*pair.models, info.tokenizer, rows, train_rows, *moved)
 
 
 def predicted(batch: Batch) -> Bool[Tensor, "rows positions"]:
