@@ -24,7 +24,7 @@ FLOORS = [
     ["sae_lora.evaluation"],
     ["sae_lora"],
     ["diffing.latents", "diffing.finetuning"],
-    ["diffing.causal", "diffing.null", "diffing.report", "diffing.sae_gap"],
+    ["diffing.causal", "diffing.null", "diffing.report", "diffing.sae_gap", "diffing.samples"],
     ["diffing.demo"],
     ["diffing"],
     ["benchmarks"],
