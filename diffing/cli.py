@@ -9,9 +9,22 @@ from diffing.latents.settings import ScaleSettings, StabilitySettings
 from diffing.null.settings import NullSettings
 from diffing.report.settings import ReportSettings
 from diffing.sae_gap.settings import SaeGapSettings
+from diffing.samples.settings import RepliesSettings, SaySettings
 from diffing.topk_lora.settings import PRESETS, TopKEvalSettings, TopKFitSettings, TopKSetsSettings
 
 COMMANDS = [
+    Command(
+        "say",
+        "What the tuned model says and the base does not, in minutes and without training.",
+        SaySettings,
+        "diffing.samples.command:say",
+    ),
+    Command(
+        "replies",
+        "How both models answer the same prompts: words, lengths, refusals, formats.",
+        RepliesSettings,
+        "diffing.samples.command:replies",
+    ),
     Command(
         "sae-gap",
         "What a dictionary cannot express of a fine-tune: LoRA around it in both models.",
