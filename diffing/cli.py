@@ -7,9 +7,16 @@ from diffing.demo.settings import DemoSettings
 from diffing.latents.settings import ScaleSettings, StabilitySettings
 from diffing.null.settings import NullSettings
 from diffing.report.settings import ReportSettings
+from diffing.sae.settings import SaeSettings
 from diffing.sae_gap.settings import SaeGapSettings
 
 COMMANDS = [
+    Command(
+        "sae",
+        "One SAE in both models: which latents changed, and which cause the difference.",
+        SaeSettings,
+        "diffing.sae.command:sae",
+    ),
     Command(
         "sae-gap",
         "What a dictionary cannot express of a fine-tune: LoRA around it in both models.",

@@ -21,11 +21,11 @@ FLOORS = [
     ["sae_lora.dictionaries"],
     ["sae_lora.lora", "sae_lora.splicing"],
     ["sae_lora.fitting"],
-    ["sae_lora.evaluation"],
+    ["sae_lora.evaluation", "sae_lora.finetuning"],
     ["sae_lora"],
     ["diffing.latents", "diffing.finetuning"],
     ["diffing.causal", "diffing.null", "diffing.report", "diffing.sae_gap"],
-    ["diffing.demo"],
+    ["diffing.demo", "diffing.sae"],
     ["diffing"],
     ["benchmarks"],
 ]
