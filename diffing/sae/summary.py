@@ -41,11 +41,13 @@ def _null_words(values: dict[str, Any], order: str, n: int) -> list[str]:
     words = []
     if f"{start}.null_at_threshold" in values:
         words.append(
-            f"  the null has {values[f'{start}.null_at_threshold']['value']} latents at the value of the {n}th; "
+            f"  the null has {values[f'{start}.null_at_threshold']['value']} latents at or above the value of the last of these {n}; "
             f"{values[f'{start}.beyond_null']['value']} of the pair's lie above the null's largest"
         )
     if f"{start}.split_at_threshold" in values:
-        words.append(f"  two halves of the base's documents: {values[f'{start}.split_at_threshold']['value']} at it")
+        words.append(
+            f"  two halves of the base's documents: {values[f'{start}.split_at_threshold']['value']} at or above it"
+        )
     return words
 
 
