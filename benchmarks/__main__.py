@@ -23,15 +23,16 @@ BENCHMARKS = {
     "planted": "benchmarks.planted",
     "sae-lora": "benchmarks.sae_lora_gap",
     "throughput": "benchmarks.throughput",
+    "topk-lora": "benchmarks.topk_lora",
 }
 OPTIONS = {"throughput": ("only", "peers", "checkout"), "chat-pair": ("runs", "cache")}
 """Flags that only some benchmarks take."""
-KEEPING = ("chat-pair", "sae-lora")
+KEEPING = ("chat-pair", "sae-lora", "topk-lora")
 """Benchmarks that keep what they train."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point; returns the exit status."""
+    """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="name the benchmarks")
@@ -75,9 +76,9 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"{name:<16} {(importlib.import_module(module).__doc__ or '').splitlines()[0]}")
         elif args.command == "run":
             listed = {name: getattr(args, name) for names in OPTIONS.values() for name in names}
-            given = {name: tuple(v) if isinstance(v, list) else v for name, v in listed.items() if v}
-            found = run_one(args.name, quick=args.quick, out=args.out, options=given)
-            print(json.dumps(found, indent=1) if args.json else markdown(found))
+            options = {name: tuple(v) if isinstance(v, list) else v for name, v in listed.items() if v}
+            result = run_one(args.name, quick=args.quick, out=args.out, options=options)
+            print(json.dumps(result, indent=1) if args.json else markdown(result))
         else:
             for path in sorted(args.out.glob("*.json")):
                 print(markdown(files.read_model(path, ResultRecord)))
@@ -106,7 +107,7 @@ def run_one(name: str, *, quick: bool, out: Path, options: dict[str, Any]) -> di
             (owner,) = (other for other, names in OPTIONS.items() if option in names)
             raise InputError(f"{name} takes no --{option}; only {owner} does. Leave it out.")
     work = {"work": out / name} if name in KEEPING else {}
-    found = {
+    result = {
         "config": {"quick": quick, **options},
         "environment": environment("cuda" if torch.cuda.is_available() else None),
         "date": datetime.date.today().isoformat(),
@@ -114,23 +115,28 @@ def run_one(name: str, *, quick: bool, out: Path, options: dict[str, Any]) -> di
     }
     parts = ("own",) if options.get("runs") else options.get("only", ())  # beside the results of the embedded pair
     words = [name, *parts, *(("quick",) if quick else ())]
-    files.write_json(out / f"{'-'.join(words)}.json", found)
-    return found
+    files.write_json(out / f"{'-'.join(words)}.json", result)
+    return result
 
 
-def markdown(found: dict[str, Any]) -> str:
-    """Machine and date, the rows as one Markdown table, what the rows are noted for, and what was left out."""
-    machine = found["environment"]
-    made = [machine.get("cpu"), machine["device"], f"{machine['threads']} threads", f"torch {machine['torch']}"]
-    lines = [f"## {found['name']}", "", ", ".join(filter(None, [*made, found.get("date")])), ""]
+def markdown(result: dict[str, Any]) -> str:
+    """Return machine and date, the rows as one Markdown table, what the rows are noted for, and what was left out."""
+    machine = result["environment"]
+    machine_facts = [
+        machine.get("cpu"),
+        machine["device"],
+        f"{machine['threads']} threads",
+        f"torch {machine['torch']}",
+    ]
+    lines = [f"## {result['name']}", "", ", ".join(filter(None, [*machine_facts, result.get("date")])), ""]
     lines += ["| row | value | interval | unit | n |", "|---|---|---|---|---|"]
-    notes = dict.fromkeys(row["note"] for row in found["rows"] if row.get("note"))
-    for row in found["rows"]:
+    notes = dict.fromkeys(row["note"] for row in result["rows"] if row.get("note"))
+    for row in result["rows"]:
         interval = "" if row["low"] is None else f"{row['low']:.4g} to {row['high']:.4g}"
         number = f" [{list(notes).index(row['note']) + 1}]" if row.get("note") else ""
         lines.append(f"| {row['name']}{number} | {row['value']:.4g} | {interval} | {row['unit']} | {row['n']:,} |")
     lines += ["", *(f"{i}. {note}" for i, note in enumerate(notes, 1))]
-    lines += ["", *(f"Left out: {name} ({reason})" for name, reason in found.get("left_out", {}).items())]
+    lines += ["", *(f"Left out: {name} ({reason})" for name, reason in result.get("left_out", {}).items())]
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -10,7 +10,7 @@ Clock = Callable[[Callable[[], object]], float]
 
 
 def cpu_seconds(run: Callable[[], object]) -> float:
-    """CPU time of this process, all threads."""
+    """Return the CPU time of this process, all threads."""
     start = time.process_time()
     run()
     return time.process_time() - start
@@ -31,7 +31,7 @@ def cuda_seconds(run: Callable[[], object]) -> float:
 def interleaved(
     parts: dict[str, Callable[[], object]], *, n_rounds: int, n_warmup: int = 2, clock: Clock = cpu_seconds
 ) -> dict[str, list[float]]:
-    """Seconds of each part and round, after the warm-up rounds."""
+    """Return the seconds of each part and round, after the warm-up rounds."""
     seconds: dict[str, list[float]] = {name: [] for name in parts}
     for i in range(n_warmup + n_rounds):
         for name, run in parts.items():
@@ -42,7 +42,7 @@ def interleaved(
 
 
 def median_row(name: str, values: list[float], unit: str, note: str = "") -> dict[str, Any]:
-    """Median over rounds; low and high are the quartiles, null where there is one value only."""
+    """Return the median over rounds; low and high are the quartiles, null where there is one value only."""
     low, high = None, None
     if len(values) > 1:
         low, _, high = statistics.quantiles(values, n=4)
@@ -51,5 +51,5 @@ def median_row(name: str, values: list[float], unit: str, note: str = "") -> dic
 
 
 def ratio_row(name: str, seconds: list[float], reference: list[float], unit: str, note: str = "") -> dict[str, Any]:
-    """Median of the ratios, round by round, with their quartiles."""
+    """Return the median of the ratios, round by round, with their quartiles."""
     return median_row(name, [a / b for a, b in zip(seconds, reference, strict=True)], unit, note)

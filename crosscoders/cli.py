@@ -20,7 +20,7 @@ COMMANDS = [
         TrainSettings,
         "crosscoders.training.command:train",
         presets=PRESETS,
-        fit_preset=lambda preset, given: fit_to_length(preset, given["n_tokens"], given["batch_size"]),
+        fit_preset=lambda preset, settings: fit_to_length(preset, settings["n_tokens"], settings["batch_size"]),
     ),
     Command(
         "eval",
@@ -33,5 +33,5 @@ COMMANDS = [
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point of the console command `crosscoders`."""
+    """Run the console command `crosscoders` and return its exit status."""
     return run_main("crosscoders", "Sparse dictionaries over the activations of several models.", COMMANDS, argv)

@@ -4,11 +4,13 @@ from crosscoders.common.command_line import Command
 from crosscoders.common.command_line import main as run_main
 from diffing.causal.settings import CausalSettings, LensSettings, SteerSettings
 from diffing.demo.settings import DemoSettings
+from diffing.interpretation.settings import InterpretSettings
 from diffing.latents.settings import ScaleSettings, StabilitySettings
 from diffing.null.settings import NullSettings
 from diffing.report.settings import ReportSettings
 from diffing.sae.settings import SaeSettings
 from diffing.sae_gap.settings import SaeGapSettings
+from diffing.topk_lora.settings import PRESETS, TopKEvalSettings, TopKFitSettings, TopKSetsSettings
 
 COMMANDS = [
     Command(
@@ -52,6 +54,13 @@ COMMANDS = [
         "run",
     ),
     Command(
+        "interpret",
+        "Tokens and labels that tell where latents fire; names from an endpoint, with scores.",
+        InterpretSettings,
+        "diffing.interpretation.command:interpret_run",
+        "run",
+    ),
+    Command(
         "stability",
         "Which latents come back in other training runs of the same pair.",
         StabilitySettings,
@@ -76,6 +85,27 @@ COMMANDS = [
         "False-positive rates of specific latents, from null pairs.",
         NullSettings,
         "diffing.null.command:null",
+        "run",
+    ),
+    Command(
+        "topk-lora fit",
+        "Distil the tuned model into the base with a sparse adapter.",
+        TopKFitSettings,
+        "diffing.topk_lora.command:fit",
+        presets=PRESETS,
+    ),
+    Command(
+        "topk-lora eval",
+        "Held-out KL, internal faithfulness and directions of a run.",
+        TopKEvalSettings,
+        "diffing.topk_lora.command:evaluate",
+        "run",
+    ),
+    Command(
+        "topk-lora sets",
+        "The smallest set of directions behind each behaviour, audited on other prompts.",
+        TopKSetsSettings,
+        "diffing.topk_lora.sets_command:find_sets",
         "run",
     ),
 ]

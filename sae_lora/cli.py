@@ -38,5 +38,5 @@ COMMANDS = [
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point of the console command `sae-lora`."""
+    """Run the console command `sae-lora` and return its exit status."""
     return run_main("sae-lora", "LoRA around frozen sparse dictionaries.", COMMANDS, argv)

@@ -37,11 +37,11 @@ def kept_positions(
 
     With a key-value cache the mask is longer than the ids, which are then its last.
     """
-    kept = torch.isin(ids, torch.tensor(sorted(keep_ids), dtype=torch.int64, device=ids.device))
+    is_kept = torch.isin(ids, torch.tensor(sorted(keep_ids), dtype=torch.int64, device=ids.device))
     is_padding = attention_mask == 0
     if FIRST_POSITION in keep_ids:
         is_padding |= attention_mask.cumsum(dim=1) == 1  # the first token, and what padding follows it
-    return kept | is_padding[:, -ids.shape[1] :]
+    return is_kept | is_padding[:, -ids.shape[1] :]
 
 
 class Spliced:
@@ -51,7 +51,7 @@ class Spliced:
         self.fired = dict.fromkeys(hook_points, 0)
         """Forward passes in which each hook point was reached."""
         self.keep_ids = list(keep_ids)
-        self.kept: Bool[Tensor, "rows seq"] | None = None
+        self.is_kept: Bool[Tensor, "rows seq"] | None = None
 
     def start(self, ids: Int[Tensor, "rows seq"] | None, attention_mask: Tensor | None, n_past: int) -> None:
         """Find the kept positions of a pass after `n_past` tokens of a key-value cache."""
@@ -64,16 +64,16 @@ class Spliced:
             )
         if attention_mask is None:
             attention_mask = ids.new_ones(len(ids), n_past + ids.shape[1])
-        self.kept = kept_positions(ids, attention_mask, self.keep_ids)
+        self.is_kept = kept_positions(ids, attention_mask, self.keep_ids)
 
     def kept_at(self, hook_point: str, x: Tensor) -> Bool[Tensor, "rows seq"]:
-        if self.kept is None or self.kept.shape != x.shape[:2]:
+        if self.is_kept is None or self.is_kept.shape != x.shape[:2]:
             raise InputError(
                 f"hook_point {hook_point!r} ran outside a forward pass of the whole model (or is recomputed by "
                 "gradient checkpointing), so kept positions are unknown. Call the language model itself, without "
                 "checkpointing."
             )
-        return self.kept
+        return self.is_kept
 
 
 @contextlib.contextmanager
@@ -113,7 +113,7 @@ def splice(
             dictionary.begin(ids, attention_mask)
 
     def end(*_: Any) -> None:
-        state.kept = None
+        state.is_kept = None
 
     with contextlib.ExitStack() as stack:
         core = core_model(model)
@@ -134,7 +134,7 @@ def _edit(
     dictionary: FrozenDictionary, mode: Mode, state: Spliced, observe: Observe | None
 ) -> Callable[[Tensor], Tensor]:
     def edit(x: Float[Tensor, "rows seq d_model"]) -> Float[Tensor, "rows seq d_model"]:
-        kept = state.kept_at(dictionary.hook_point, x)
+        is_kept = state.kept_at(dictionary.hook_point, x)
         state.fired[dictionary.hook_point] += 1
         if x.shape[-1] != dictionary.info.d_model:
             raise InputError(
@@ -146,14 +146,14 @@ def _edit(
         flat = x.flatten(0, 1).to(dictionary.dtype)
         latents, x_hat = dictionary.reconstruct(flat)
         if observe is not None:
-            used = ~kept.flatten()
+            used = ~is_kept.flatten()
             observe(dictionary, flat[used], latents[used], x_hat[used])
         if mode == "off":
             return x
         new = x_hat.to(x.dtype).view_as(x)
         if mode == "error":
             new = new + (x - new).detach()
-        return torch.where(kept[..., None], x, new)
+        return torch.where(is_kept[..., None], x, new)
 
     return edit
 
@@ -164,5 +164,5 @@ def special_ids(tokenizer: Any) -> list[int]:
     Where there is no BOS, `FIRST_POSITION` is among them: the first position is then what BOS is elsewhere.
     """
     bos = FIRST_POSITION if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    found = (bos, tokenizer.eos_token_id, tokenizer.pad_token_id)
-    return sorted({int(i) for i in found if i is not None})
+    ids = (bos, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    return sorted({int(i) for i in ids if i is not None})

@@ -1,6 +1,7 @@
 """Shared fixtures: a tiny Gemma-2 pair with its own tokenizer, made once; shapes are checked at call time."""
 
 import contextlib
+import importlib.util
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -9,6 +10,9 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+if importlib.util.find_spec("triton"):
+    import crosscoders.kernels.triton_source  # noqa: F401  # before the hook, behind which Triton does not find `tl`
 
 from jaxtyping import install_import_hook
 

@@ -99,13 +99,18 @@ def faults(check: Callable[[str], str | None], pieces: Iterable[str]) -> list[st
     return [fault for fault in map(check, pieces) if fault]
 
 
+def find_command(program: str, words: list[str]) -> Command | None:
+    """The command that begins a line; its name has one word, or two."""
+    named = (command for command in PROGRAMS[program] if words[: len(command.name.split())] == command.name.split())
+    return next(named, None)
+
+
 def wrong_command(line: str) -> str | None:
     """Check that a program has the command and the flags of a line."""
     program, *words = shlex.split(line)
-    commands: dict[str, Command] = {command.name: command for command in PROGRAMS[program]}
-    if not words or words[0] not in commands:
+    command = find_command(program, words)
+    if command is None:
         return f"{line!r}: {program} has no such command"
-    command = commands[words[0]]
     known = settings_of(command.settings) | COMMON_FLAGS | ({"preset"} if command.presets else set())
     for word in words[1:]:
         flag = word.split("=")[0].removeprefix("--").replace("-", "_")
@@ -116,10 +121,11 @@ def wrong_command(line: str) -> str | None:
 
 def wrong_settings(line: str) -> str | None:
     """Check a complete command line by parsing it as the program would."""
-    program, name, *argv = shlex.split(line)
-    command = next(command for command in PROGRAMS[program] if command.name == name)
+    program, *words = shlex.split(line)
+    command = find_command(program, words)
+    assert command is not None
     try:
-        parse(program, command, argv)
+        parse(program, command, words[len(command.name.split()) :])
     except InputError as error:
         return f"{line!r}: {error}"
     return None

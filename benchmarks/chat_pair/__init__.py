@@ -52,7 +52,7 @@ def run(quick: bool, work: Path, runs: tuple[str, ...] = (), cache: str | None =
         raise InputError("chat-pair needs both --runs VARIANT=RUN ... and --cache HELDOUT, or neither of them.")
     nulls: dict[str, Runs] = {}
     if cache is not None:
-        chosen, opened = given(runs), ActivationCache(cache)
+        chosen, opened = runs_by_variant(runs), ActivationCache(cache)
     else:
         prepared = prepare(work, seeds=range(1 if quick else N_SEEDS))
         chosen, nulls = prepared["tuned"], {null: prepared[null] for null in NULLS}
@@ -73,7 +73,7 @@ def run(quick: bool, work: Path, runs: tuple[str, ...] = (), cache: str | None =
     return {"name": "chat-pair", "rows": [with_note(entry) for entry in rows], "left_out": left_out}
 
 
-def given(runs: tuple[str, ...]) -> Runs:
+def runs_by_variant(runs: tuple[str, ...]) -> Runs:
     """Run folders by variant from VARIANT=RUN.
 
     Raises:

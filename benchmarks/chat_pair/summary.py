@@ -57,7 +57,7 @@ def judged(table: pandas.DataFrame) -> pandas.DataFrame:
 
 
 def groups(table: pandas.DataFrame) -> dict[str, Bool[np.ndarray, " dict_size"]]:
-    """Which latents each count is of, by name."""
+    """Return which latents each count is of, by name."""
     bounds, living, norm_class = Thresholds(), is_alive(table["n_active"]), table["norm_class"].to_numpy()
     small = np.asarray(
         (table["nu_error"].abs() < bounds.nu_error) & (table["nu_reconstruction"].abs() < bounds.nu_reconstruction)

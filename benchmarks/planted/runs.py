@@ -80,7 +80,7 @@ def draw(size: Size, seed: int) -> Data:
 def train_config(size: Size, variant: str, *, seed: int, n_steps: int) -> TrainConfig:
     """Return settings of a variant; chosen for FVE, L0 near k and features found on calibration seeds."""
     activation, code_norm = VARIANTS[variant]
-    # x' grows as sqrt(d_model) under sqrt_d, the squared error as d_model and f c as sqrt(d_model): with this factor
+    # x' grows as sqrt(d_model), the squared error as d_model and f c as sqrt(d_model): with this factor
     # the pull on a feature, relative to its size, is the same at every width. "concat" gives a shared latent a code
     # norm sqrt(2) times smaller than "sum".
     l1 = 1.25 * (size.planted.d_model / 96) ** 0.5 * (2**0.5 if code_norm == "concat" else 1)
@@ -102,7 +102,7 @@ def train_config(size: Size, variant: str, *, seed: int, n_steps: int) -> TrainC
         lr_decay_fraction=0.2,
         reconstruction="squared",
         decoder_init_norm=0.3,
-        input_norm="sqrt_d",
+        input_norm="centred",
         dead_after_tokens=50_000,
         log_every=n_steps,
         checkpoint_every=n_steps,

@@ -64,7 +64,7 @@ def weak(table: pandas.DataFrame) -> pandas.Series:
 
 
 def counted(table: pandas.DataFrame) -> pandas.DataFrame:
-    """The latents that count in precision, recall, AUROC and AP."""
+    """Return the latents that count in precision, recall, AUROC and AP."""
     return alive_rows(table[~weak(table)])
 
 
@@ -106,5 +106,5 @@ def average_precision(value: np.ndarray, positive: np.ndarray) -> float:
     if not positive.any():
         return float("nan")
     table = pandas.DataFrame({"value": value, "hit": positive}).groupby("value")["hit"].agg(["sum", "size"])[::-1]
-    hits, taken = table["sum"].cumsum(), table["size"].cumsum()
-    return float((table["sum"] / positive.sum() * hits / taken).sum())
+    hits, sizes = table["sum"].cumsum(), table["size"].cumsum()
+    return float((table["sum"] / positive.sum() * hits / sizes).sum())

@@ -5,12 +5,14 @@ default Adam. Times are CUDA events; memory is the allocator's peak over model, 
 batches take. The same functions run on a CPU at tiny shapes in the tests.
 """
 
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.throughput import caching
+from benchmarks.throughput import caching, caching_run, density
 from benchmarks.throughput.steps import Shape, Step, dense_step, our_step, planted, require_close, start_model, turns
 from benchmarks.timing import Clock, cuda_seconds, interleaved, median_row, ratio_row
 
@@ -26,8 +28,15 @@ def rows(quick: bool) -> list[dict[str, Any]]:
     n_rounds, measured = 3 if quick else 9, []
     for shape in SHAPES[: 1 if quick else None]:
         measured += step_rows(shape, device="cuda", n_rounds=n_rounds, clock=cuda_seconds)
+    measured += density.rows(
+        SHAPES[0], name="throughput.gpu.l1.2304x73728x2048", n_rounds=n_rounds, device="cuda", clock=cuda_seconds,
+        products=torch.bfloat16,
+    )  # fmt: skip
     models = caching.make_pair(GEMMA_2_2B, "cuda", torch.bfloat16)
     measured += caching.cache_rows("throughput.gpu.cache.gemma-2-2b", models, n_rounds=n_rounds, clock=cuda_seconds)
+    with tempfile.TemporaryDirectory() as folder:
+        sizes = [8] if quick else [8, 32]
+        measured += caching_run.rows(models, Path(folder), batch_rows=sizes, n_rows=256, n_rounds=1 if quick else 3)
     return measured
 
 

@@ -60,14 +60,14 @@ def packages_of(name: str, known: Known, folder: Path | None) -> Iterator[None]:
         sys.modules.update(previous)
 
 
-def read_checkouts(given: list[str]) -> dict[str, Path]:
+def read_checkouts(pairs: list[str]) -> dict[str, Path]:
     """Read the NAME=FOLDER pairs of the command line.
 
     Raises:
         InputError: not such a pair, an unknown name, no such folder.
     """
     folders = {}
-    for pair in given:
+    for pair in pairs:
         name, equals, folder = pair.partition("=")
         if not equals:
             raise InputError(f"--checkout {pair!r} is not NAME=FOLDER. Names: {', '.join(PEERS)}.")

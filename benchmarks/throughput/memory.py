@@ -66,11 +66,11 @@ def measure(name: str, shape: Shape, n_processes: int, folder: Path | None = Non
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     growths = []
     for _ in range(n_processes):
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        if done.returncode:
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        process = subprocess.run(command, capture_output=True, text=True, env=environment)
+        if process.returncode:
+            last = (process.stderr.strip().splitlines() or ["no message"])[-1]
             raise RuntimeError(f"measuring the memory of {name!r} failed: {last}")
-        growths.append(float(done.stdout.split()[-1]))
+        growths.append(float(process.stdout.split()[-1]))
     return growths
 
 

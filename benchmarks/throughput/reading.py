@@ -50,8 +50,8 @@ def read_rows(n_tokens: int, d_model: int = 256, batch: int = 2048) -> list[dict
                 next(batches)
 
         first_epoch = cached_stream(cache, batch_size=batch).batches(0)
-        seen = torch.cat([next(first_epoch)[:, 0, 0] for _ in range(n_batches)])
-        if not torch.equal(seen.sort().values, x[:, 0, 0].float().sort().values):
+        streamed = torch.cat([next(first_epoch)[:, 0, 0] for _ in range(n_batches)])
+        if not torch.equal(streamed.sort().values, x[:, 0, 0].float().sort().values):
             raise RuntimeError("the stream gives other tokens than the cache holds, so the times do not compare.")
         seconds = interleaved({"rows": by_rows, "stream": by_stream}, n_rounds=3, n_warmup=1)
     return [ratio_row("throughput.read.speedup_over_row_indexed_memmap", seconds["rows"], seconds["stream"], "times")]

@@ -67,7 +67,7 @@ def run_cache(
         n_bytes = config.n_tokens * bytes_per_token(config, plan.info.d_model) * len(points)
         needed = memory.require(
             [needs.cache_need(config, plan, n_points=len(points), device=device) for device in chosen],
-            "Lower --batch-rows, --context-length or --shard-tokens, or name fewer hook points.",
+            "Lower batch_rows, context_length or shard_tokens, or name fewer hook points.",
             force=force,
         )
         say(

@@ -20,17 +20,17 @@ def cache(settings: CacheSettings) -> dict[str, Any]:
     """Run `crosscoders cache`."""
     started = time.perf_counter()
     part = settings.chosen_part()
-    made = run_cache(
+    written = run_cache(
         config_of(CacheConfig, settings), part=part, devices=settings.chosen_devices(), force=settings.force
     )
-    rates = made.rates
+    rates = written.rates
     if rates.n_tokens:
         say(f"cached {rates.n_tokens:,} tokens  {rates.text()}")
     if part:
         say_closing(started, f"part {part} in {settings.out}")
         say(f"next: crosscoders merge, with the folders of all {part.of} parts and --out CACHE")
         return result("cache", to_dict(settings), _rate_rows(rates))
-    rows = _describe_caches(started, list(made.folders.values())) + _rate_rows(rates)
+    rows = _describe_caches(started, list(written.folders.values())) + _rate_rows(rates)
     return result("cache", to_dict(settings), rows)
 
 
@@ -57,24 +57,24 @@ def merge(settings: MergeSettings) -> dict[str, Any]:
 
 
 def _describe_caches(started: float, folders: list[str]) -> list[dict[str, Any]]:
-    """Say what was made, and the rows of `--json`; those of several hook points carry their names."""
+    """Say what was made, and return the rows of `--json`; those of several hook points carry their names."""
     rows = []
     for folder in folders:
-        made = ActivationCache(folder)
-        norms = made.mean_norm
-        statistics = made.manifest["statistics"]
+        opened = ActivationCache(folder)
+        norms = opened.mean_norm
+        statistics = opened.manifest["statistics"]
         n_left_out = statistics.get("left_out_tokens", 0)
         left_out = f" ({n_left_out:,} of outlying norm left out)" if n_left_out else ""
         if text := outlier_text(statistics):
             say(text)
         say_closing(
             started,
-            f"{len(made):,} tokens{left_out}, mean norm base {norms[0]:.2f} tuned {norms[1]:.2f}, in {made.path}",
+            f"{len(opened):,} tokens{left_out}, mean norm base {norms[0]:.2f} tuned {norms[1]:.2f}, in {opened.path}",
         )
-        where = f".{made.manifest['hook_point']}" if len(folders) > 1 else ""
-        rows.append(row(f"cache{where}.tokens", len(made), "tokens", len(made)))
+        where = f".{opened.manifest['hook_point']}" if len(folders) > 1 else ""
+        rows.append(row(f"cache{where}.tokens", len(opened), "tokens", len(opened)))
         rows += [
-            row(f"cache{where}.mean_norm.{name}", value, "activation", len(made))
+            row(f"cache{where}.mean_norm.{name}", value, "activation", len(opened))
             for name, value in zip(("base", "tuned"), norms, strict=True)
         ]
     say(f"next: crosscoders train --cache {shlex.quote(folders[0])} --out RUN --preset paper-batchtopk")

@@ -38,9 +38,9 @@ def merge_parts(parts: list[str], out: str) -> list[str]:
         target = f"{out.rstrip('/')}/{name}" if name else out
         folder = open_folder(target)
         with folder.exclusive():
-            taken = [file for file in (*FINAL, "progress.json") if file in folder.sizes()]
-            if taken:
-                raise InputError(f"{target} holds a cache already ({taken[0]}). Choose another --out.")
+            published = [file for file in (*FINAL, "progress.json") if file in folder.sizes()]
+            if published:
+                raise InputError(f"{target} holds a cache already ({published[0]}). Choose another --out.")
             merge_point([folders[name] for folders in points], folder, target)
         targets.append(target)
     return targets

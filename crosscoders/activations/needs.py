@@ -46,7 +46,7 @@ def _parameters(config: CacheConfig, plan: Plan) -> tuple[int, int, int]:
 
 
 def _forward(config: CacheConfig, plan: Plan, n_points: int, dtype: torch.dtype) -> int:
-    """Of the largest padded batch: one layer at work, and the activations that are kept of both models."""
+    """Return the bytes of the largest padded batch: one layer at work, and the activations kept of both models."""
     text = load_auto(plan.info.base, "config").get_text_config()
     d_model, itemsize = plan.info.d_model, dtype.itemsize
     wide = getattr(text, "intermediate_size", None) or 4 * d_model

@@ -38,29 +38,31 @@ def within(tokens: Tokens, max_norm_multiple: float | None) -> Tokens:
     if max_norm_multiple is None:
         return tokens
     norms = torch.linalg.vector_norm(tokens.activations, dim=-1, dtype=torch.float64)
-    kept = ~beyond(norms, max_norm_multiple).any(dim=1)
-    if not kept.any():
+    is_within = ~beyond(norms, max_norm_multiple).any(dim=1)
+    if not is_within.any():
         raise InputError(f"max_norm_multiple = {max_norm_multiple} leaves no token of a shard. Raise it.")
-    return tokens if kept.all() else Tokens(*(column[kept] for column in tokens))
+    return tokens if is_within.all() else Tokens(*(column[is_within] for column in tokens))
 
 
 def outlier_sums(
-    x: Float[Tensor, "tokens n_models d_model"], norms: Float[Tensor, "tokens n_models"]
+    x: Float[Tensor, "tokens n_models d_model"],
+    norms: Float[Tensor, "tokens n_models"],
+    mean: Float[Tensor, "n_models d_model"],
 ) -> dict[str, list[float]]:
     """Return the `SUMS` of a shard, a number per model each: spreads are sums of ||x - mean x||^2 over its tokens."""
-    mean = x.mean(dim=0)
-    # Written out, since x - mean would be another copy of the shard in float64.
-    dots = torch.stack([x[:, m] @ mean[m] for m in range(len(mean))], dim=1)
-    squares = (norms.square() - 2 * dots + mean.square().sum(dim=1)).clamp_min(0)
     largest = torch.zeros_like(norms, dtype=torch.bool)
     n_largest = -int(-TOP * len(norms) // 1)
     largest.scatter_(0, norms.topk(n_largest, dim=0).indices, True)
     outlying = beyond(norms, MULTIPLE)
-    found = (
-        norms.median(dim=0).values * len(norms), squares.sum(dim=0), largest.sum(dim=0), (squares * largest).sum(dim=0),
-        outlying.sum(dim=0), (squares * outlying).sum(dim=0),
+    # Squared distances of these few alone: of all tokens, their sum is enough.
+    few = (largest | outlying).any(dim=1)
+    squares = (x[few].double() - mean).square().sum(dim=-1)
+    spread = (norms.square().sum(dim=0) - len(norms) * mean.square().sum(dim=1)).clamp_min(0)
+    sums = (
+        norms.median(dim=0).values * len(norms), spread, largest.sum(dim=0), (squares * largest[few]).sum(dim=0),
+        outlying.sum(dim=0), (squares * outlying[few]).sum(dim=0),
     )  # fmt: skip
-    return {name: values.tolist() for name, values in zip(SUMS, found, strict=True)}
+    return {name: values.tolist() for name, values in zip(SUMS, sums, strict=True)}
 
 
 def outlier_statistics(shards: list[dict[str, Any]]) -> dict[str, Any]:

@@ -89,9 +89,9 @@ def write_on_devices(config: CacheConfig, plan: Plan, devices: list[str]) -> Rat
             for part in parts
             if any("part.json" not in open_folder(part_folder(point.out, part)).sizes() for point in points)
         ]
-        left = replace(config, hook_point=[str(point.hook_point) for point in points])
-        left = config if isinstance(config.hook_point, str) else left
-        rates = _run_all(left, plan, list(zip(devices, missing, strict=False))) if missing else Rates()
+        remaining = replace(config, hook_point=[str(point.hook_point) for point in points])
+        remaining = config if isinstance(config.hook_point, str) else remaining
+        rates = _run_all(remaining, plan, list(zip(devices, missing, strict=False))) if missing else Rates()
         for point in points:
             folders = [open_folder(part_folder(point.out, part)) for part in parts]
             merge_point(folders, open_folder(point.out), point.out)

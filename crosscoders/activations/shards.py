@@ -8,11 +8,14 @@
 merged parts.
 """
 
-from typing import Any, Literal
+from concurrent.futures import ThreadPoolExecutor
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from pydantic import Field, model_validator
+from torch import Tensor
 
 from crosscoders.activations.outliers import outlier_statistics, outlier_sums, within
 from crosscoders.activations.plan import FORMAT_VERSION, Plan
@@ -26,6 +29,8 @@ from crosscoders.models.names import identity
 
 COLUMN_BYTES = 17
 """Of one token, beside its activations."""
+BLOCK = 512
+"""Tokens that are summed in float32."""
 SUMS = ("sum", "norm_sum", "square_sum")
 
 
@@ -41,6 +46,10 @@ class Shard(FileRecord):
     n_tokens: int = Field(gt=0)
 
 
+IfThere = Annotated[list[float], Field(default_factory=list)]
+"""A number of each model, which shards of earlier versions lack."""
+
+
 class SummedShard(Shard):
     """The same before the sums are made into statistics."""
 
@@ -48,6 +57,19 @@ class SummedShard(Shard):
     norm_sum: list[float]
     square_sum: list[float]
     norm_max: list[float]
+    norm_median_sum: IfThere
+    spread: IfThere
+    top_tokens: IfThere
+    top_spread: IfThere
+    outlying_tokens: IfThere
+    outlying_spread: IfThere
+    left_out: int = 0
+
+    def lengths(self) -> set[tuple[str, int]]:
+        """Return the lengths of the lists that it has, which are one for each kind of list."""
+        values = [getattr(self, name) for name in self.model_fields_set]
+        of_models = {("n_models", len(value)) for value in values if isinstance(value, list)}
+        return of_models | {("d_model", len(value)) for value in self.sum}
 
 
 class ProgressRecord(Record):
@@ -55,6 +77,12 @@ class ProgressRecord(Record):
 
     format_version: int
     shards: list[SummedShard]
+
+    @model_validator(mode="after")
+    def _agrees(self) -> "ProgressRecord":
+        if len(set().union(*(shard.lengths() for shard in self.shards))) > 2:
+            raise ValueError("the sums of its shards are of different lengths")
+        return self
 
 
 class PartRecord(ProgressRecord):
@@ -159,8 +187,10 @@ class ShardWriter:
         name, n_planned = shard_name(number), len(tokens.token_ids)
         tokens = within(tokens, self.config.max_norm_multiple)
         counts = {"n_tokens": len(tokens.token_ids), "left_out": n_planned - len(tokens.token_ids)}
-        written = self.folder.write_tensors(name, tokens._asdict())
-        self.shards.append({"name": name, **counts, **written._asdict(), **_sums(tokens.activations)})
+        with ThreadPoolExecutor(1) as beside:  # sums take about as long as the write, and neither holds the interpreter
+            sums = beside.submit(_sums, tokens.activations)
+            written = self.folder.write_tensors(name, tokens._asdict())
+        self.shards.append({"name": name, **counts, **written._asdict(), **sums.result()})
         self.folder.write_json("progress.json", {**self._progress(), "shards": self.shards})
 
     def _progress(self) -> dict[str, Any]:
@@ -214,14 +244,23 @@ def build_manifest(header: dict[str, Any], settings: dict[str, Any], shards: lis
     return {**header, "statistics": statistics, "config": settings, "shards": entries}
 
 
-def _sums(activations: torch.Tensor) -> dict[str, Any]:
-    """Return sums in float64, added over shards at the end: running means in bfloat16 stop moving after 256 tokens."""
-    x = activations.double()
-    norms = x.norm(dim=-1)
+def _sums(activations: Float[Tensor, "tokens n_models d_model"]) -> dict[str, Any]:
+    """Return sums in float64, added over shards at the end: running means in bfloat16 stop moving after 256 tokens.
+
+    Norms and sums of BLOCK tokens are float32, so that no copy of the shard in float64 is made.
+    """
+    n_tokens, n_models, d_model = activations.shape
+    total = torch.zeros(n_models * d_model, dtype=torch.float64)
+    norms = torch.empty(n_tokens, n_models, dtype=torch.float64)
+    for part, of_part in zip(activations.split(BLOCK), norms.split(BLOCK), strict=True):
+        x = part.float()
+        of_part.copy_(torch.linalg.vector_norm(x, dim=-1))
+        total += x.new_ones(len(x)) @ x.flatten(1)
+    sums = total.view(n_models, d_model)
     return {
-        "sum": x.sum(dim=0).tolist(),
+        "sum": sums.tolist(),
         "norm_sum": norms.sum(dim=0).tolist(),
         "square_sum": (norms**2).sum(dim=0).tolist(),
         "norm_max": norms.amax(dim=0).tolist(),
-        **outlier_sums(x, norms),
+        **outlier_sums(activations, norms, sums / n_tokens),
     }

@@ -116,7 +116,7 @@ class ActivationSource:
                 f"model {name!r} gives a non-finite activation at {hook_point!r}, "
                 f"document {int(running.columns['document_ids'][token])}, "
                 f"position {int(running.columns['positions'][token])}. "
-                "Whole shards are kept. Use --model-dtype float32, or take the document out."
+                "Whole shards are kept. Use model_dtype float32, or take the document out."
             )
 
     def _require_difference(self, running: _Pass) -> None:
@@ -126,8 +126,8 @@ class ActivationSource:
             if torch.equal(x[:, 0], x[:, 1]):
                 raise InputError(
                     f"tuned model {info.tuned!r} has the same activations as the base {info.base!r} at {hook_point!r} "
-                    f"on the first {len(x):,} tokens: tuned equals base. Name the tuned model with --tuned, or a hook "
-                    "point that its training changed."
+                    f"on the first {len(x):,} tokens: tuned equals base. Name another tuned model, or a hook point "
+                    "that its training changed."
                 )
 
 

@@ -69,6 +69,7 @@ class BufferedStream:
         edges = [*range(0, n_tokens, buffer_tokens), n_tokens]
         self.spans = [(a, b) for a, b in pairwise(edges) if b - a >= batch_size]
         self.batches_in = [(b - a) // batch_size for a, b in self.spans]
+        self._held: tuple[int, Tensor] | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -76,28 +77,34 @@ class BufferedStream:
 
     def place(self, step: int) -> Place:
         """Return the epoch, buffer and batch of a step."""
-        epoch, left = divmod(step, self.steps_per_epoch)
+        epoch, batch = divmod(step, self.steps_per_epoch)
         for buffer, n in enumerate(self.batches_in):
-            if left < n:
-                return Place(epoch, buffer, left)
-            left -= n
+            if batch < n:
+                return Place(epoch, buffer, batch)
+            batch -= n
         raise AssertionError("a step lies within its epoch")
 
     def batches(self, start_step: int) -> Iterator[Float[Tensor, "batch n_models d_model"]]:
         epoch, buffer, batch = self.place(start_step)
-        held: tuple[int, Tensor] | None = None
         while True:
             start, stop = self.spans[buffer]
-            if held is None or held[0] != buffer:
-                held = None  # free the old buffer before the next one is read
-                held = (buffer, self._read(start, stop))
+            x = self._buffer(buffer)
             generator = torch.Generator().manual_seed(random.Random(f"{self.seed}:{epoch}:{buffer}").getrandbits(62))
             order = torch.randperm(stop - start, generator=generator)
             for i in range(batch, self.batches_in[buffer]):
-                yield held[1][order[i * self.batch_size : (i + 1) * self.batch_size]].float()
+                yield x[order[i * self.batch_size : (i + 1) * self.batch_size]].float()
+            del x  # free the old buffer before the next one is read
             buffer, batch = buffer + 1, 0
             if buffer == len(self.spans):
                 epoch, buffer = epoch + 1, 0
+
+    def _buffer(self, number: int) -> Float[Tensor, "tokens n_models d_model"]:
+        """Return a buffer, read again only if it is not the last one that was: for the first and the last steps, which
+        are asked for twice."""
+        if self._held is None or self._held[0] != number:
+            self._held = None
+            self._held = (number, self._read(*self.spans[number]))
+        return self._held[1]
 
 
 def cached_stream(

@@ -27,6 +27,7 @@ class Command(NamedTuple):
     """One subcommand."""
 
     name: str
+    """One word, or two: a group and what to do."""
     help: str
     settings: type
     """Frozen dataclass of its settings."""
@@ -63,8 +64,8 @@ def main(program: str, description: str, commands: list[Command], argv: list[str
             return 0
         for name in () if debug else TALKATIVE:
             logging.getLogger(name).setLevel(logging.ERROR)
-        command = _find(program, commands, argv[0])
-        parsed = parse(program, command, argv[1:])
+        command = _find(program, commands, argv)
+        parsed = parse(program, command, argv[len(command.name.split()) :])
         module, function = command.run.split(":")
         result = getattr(importlib.import_module(module), function)(parsed.settings)
         text = result.pop("text", None)
@@ -91,12 +92,16 @@ def main(program: str, description: str, commands: list[Command], argv: list[str
     return status
 
 
-def _find(program: str, commands: list[Command], name: str) -> Command:
+def _find(program: str, commands: list[Command], argv: list[str]) -> Command:
     for command in commands:
-        if command.name == name:
+        words = command.name.split()
+        if argv[: len(words)] == words:
             return command
     names = [command.name for command in commands]
-    raise InputError(f"unknown command {name!r}{nearest(name, names)} {program} has {', '.join(names)}.")
+    of_group = [name for name in names if name.split()[0] == argv[0]]
+    if of_group:
+        raise InputError(f"{program} {argv[0]} needs one of {', '.join(name.split()[1] for name in of_group)}.")
+    raise InputError(f"unknown command {argv[0]!r}{nearest(argv[0], names)} {program} has {', '.join(names)}.")
 
 
 def parse(program: str, command: Command, argv: list[str]) -> Parsed:

@@ -10,6 +10,7 @@ import errno
 import json
 import mmap
 import os
+import re
 import shutil
 import socket
 from collections.abc import Iterator
@@ -80,12 +81,19 @@ def write_bytes(path: Path, data: bytes) -> Written:
     Raises:
         EnvironmentFault: no space left, or the folder cannot be written.
     """
+    with _published(path, len(data)) as temporary:
+        temporary.write_bytes(data)
+    return Written(len(data), checksum(data))
+
+
+@contextlib.contextmanager
+def _published(path: Path, n_bytes: int) -> Iterator[Path]:
+    """Yield the name of a file to write, of about `n_bytes`; it takes its place at `path` once it is on the disk."""
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
+        yield temporary
+        with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         _sync_folder(path.parent)
@@ -95,11 +103,10 @@ def write_bytes(path: Path, data: bytes) -> Written:
         if error.errno in _FULL:
             free = shutil.disk_usage(path.parent).free
             raise EnvironmentFault(
-                f"no space left for {path}: it needs {size_text(len(data))} and {size_text(free)} are free. "
+                f"no space left for {path}: it needs {size_text(n_bytes)} and {size_text(free)} are free. "
                 "Free some space and run the same command again; it goes on where it stopped."
             ) from error
-        raise EnvironmentFault(f"cannot write {path}: {error.strerror}. Choose another --out.") from error
-    return Written(len(data), checksum(data))
+        raise EnvironmentFault(f"cannot write {path}: {error.strerror}. Choose another folder.") from error
 
 
 def link_or_copy(source: Path, path: Path, expected: Written) -> None:
@@ -122,7 +129,7 @@ def link_or_copy(source: Path, path: Path, expected: Written) -> None:
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
-        raise EnvironmentFault(f"cannot write {path}: {error.strerror}. Choose another --out.") from error
+        raise EnvironmentFault(f"cannot write {path}: {error.strerror}. Choose another folder.") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -158,13 +165,20 @@ def read_model(path: Path, model: type["Record"]) -> dict[str, Any]:
 
 
 def write_tensors(path: Path, tensors: dict[str, "Tensor"]) -> Written:
-    """Publish tensors as one safetensors file. Equal tensors give equal bytes."""
-    from safetensors.torch import save
+    """Publish tensors as one safetensors file. Equal tensors give equal bytes; nothing is copied on the way."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
 
-    # One metadata key only: the library does not keep an order among several, and bytes must be reproducible.
-    return write_bytes(
-        path, save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, {"format": "pt"})
-    )
+    whole = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    with _published(path, sum(t.nbytes for t in whole.values())) as temporary:
+        try:
+            # One metadata key only: the library does not keep an order among several, and bytes must be reproducible.
+            save_file(whole, temporary, {"format": "pt"})
+        except SafetensorError as error:  # holds the system's error as text alone
+            number = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(number[1]) if number else errno.EIO, str(error)) from error
+        result = written(temporary)
+    return result
 
 
 def read_tensors(path: Path, expected: Written | None = None) -> dict[str, "Tensor"]:
@@ -242,10 +256,12 @@ def exclusive(folder: Path) -> Iterator[None]:
         lock.acquire(blocking=False)
     except Timeout:
         owner = path.read_text(errors="replace").strip() or "another process"
-        raise EnvironmentFault(f"{folder} is being written by {owner}. Wait for it, or choose another --out.") from None
+        raise EnvironmentFault(
+            f"{folder} is being written by {owner}. Wait for it, or choose another folder."
+        ) from None
     except OSError as error:
         cause = "its file system has no locks" if error.errno in _NO_LOCKS else error.strerror
-        raise EnvironmentFault(f"cannot write to {folder}: {cause}. Choose another --out.") from error
+        raise EnvironmentFault(f"cannot write to {folder}: {cause}. Choose another folder.") from error
     try:
         path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
         yield

@@ -69,7 +69,7 @@ class Folder:
         (Path(self.path) / name).unlink(missing_ok=True)
 
     def exclusive(self) -> AbstractContextManager[None]:
-        """Hold it as its only writer, as `files.exclusive`."""
+        """Hold the folder as its only writer, as `files.exclusive`."""
         return files.exclusive(Path(self.path))
 
     def require_space(self, n_bytes: int, shard_bytes: int, mend: str) -> None:

@@ -13,32 +13,32 @@ PACKAGES = ("torch", "transformers", "transformer-lens", "sae-lens", "safetensor
 
 
 def environment(device: str | None = None) -> dict[str, Any]:
-    """Versions of Python, this toolkit and the packages that decide numbers; processor, threads, device."""
+    """Return versions of Python, this toolkit and the packages that decide numbers; processor, threads, device."""
     import torch
 
-    found: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform()}
+    facts: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform()}
     for name in ("model-diffing", *PACKAGES):
         try:
-            found[name] = importlib.metadata.version(name)
+            facts[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    found["cpu"] = cpu_name()
-    found["cpu_capability"] = torch.backends.cpu.get_cpu_capability()  # AVX2, AVX512, ...: ratios of speed depend on it
-    found["threads"] = torch.get_num_threads()
-    found["device"] = torch.cuda.get_device_name(device) if device and device.startswith("cuda") else "cpu"
-    found["git_commit"] = git_commit()
-    return found
+            facts[name] = None
+    facts["cpu"] = cpu_name()
+    facts["cpu_capability"] = torch.backends.cpu.get_cpu_capability()  # AVX2, AVX512, ...: ratios of speed depend on it
+    facts["threads"] = torch.get_num_threads()
+    facts["device"] = torch.cuda.get_device_name(device) if device and device.startswith("cuda") else "cpu"
+    facts["git_commit"] = git_commit()
+    return facts
 
 
 def cpu_name() -> str:
-    """Model of the processor; the architecture where the system does not tell."""
+    """Return the model of the processor; the architecture where the system does not tell."""
     info = Path("/proc/cpuinfo")
     named = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.M) if info.is_file() else None
     return named[1] if named else platform.processor() or platform.machine()
 
 
 def git_commit() -> str | None:
-    """Commit of the checkout that this file lies in, with `+changes` where it was edited; None outside one."""
+    """Return the commit of this file's checkout, with `+changes` where it was edited; None outside one."""
     folder = Path(__file__).parent.parent
     if not (folder / ".git").exists():
         return None
@@ -55,5 +55,5 @@ def git_commit() -> str | None:
 
 
 def peak_memory_gib() -> float:
-    """Largest resident memory of this process so far, GiB (the kernel counts kB on Linux, bytes on macOS)."""
+    """Return the largest resident memory of this process, GiB (the kernel counts kB on Linux, bytes on macOS)."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024**3 if sys.platform == "darwin" else 1024**2)

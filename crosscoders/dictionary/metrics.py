@@ -51,8 +51,8 @@ class NormSums:
         steps, of_step = norm_steps(square).unique(return_inverse=True)
         terms = torch.cat([torch.stack([torch.ones_like(square), square, err_square], dim=1), x], dim=1)
         sums = torch.zeros(len(steps), terms.shape[1], dtype=torch.float64, device=x.device)
-        for step, found in zip(steps.tolist(), sums.index_add_(0, of_step, terms).cpu(), strict=True):
-            self.by_step[step] = self.by_step[step] + found if step in self.by_step else found
+        for step, sum_of_step in zip(steps.tolist(), sums.index_add_(0, of_step, terms).cpu(), strict=True):
+            self.by_step[step] = self.by_step[step] + sum_of_step if step in self.by_step else sum_of_step
 
     def rest(self) -> tuple[float, int]:
         """Return the FVE on the tokens up to `REST_STEPS` above the step of the median norm, and their number."""
@@ -65,7 +65,7 @@ class NormSums:
 
 
 def norm_steps(square: Float[Tensor, " batch"]) -> Int[Tensor, " batch"]:
-    """floor(4 log2 ||x||) of ||x||^2, the number of a quarter octave."""
+    """Return floor(4 log2 ||x||) of ||x||^2, the number of a quarter octave."""
     return (2 * square.clamp_min(1e-300).log2()).floor().long()
 
 

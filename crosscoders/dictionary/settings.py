@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from crosscoders.common.checks import require_positive
+from crosscoders.common.checks import require_positive, require_range
 from crosscoders.common.errors import InputError
 
 # --------------------------------------------------------------------------------------------------------- training
@@ -29,6 +29,7 @@ class CrosscoderConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "dict_size", "n_models")
+        require_range(self, 1, None, "d_model")
         if self.activation == "batchtopk":
             if self.k is None:
                 raise InputError(

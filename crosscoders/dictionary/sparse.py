@@ -88,24 +88,24 @@ class _Residuals(torch.autograd.Function):
     def forward(
         ctx: Any, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, x: Tensor, *sets: Active
     ) -> tuple[Tensor, ...]:
-        left = x.new_empty(len(sets), *x.shape)  # what each set leaves
-        torch.sub(x, decode(sets[0], W_dec.flatten(1)).add_(b_dec.flatten()), out=left[0])
+        errs = x.new_empty(len(sets), *x.shape)  # what each set leaves
+        torch.sub(x, decode(sets[0], W_dec.flatten(1)).add_(b_dec.flatten()), out=errs[0])
         for i, entries in enumerate(sets[1:], start=1):
-            torch.sub(left[0], decode(entries, W_dec.flatten(1)), out=left[i])
-        squares = torch.linalg.vector_norm(left.view(*left.shape[:2], *b_dec.shape), dim=3).square_()
+            torch.sub(errs[0], decode(entries, W_dec.flatten(1)), out=errs[i])
+        squares = torch.linalg.vector_norm(errs.view(*errs.shape[:2], *b_dec.shape), dim=3).square_()
         # No output is kept here, other than by a tensor of its own: that would be a cycle, never freed in a long run.
         ctx.save_for_backward(W_dec, x)
-        ctx.sets, ctx.left = sets, left
-        err = left[0]
+        ctx.sets, ctx.errs = sets, errs
+        err = errs[0]
         ctx.mark_non_differentiable(err)
         return sets[0].values.clone(), err, *squares.unbind()
 
     @staticmethod
     def backward(ctx: Any, direct: Tensor, _: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (W_dec, x), sets = ctx.saved_tensors, ctx.sets
-        # dL / dx_hat_nm = -2 (dL / d ||left_nm||^2) left_nm, one row per set and token
+        # dL / dx_hat_nm = -2 (dL / d ||err_nm||^2) err_nm, one row per set and token
         scale = -2 * torch.stack(grads)[..., None]
-        y = (ctx.left.view(*scale.shape[:3], -1) * scale).view(-1, x.shape[1])
+        y = (ctx.errs.view(*scale.shape[:3], -1) * scale).view(-1, x.shape[1])
         # One bag per latent over the entries of all sets: each row of weights is read and its gradient written once.
         latents = torch.cat([entries.latents for entries in sets])
         order, first = _by_latent(latents, len(W_dec))

@@ -34,7 +34,7 @@ def neighbour(path: Path) -> str | None:
         is_transcoder = "transcoder" in dict_class.lower()
         return f"{_kind('dictionary_learning', is_transcoder=is_transcoder)} ({dict_class})"
     for name, toolkit in (("sae.safetensors", "sparsify"), ("ae.pt", "dictionary_learning")):
-        inner = sorted(found.parent.name for found in folder.glob(f"*/{name}")) if path.is_dir() else []
+        inner = sorted(file.parent.name for file in folder.glob(f"*/{name}")) if path.is_dir() else []
         if inner and not (folder / name).is_file():
             return f"a folder of dictionaries of {toolkit}, such as {inner[0]!r}"
     return None

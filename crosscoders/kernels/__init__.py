@@ -1,1 +1,1 @@
-"""Compiled inner loops of `dictionary.sparse`: `cpu` (C, built on first use), `gpu` (Triton). Both are optional."""
+"""Inner loops of `dictionary.sparse` on a GPU, in Triton; elsewhere plain torch does them."""

@@ -40,13 +40,13 @@ def require_adapter(adapter: str, base: str) -> None:
 
 
 def _same_name(first: str, second: str) -> bool:
-    """Whether two names can be one model: the same folder, or the same last part of a path or hub id."""
+    """Return whether two names can be one model: the same folder, or the same last part of a path or hub id."""
     paths = [Path(name) for name in (first, second)]
     return paths[0].name == paths[1].name or (all(p.exists() for p in paths) and paths[0].samefile(paths[1]))
 
 
 def with_adapter(model: Any, adapter: str) -> Any:
-    """The model as a PEFT model with a saved adapter inside it, unmerged.
+    """Return the model as a PEFT model with a saved adapter inside it, unmerged.
 
     An adapter that was saved with embeddings of more tokens replaces the model's; rows of tokens that the model does
     not have are left out again.
@@ -78,7 +78,7 @@ def with_adapter(model: Any, adapter: str) -> Any:
 
 
 def _stored_rows(model: Any, stored: dict[str, Any]) -> int | None:
-    """Rows of the input embedding in an adapter's file, if it holds one."""
+    """Return the rows of the input embedding in an adapter's file, if it holds one."""
     embedding = model.get_input_embeddings()
     name = next(name for name, module in model.named_modules() if module is embedding)
     weight = stored.get(f"base_model.model.{name}.weight")

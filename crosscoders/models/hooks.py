@@ -111,8 +111,8 @@ def require_layer(hook_point: str, n_layers: int, model_name: str) -> None:
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The list of decoder layers of a Hugging Face model, also under PEFT or a language-model head; in a multimodal
-    model those of the language model, never of a vision tower."""
+    """Return the list of decoder layers of a Hugging Face model, also under PEFT or a language-model head; in a
+    multimodal model those of the language model, never of a vision tower."""
     for name, module in language_model(model).named_modules():
         if isinstance(module, nn.ModuleList) and name.split(".")[-1] in ("layers", "h", "blocks"):
             return module
@@ -120,14 +120,14 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 
 
 def language_model(model: Any) -> nn.Module:
-    """The part of a model that reads tokens, where it says which; else the model itself."""
+    """Return the part of a model that reads tokens, where it says which; else the model itself."""
     decoder = getattr(model, "get_decoder", None)
-    found: nn.Module = model if decoder is None else decoder()
-    return found
+    text_model: nn.Module = model if decoder is None else decoder()
+    return text_model
 
 
 def name_of_layers(model: nn.Module) -> str:
-    """The name of the list of decoder layers inside the model."""
+    """Return the name of the list of decoder layers inside the model."""
     layers = decoder_layers(model)
     return next(name for name, module in model.named_modules() if module is layers)
 

@@ -35,7 +35,7 @@ def require_whole(name: str, role: str = "model") -> None:
 
 
 def read_config(name: str, n_layers: int | None = None) -> Any:
-    """A model's configuration, with `n_layers` layers of its language model; default: all.
+    """Return a model's configuration, with `n_layers` layers of its language model; default: all.
 
     A wish for flash attention is dropped, which needs a GPU and a package of its own: attention is transformers'
     default for the architecture.
@@ -67,7 +67,7 @@ def require_loadable(name: str, config: Any) -> None:
 
 
 def auto_class(config: Any, *, with_head: bool) -> Any:
-    """The class of transformers that makes the model; multimodal ones that know no causal class have another."""
+    """Return the class of transformers that makes the model; multimodal ones that know no causal class have another."""
     import transformers
 
     if not with_head:
@@ -84,7 +84,7 @@ def load_model(
     with_head: bool = True,
     attention: str | None = None,
 ) -> Any:
-    """A model with its weights, cut off above `n_layers` layers of its language model, with or without its head.
+    """Return a model with its weights, cut off above `n_layers` layers of its language model, with or without its head.
 
     attention: the implementation, default transformers' own choice.
 
@@ -112,7 +112,7 @@ def _require_all_tensors(name: str, model: Any, report: Any, n_layers: int | Non
     layers = re.compile(rf"(?:^|\.){re.escape(hooks.name_of_layers(model))}\.(\d+)\.")
 
     def is_above(key: str) -> bool:
-        """Whether nothing that was loaded reads the tensor."""
+        """Return whether nothing that was loaded reads the tensor."""
         layer = layers.search(key)
         if layer is not None:
             return n_layers is not None and int(layer[1]) >= n_layers
@@ -142,7 +142,7 @@ def require_none(subject: str, faults: dict[str, list[str]]) -> None:
 
 @contextlib.contextmanager
 def one_line_errors(name: str) -> Iterator[None]:
-    """What transformers, PEFT and safetensors raise while weights load, as errors of ours."""
+    """Raise what transformers, PEFT and safetensors raise while weights load as errors of ours."""
     from safetensors import SafetensorError
 
     try:
@@ -158,7 +158,7 @@ def one_line_errors(name: str) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """The first line of an error that says something: PyTorch's first one ends with a colon."""
+    """Return the first line of an error that says something: PyTorch's first one ends with a colon."""
     if isinstance(error, KeyError):
         return f"there is no {error}."
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]

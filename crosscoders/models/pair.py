@@ -47,7 +47,7 @@ class PairInfo:
     """Rows of the smaller embedding. The tokenizer may know more ids, if no document holds them."""
 
     def models(self) -> list[str]:
-        """The whole models of the pair."""
+        """Return the whole models of the pair."""
         return [self.base] if self.adapter else [self.base, self.tuned]
 
     def hashes(self) -> dict[str, Any]:

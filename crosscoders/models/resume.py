@@ -99,7 +99,7 @@ class _Ended:
         return self.last_hidden_state if index == "last_hidden_state" else (self.last_hidden_state,)[index]
 
     def keys(self) -> list[str]:
-        """Multimodal models hand on what their language model gives as `**outputs`."""
+        """Return the one key; multimodal models hand on what their language model gives as `**outputs`."""
         return ["last_hidden_state"]
 
 
@@ -107,14 +107,14 @@ class _Ended:
 def head_alone(model: Any) -> Iterator[ToLogits]:
     """Make logits of final hidden states as the model itself does, soft caps and scales included; no layer runs."""
     core = core_model(model)
-    ids, given = torch.zeros(1, 1, dtype=torch.int64, device=core.device), list[Tensor]()
+    ids, finals = torch.zeros(1, 1, dtype=torch.int64, device=core.device), list[Tensor]()
 
     def to_logits(final: Tensor) -> Tensor:
-        given[:] = [final[None]]
+        finals[:] = [final[None]]
         out: Tensor = core(input_ids=ids, use_cache=False).logits
         return out[0]
 
-    with hooks.forward_by([hooks.decoder_stack(core)], lambda *_args, **_settings: _Ended(given[0])):
+    with hooks.forward_by([hooks.decoder_stack(core)], lambda *_args, **_settings: _Ended(finals[0])):
         yield to_logits
 
 

@@ -73,7 +73,7 @@ def shuffled(documents: Iterable[Document], window: int, key: str) -> Iterator[D
 
 
 def read_source(source: DataSource) -> Iterator[Document]:
-    """The documents of one source; empty texts are passed over, rows that cannot be read are `refused`.
+    """Yield the documents of one source; empty texts are passed over, rows that cannot be read are `refused`.
 
     Raises:
         InputError: nothing is at that path, or a file is not what its name says.
@@ -95,7 +95,7 @@ def read_source(source: DataSource) -> Iterator[Document]:
 
 
 def _readable(rows: Iterable[Row], file: Path) -> Iterator[Row]:
-    """The rows, with one line for a file that is not what its name says."""
+    """Yield the rows, with one line for a file that is not what its name says."""
     try:
         yield from rows
     except InputError:
@@ -118,7 +118,7 @@ def _documents(rows: Iterable[Row], source: DataSource, place: str, default_grou
 
 
 def _document(row: Row, source: DataSource, where: str, default_group: str) -> Document | None:
-    """The document of one row, None where its text is empty.
+    """Return the document of one row, None where its text is empty.
 
     Raises:
         Refused: the row cannot be read.
@@ -163,7 +163,7 @@ def _require_unicode(texts: list[str], where: str) -> None:
 
 
 def _checked_messages(messages: Any, source: DataSource, where: str) -> list[Message]:
-    """Messages with all that they hold but nulls; a tool call may stand in place of a content."""
+    """Return the messages with all that they hold but nulls; a tool call may stand in place of a content."""
     listed = [dict(m) if isinstance(m, dict) else {} for m in messages] if isinstance(messages, Iterable) else []
     for message in listed:
         if message.get("tool_calls") and message.get("content") is None:
@@ -178,7 +178,7 @@ def _checked_messages(messages: Any, source: DataSource, where: str) -> list[Mes
 
 
 def _tools(row: dict[str, Any], where: str) -> list[Any] | None:
-    """The column `tools`, a list or the JSON of one."""
+    """Return the column `tools`, a list or the JSON of one."""
     tools: Any = row.get("tools") or []
     try:
         tools = json.loads(tools) if isinstance(tools, str) else tools

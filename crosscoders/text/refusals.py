@@ -65,5 +65,5 @@ class Refusals:
         if n_refused > self.limit * n_rows:
             raise InputError(
                 f"{self._first} {n_refused:,} of {self.n_rows:,} rows cannot be read, more than "
-                f"max_refused = {self.limit:g} admits. Mend the data, or raise --max-refused to leave them out."
+                f"max_refused = {self.limit:g} admits. Mend the data, or raise max_refused to leave them out."
             )

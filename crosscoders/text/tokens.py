@@ -83,7 +83,7 @@ class Rows(NamedTuple):
 
 
 def tokenize_text(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
-    """Ids and roles of plain text, beginning with exactly one beginning-of-sequence token where the tokenizer has one.
+    """Return ids and roles of plain text, beginning with exactly one beginning-of-sequence token where there is one.
 
     Other control tokens that stand in the text, such as <eos>, are read as the tokenizer reads them.
     """
@@ -118,8 +118,8 @@ def tokenize_chat(
     tools: list[Any] | None = None,
     date: str = TEMPLATE_DATE,
 ) -> tuple[list[int], list[int]]:
-    """Ids and roles of a chat in the tuned model's template; every token outside a message's content is template, tool
-    calls and the list of tools too.
+    """Return ids and roles of a chat in the tuned model's template; every token outside a message's content is
+    template, tool calls and the list of tools too.
 
     The template itself writes the beginning-of-sequence token, so none is added. date: what it takes for today.
 

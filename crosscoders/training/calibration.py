@@ -4,7 +4,7 @@ The threshold that training tracks remembers young models for thousands of steps
 model does now.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from jaxtyping import Float
@@ -17,6 +17,16 @@ MAX_TOKENS = 65_536
 KEPT_PER_TOKEN = 4
 """Largest values kept of a batch, in units of k times its tokens; more can matter only where one batch has four times
 as many active latents as the others."""
+
+
+def first_tokens(
+    batches: Iterator[Float[Tensor, "_ n_models d_model"]],
+) -> Iterator[Float[Tensor, "_ n_models d_model"]]:
+    """Yield the batches that `threshold_for` reads, up to 65,536 tokens; `batches` then stands behind them."""
+    n_tokens = 0
+    while n_tokens < MAX_TOKENS and (x := next(batches, None)) is not None:
+        n_tokens += len(x)
+        yield x
 
 
 @torch.no_grad()
@@ -34,8 +44,8 @@ def threshold_for(
         x = x[: MAX_TOKENS - n_tokens].to(crosscoder.b_enc.device).float()
         pre_acts = crosscoder.pre_acts(crosscoder.normalise(x))
         scaled = (pre_acts.relu_() * crosscoder.code_norm).flatten()
-        kept = scaled.topk(min(KEPT_PER_TOKEN * k * len(x), len(scaled)), sorted=False).values
-        largest.append(kept[kept > 0])
+        candidates = scaled.topk(min(KEPT_PER_TOKEN * k * len(x), len(scaled)), sorted=False).values
+        largest.append(candidates[candidates > 0])
         n_tokens += len(x)
         if n_tokens == MAX_TOKENS:
             break

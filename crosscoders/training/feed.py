@@ -26,13 +26,14 @@ from crosscoders.common.errors import InputError
 from crosscoders.common.memory import PROCESS_BYTES, Need
 from crosscoders.formats.ours import trained_on
 from crosscoders.models.names import identity
+from crosscoders.training.calibration import MAX_TOKENS
 from crosscoders.training.checkpoint import RunRecord
 from crosscoders.training.loop import Holdout
 from crosscoders.training.settings import TrainConfig, TrainSettings
 
 EVAL_TOKENS = 4096
 """Tokens that an evaluation encodes together."""
-MEND = "Lower --crosscoder.dict-size, --batch-size or --buffer-tokens."
+MEND = "Lower crosscoder.dict_size, batch_size or buffer_tokens."
 RECORDED = ("hook_point", "base", "tuned", "tokenizer_hash", "template_hash", "dtype", "drop_bos")
 IF_THERE = ("template_date", "refused")
 """Recorded where the template writes a date, and where rows were left out."""
@@ -127,8 +128,14 @@ def _from_models(settings: TrainSettings) -> Feed:
 
 
 def _train_need(settings: TrainSettings, d_model: int, dtype: str) -> memory.Need:
-    device, itemsize = choose_device(settings.device), DTYPES[dtype].itemsize
-    return train_need(settings, n_models=2, d_model=d_model, itemsize=itemsize, device=device)
+    return train_need(
+        settings,
+        n_models=2,
+        d_model=d_model,
+        itemsize=DTYPES[dtype].itemsize,
+        n_heldout=MAX_TOKENS if settings.eval_cache is not None else settings.holdout_tokens,
+        device=choose_device(settings.device),
+    )
 
 
 def _n_train(settings: TrainSettings, n_tokens: int) -> int:
@@ -205,8 +212,11 @@ def _named(entry: Any) -> Any:
     return entry["name"] if isinstance(entry, dict) else entry
 
 
-def train_need(config: TrainConfig, *, n_models: int, d_model: int, itemsize: int, device: torch.device) -> Need:
-    """Return the memory for weights, gradients and Adam's moments, the latents of a batch, and the shuffled buffer.
+def train_need(
+    config: TrainConfig, *, n_models: int, d_model: int, itemsize: int, n_heldout: int, device: torch.device
+) -> Need:
+    """Return the memory for weights, gradients and Adam's moments, the latents of a batch, the shuffled buffer, and the
+    held-out tokens that calibration reads.
 
     itemsize: bytes of a stored activation.
     """
@@ -217,6 +227,7 @@ def train_need(config: TrainConfig, *, n_models: int, d_model: int, itemsize: in
     batch = config.batch_size * (3 * size + 6 * width) * 4
     # A buffer is joined from shards, so that both are there for a moment.
     buffer = 2 * min(config.buffer_tokens, max(config.n_tokens, config.batch_size)) * width * itemsize
+    buffer += min(n_heldout, MAX_TOKENS) * width * itemsize
     moments = config.adam_bits // 4
     state = (4 + moments) * n_parameters  # a checkpoint: weights and moments, serialised
     if device.type == "cuda":

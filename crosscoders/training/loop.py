@@ -1,15 +1,16 @@
 """Step 3 of the data flow: a stream of activations -> a run folder with a crosscoder.
 
-`train` is one loop from top to bottom; everything that decides its course is in the config, the stream and the state
-that `checkpoint` saves. It imports no producer of activations: any `BatchStream` will do.
+`train` opens the run folder, `start` makes the state or restores it, `_take_steps_` is one loop from top to bottom,
+`_conclude_` measures the result. Everything that decides the course is in the config, the stream and the state that
+`checkpoint` saves. No producer of activations is imported: any `BatchStream` will do.
 """
 
 import contextlib
 import itertools
 import signal
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,16 @@ from torch import Tensor
 from crosscoders.activations.stream import BatchStream
 from crosscoders.common import files
 from crosscoders.common.devices import choose_device, choose_products
-from crosscoders.common.errors import CorruptData, InputError
+from crosscoders.common.errors import CorruptData
 from crosscoders.common.progress import Progress, say
 from crosscoders.common.provenance import environment
 from crosscoders.dictionary import selection
 from crosscoders.dictionary.crosscoder import Crosscoder
 from crosscoders.dictionary.health import complaints, warning
-from crosscoders.dictionary.metrics import ReconstructionSums, evaluate
+from crosscoders.dictionary.metrics import Evaluation, ReconstructionSums, evaluate
 from crosscoders.formats.load import load_crosscoder
 from crosscoders.training import checkpoint
-from crosscoders.training.calibration import MAX_TOKENS, threshold_for
+from crosscoders.training.calibration import MAX_TOKENS, first_tokens, threshold_for
 from crosscoders.training.log import (
     Log,
     eval_line,
@@ -40,8 +41,9 @@ from crosscoders.training.log import (
     write_line,
 )
 from crosscoders.training.objective import StepResult, forward
-from crosscoders.training.optimizer import Optimizer, lr_at
+from crosscoders.training.optimizer import lr_at
 from crosscoders.training.settings import TrainConfig
+from crosscoders.training.start import State, fill_width, start, stream_identity
 
 Holdout = Callable[[], Iterable[Float[Tensor, "_ n_models d_model"]]]
 """Makes a fresh pass over the held-out tokens each time it is called."""
@@ -78,104 +80,91 @@ def train(
     device = choose_device(config.device)
     products = choose_products(config.products, device)
     with files.exclusive(out), stop_requests() as stop:
-        inputs = {**(inputs or {}), "stream": _stream_identity(config, stream)}
+        inputs = {**(inputs or {}), "stream": stream_identity(config, stream)}
         machine = environment(str(device)) | {"products": str(products).split(".")[1]}
         checkpoint.start_run(out, config, inputs, machine)
         if (out / "config.json").is_file() and (out / "model.safetensors").is_file():
             say(f"{out} is complete already.")
             return load_crosscoder(out)
-
-        # ---- model, optimiser, state
-        model = _new_model(config, stream).to(device)
-        optimizer = Optimizer(model, config)
-        tokens_since_fired = torch.zeros(config.crosscoder.dict_size, dtype=torch.int64, device=device)
-        step = 0
-        restored = checkpoint.load_state(out, model, optimizer.adam)
-        if restored:
-            step, tokens_since_fired = restored[0], restored[1]["tokens_since_fired"].to(device)
-            say(f"going on at step {step:,} of {config.n_steps:,}")
-        elif config.b_dec_init == "geometric_median":
-            first = next(iter(stream.batches(0))).to(device)
-            with torch.no_grad():
-                model.b_dec.copy_(geometric_median(model.normalise(first)))
-        checkpoint.cut_log(out / "train.jsonl", step)
-        progress = Progress("train", total=config.n_tokens, start=step * config.batch_size, unit="tok")
-        logged = time.perf_counter(), step
-        select = selection.WarmSelection()  # saves time only, so it is no part of the state
-
-        # ---- the loop
-        batches = stream.batches(step) if step < config.n_steps else iter(())
-        for x in batches:
-            x = model.normalise(x.to(device))
-            dead = tokens_since_fired >= config.dead_after_tokens
-            k = k_at(config, step)
-            result = forward(model, config, x, dead=dead, k=k, step=step, select=select, products=products)
-            loss = torch.stack(list(result.terms.values())).sum()
-            _require_finite(loss, result.terms, step, out)
-
-            # ---- one optimiser step
-            loss.backward()
-            optimizer.step_(lr_at(config, step))
-            step += 1
-
-            # ---- counters: dead latents, inference threshold
-            tokens_since_fired = torch.where(result.n_active > 0, 0, tokens_since_fired + len(x))
-            if config.crosscoder.activation == "batchtopk" and step >= config.threshold_start_step:
-                _track_threshold_(model.threshold, result.smallest_active, config.threshold_beta)
-            progress.update(len(x))
-
-            # ---- once in a while: log, evaluate, save
-            if step % config.log_every == 0 or step == config.n_steps:
-                seconds, since = time.perf_counter() - logged[0], logged[1]
-                rate = {"tokens_per_second": round((step - since) * config.batch_size / seconds)}
-                write_line(out, step_line(config, model, result, x, dead, step) | rate, log)
-                logged = time.perf_counter(), step
-            if holdout and config.eval_every and step % config.eval_every == 0 and step < config.n_steps:
-                _calibrate_(model, config, holdout())
-                write_line(out, eval_line(step, evaluate(model, holdout())), log)
-            if step % config.checkpoint_every == 0 or stop or step == config.n_steps:
-                counters = {"tokens_since_fired": tokens_since_fired}
-                checkpoint.save_state(out, step, model, optimizer.adam, counters)
-            if stop and step < config.n_steps:
-                raise StopRequested(stop[0], f"stopped on request at step {step:,}; run the same command to go on.")
-            if step == config.n_steps:
-                break
-        progress.close()
-
-        _calibrate_(model, config, holdout() if holdout else _last_batches(config, stream))
-        if holdout:
-            evaluation = evaluate(model, holdout())
-            write_line(out, eval_line(step, evaluation), log)
-            files.write_json(out / "eval.json", {"name": "eval", "rows": evaluation_rows(evaluation)})
-            reasons = complaints(heldout_columns(evaluation), k=config.crosscoder.k, training=last_line(out))
-            if reasons:
-                say(warning(reasons))
+        state = start(config, stream, out, device)
+        _take_steps_(state, config, stream, out, products=products, stop=stop, holdout=holdout, log=log)
+        _conclude_(state.model, config, stream, out, holdout=holdout, log=log)
         # config.json is written last and says that the run is complete
-        model.to("cpu").requires_grad_(False).save(out, provenance=inputs)
-        return model
+        state.model.to("cpu").requires_grad_(False).save(out, provenance=inputs)
+        return state.model
 
 
-def _new_model(config: TrainConfig, stream: BatchStream) -> Crosscoder:
-    """Return a crosscoder at its start, with the scales of its inputs."""
-    model = Crosscoder(config.crosscoder)
-    model.init_weights_(norm=config.decoder_init_norm, generator=torch.Generator().manual_seed(config.seed))
-    moments = stream.moments
-    if config.input_norm == "sqrt_d":
-        model.input_scale.copy_(stream.d_model**0.5 / torch.tensor(moments.norm))
-    elif config.input_norm == "centred":
-        spread = moments.spread()
-        if min(spread) <= 0:
-            raise InputError("the activations do not vary, so they cannot be scaled. Give more tokens.")
-        model.input_mean.copy_(torch.tensor(moments.mean))
-        model.input_scale.copy_((stream.d_model / torch.tensor(spread)).sqrt())
-    return model
+def _take_steps_(
+    state: State,
+    config: TrainConfig,
+    stream: BatchStream,
+    out: Path,
+    *,
+    products: torch.dtype,
+    stop: list[int],
+    holdout: Holdout | None,
+    log: Log | None,
+) -> None:
+    """Run the loop: take the steps that are left, and log, evaluate and save once in a while."""
+    model, device = state.model, state.tokens_since_fired.device
+    progress = Progress("train", total=config.n_tokens, start=state.step * config.batch_size, unit="tok")
+    logged = time.perf_counter(), state.step
+    select = selection.WarmSelection()  # saves time only, so it is no part of the state
+    for x in itertools.islice(stream.batches(state.step), config.n_steps - state.step):
+        x = model.normalise(x.to(device))
+        dead = state.tokens_since_fired >= config.dead_after_tokens
+        k = k_at(config, state.step)
+        result = forward(model, config, x, dead=dead, k=k, step=state.step, select=select, products=products)
+        loss = torch.stack(list(result.terms.values())).sum()
+        _require_finite(loss, result.terms, state.step, out)
+
+        # ---- one optimiser step
+        loss.backward()
+        state.optimizer.step_(lr_at(config, state.step))
+        state.step += 1
+        is_last = state.step == config.n_steps
+
+        # ---- counters: dead latents, inference threshold
+        state.tokens_since_fired = torch.where(result.n_active > 0, 0, state.tokens_since_fired + len(x))
+        if config.crosscoder.activation == "batchtopk" and state.step >= config.threshold_start_step:
+            _track_threshold_(model.threshold, result.smallest_active, config.threshold_beta)
+        progress.update(len(x))
+
+        # ---- once in a while: log, evaluate, save
+        if state.step % config.log_every == 0 or is_last:
+            seconds, since = time.perf_counter() - logged[0], logged[1]
+            rate = {"tokens_per_second": round((state.step - since) * config.batch_size / seconds)}
+            write_line(out, step_line(config, model, result, x, dead, state.step) | rate, log)
+            logged = time.perf_counter(), state.step
+        if holdout and config.eval_every and state.step % config.eval_every == 0 and not is_last:
+            write_line(out, eval_line(state.step, _measure_(model, config, holdout)), log)
+        if state.step % config.checkpoint_every == 0 or stop or is_last:
+            counters = {"tokens_since_fired": state.tokens_since_fired}
+            checkpoint.save_state(out, state.step, model, state.optimizer.adam, counters)
+        if stop and not is_last:
+            raise StopRequested(stop[0], f"stopped on request at step {state.step:,}; run the same command to go on.")
+    progress.close()
 
 
-def _stream_identity(config: TrainConfig, stream: BatchStream) -> dict[str, Any]:
-    """Return what tells apart streams that have no other name, and what a live run goes on with."""
-    moments = stream.moments
-    norms = {"mean_norm": [str(value) for value in moments.norm]}
-    return norms | ({"mean": moments.mean, "square": moments.square} if config.input_norm == "centred" else {})
+def _conclude_(
+    model: Crosscoder,
+    config: TrainConfig,
+    stream: BatchStream,
+    out: Path,
+    *,
+    holdout: Holdout | None,
+    log: Log | None,
+) -> None:
+    """Set the inference threshold, write eval.json, and warn of a dictionary that must not be read."""
+    if not holdout:
+        _calibrate_(model, config, _last_batches(config, stream))
+        return
+    evaluation = _measure_(model, config, holdout)
+    write_line(out, eval_line(config.n_steps, evaluation), log)
+    files.write_json(out / "eval.json", {"name": "eval", "rows": evaluation_rows(evaluation)})
+    reasons = complaints(heldout_columns(evaluation), k=config.crosscoder.k, training=last_line(out))
+    if reasons:
+        say(warning(reasons))
 
 
 def _last_batches(config: TrainConfig, stream: BatchStream) -> Iterator[Float[Tensor, "_ n_models d_model"]]:
@@ -193,20 +182,12 @@ def _calibrate_(model: Crosscoder, config: TrainConfig, batches: Iterable[Float[
         model.threshold.fill_(threshold)
 
 
-def fill_width(config: TrainConfig, stream: BatchStream) -> TrainConfig:
-    """Return the config with d_model taken from the stream, after checking that both agree."""
-    for name, read in (("d_model", stream.d_model), ("n_models", stream.n_models)):
-        asked = getattr(config.crosscoder, name)
-        if asked is not None and asked != read:
-            raise InputError(
-                f"the activations have {name} = {read} but the crosscoder config has {asked}. "
-                f"Set crosscoder.{name} = {read}."
-            )
-    if stream.batch_size != config.batch_size:
-        raise InputError(
-            f"the stream gives batches of {stream.batch_size} but batch_size is {config.batch_size}. Make them equal."
-        )
-    return replace(config, crosscoder=replace(config.crosscoder, d_model=stream.d_model))
+def _measure_(model: Crosscoder, config: TrainConfig, holdout: Holdout) -> Evaluation:
+    """Calibrate on held-out tokens and evaluate on them; they are read once, as each read may run the models."""
+    batches = iter(holdout())
+    first = deque(first_tokens(batches) if config.crosscoder.k is not None else ())
+    _calibrate_(model, config, first)
+    return evaluate(model, itertools.chain((first.popleft() for _ in range(len(first))), batches))
 
 
 def k_at(config: TrainConfig, step: int) -> int | None:
@@ -221,17 +202,6 @@ def _track_threshold_(threshold: Tensor, smallest: Float[Tensor, ""], beta: floa
     """Update the running mean of the smallest active f_j c_j, which starts at the first value seen."""
     if torch.isfinite(smallest):
         threshold.copy_(smallest if threshold < 0 else beta * threshold + (1 - beta) * smallest)
-
-
-def geometric_median(
-    x: Float[Tensor, "batch n_models d_model"], n_iterations: int = 100
-) -> Float[Tensor, "n_models d_model"]:
-    """Run Weiszfeld's iteration for each model; distances count as 1e-6 or more, so a point may equal the guess."""
-    guess = x.mean(dim=0)
-    for _ in range(n_iterations):
-        weight = 1 / (x - guess).norm(dim=2, keepdim=True).clamp_min(1e-6)
-        guess = (weight * x).sum(dim=0) / weight.sum(dim=0)
-    return guess
 
 
 def _require_finite(loss: Tensor, terms: dict[str, Tensor], step: int, out: Path) -> None:

@@ -16,8 +16,8 @@ from crosscoders.dictionary.losses import auxiliary_loss, reconstruction_loss
 from crosscoders.dictionary.norms import code_norm, differentiable_code_norm
 from crosscoders.training.settings import TrainConfig
 
-SPARSE_DENSITY = 0.1
-"""Share of active latents up to which a ReLU step takes the sparse path (see docs/performance.md)."""
+SPARSE_DENSITY = {"cpu": 0.1, "cuda": 0.0025}
+"""Share of active latents up to which a ReLU step takes the sparse path, by device (see docs/performance.md)."""
 
 
 class StepResult(NamedTuple):
@@ -62,8 +62,8 @@ def forward(
         sets.append(selection.largest_per_token(pre_acts, c, dead.nonzero().squeeze(1), k_aux))
     if products != torch.float32:
         sets = [sparse.refine(entries, model.W_enc, model.b_enc, x.flatten(1)) for entries in sets]
-    _, left, squares, *of_auxiliary = sparse.residuals(*_parameters(model), x.flatten(1), *sets)
-    entries, err = sets[0], left.view_as(x)
+    _, flat_err, squares, *of_auxiliary = sparse.residuals(*_parameters(model), x.flatten(1), *sets)
+    entries, err = sets[0], flat_err.view_as(x)
     terms = {"reconstruction": reconstruction_loss(squares, config.reconstruction)}
     if of_auxiliary:
         terms["auxiliary"] = config.aux_coefficient * auxiliary_loss(of_auxiliary[0], err)
@@ -85,7 +85,7 @@ def _forward_relu(
     with torch.no_grad():
         latents = dense.relu_(_pre_acts(model, x, products))
     rule, fired = config.crosscoder.code_norm, latents.n_active
-    if float(fired.sum()) <= SPARSE_DENSITY * latents.f.numel():
+    if float(fired.sum()) <= SPARSE_DENSITY.get(x.device.type, 0.0) * latents.f.numel():
         entries = selection.active(latents.f, torch.zeros_like(model.b_enc))
         if products != torch.float32:
             entries = sparse.refine(entries, model.W_enc, model.b_enc, x.flatten(1))

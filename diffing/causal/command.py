@@ -17,13 +17,13 @@ from crosscoders.text.chats import read_chats
 from crosscoders.text.tokens import read_template
 from diffing.causal.lens import logit_lens
 from diffing.causal.patching import DIRECTIONS, inspect_cached, load_whole, measure
-from diffing.causal.sets import checked, choose_sets
+from diffing.causal.sets import choose_sets
 from diffing.causal.settings import CausalSettings, LensSettings, SteerSettings
 from diffing.causal.steering import answer, steered, steering_vector
 from diffing.causal.summary import causal_rows, causal_summary
 from diffing.latents.latent_scaling import MODELS
 from diffing.latents.runs import open_run_and_cache
-from diffing.latents.table import read_table, require_fit
+from diffing.latents.table import read_table, require_fit, require_latents
 
 
 def causal(settings: CausalSettings) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def steer(settings: SteerSettings) -> dict[str, Any]:
     hook_point = cache.manifest["hook_point"]
     table, crosscoder = read_table(run), load_crosscoder(run)
     template = read_template(cache.config.chat_template)
-    (latent,) = checked([settings.latent], len(table))
+    (latent,) = require_latents([settings.latent], len(table))
     largest = float(table["max_activation"][latent])
     pair = load_whole(inspect_cached(cache), hook_point, settings.device, settings.model_dtype)
     model, side = pair.models[MODELS.index(settings.model)], MODELS.index(settings.decoder)
@@ -97,7 +97,7 @@ def lens(settings: LensSettings) -> dict[str, Any]:
     run, cache = open_run_and_cache(settings.run, settings.cache)
     table, crosscoder = read_table(run), load_crosscoder(run)
     chosen = table.nsmallest(32, "rank").index.tolist() if settings.latents is None else settings.latents
-    latents = list(checked(chosen, len(table)))
+    latents = list(require_latents(chosen, len(table)))
     pair = load_whole(inspect_cached(cache), cache.manifest["hook_point"], settings.device, settings.model_dtype)
     readings = logit_lens(crosscoder, pair, latents, n_tokens=settings.top)
     lines = [

@@ -28,6 +28,7 @@ from torch import Tensor
 from crosscoders.common.errors import InputError
 from crosscoders.dictionary import selection, sparse
 from crosscoders.dictionary.crosscoder import Crosscoder
+from diffing.latents.table import require_latents
 from diffing.latents.verdict import alive_latents
 
 Kind = Literal["none", "latents", "all", "bias", "error", "template", "reconstruction", "cross_reconstruction"]
@@ -206,17 +207,5 @@ def choose_sets(
         drawn = random_sets(table, n, draws=draws, seed=seed, like=like)
         sets += [PatchSet(f"top_{n}.random", "latents", chosen) for chosen in drawn]
     if latents is not None:
-        sets.append(PatchSet("chosen", "latents", checked(latents, len(table))))
+        sets.append(PatchSet("chosen", "latents", require_latents(latents, len(table))))
     return sets
-
-
-def checked(latents: list[int], dict_size: int) -> tuple[int, ...]:
-    """Return the latents, or raise one line that says what is wrong with the list."""
-    if not latents:
-        raise InputError("latents is an empty list, so nothing would be patched. Name at least one, or leave it out.")
-    wrong = [j for j in latents if not 0 <= j < dict_size]
-    if wrong:
-        raise InputError(f"there is no latent {wrong[0]}: this crosscoder has latents 0 to {dict_size - 1}.")
-    if len(set(latents)) < len(latents):
-        raise InputError(f"latents {latents} names one of them twice. Name each once.")
-    return tuple(latents)

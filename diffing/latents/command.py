@@ -9,10 +9,9 @@ from crosscoders.common.checks import to_dict
 from crosscoders.common.progress import say
 from crosscoders.common.results import result, row, say_closing
 from crosscoders.dictionary.health import warning
-from crosscoders.training.log import last_line
 from diffing.latents.contexts import MAX_GROUPS, OTHER, n_folded
 from diffing.latents.nulls import NULL, counts_beside, read_nulls
-from diffing.latents.readable import evaluation_of, k_of, reasons
+from diffing.latents.readable import run_reasons
 from diffing.latents.runs import open_run_and_cache
 from diffing.latents.settings import ScaleSettings, StabilitySettings
 from diffing.latents.stability import read_runs
@@ -32,14 +31,7 @@ def scale(settings: ScaleSettings) -> dict[str, Any]:
     beside = {verdict: f" (on nulls: {text})" for verdict, text in counts_beside(nulls).items()}
     words = [f"{verdict} {n}{beside.get(verdict, '')}" for verdict, n in counts.items() if n]
     say(f"{'  '.join(words)}  of {len(table):,} latents")
-    against = reasons(
-        evaluation=evaluation_of(run),
-        training=last_line(run) if (run / "train.jsonl").is_file() else {},
-        k=k_of(run),
-        n_active=table["n_active"].tolist(),
-        frequency=table["frequency"].tolist(),
-    )
-    if against:
+    if against := run_reasons(run, table):
         say(warning(against))
     if folded := n_folded(cache.manifest["groups"]):
         say(f"{folded:,} groups of documents are counted together as {OTHER!r}; the {MAX_GROUPS} largest are not")

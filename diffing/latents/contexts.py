@@ -41,13 +41,13 @@ class ContextSums:
 
     def __init__(self, dict_size: int, groups: list[str], n_tokens: Sequence[int] = ()) -> None:
         self.n_folded = n_folded(groups)
-        kept = list(range(len(groups)))
+        named = list(range(len(groups)))
         if self.n_folded:
-            named = (number for number in kept if groups[number] != OTHER)
-            kept = sorted(sorted(named, key=lambda number: -n_tokens[number])[:MAX_GROUPS])
-        self.names = [groups[number] for number in kept] + ([OTHER] if self.n_folded else []) + [TEMPLATE]
-        self.context = torch.full((len(groups),), len(kept))  # of each group; OTHER where it has none of its own
-        self.context[kept] = torch.arange(len(kept))
+            candidates = (number for number in named if groups[number] != OTHER)
+            named = sorted(sorted(candidates, key=lambda number: -n_tokens[number])[:MAX_GROUPS])
+        self.names = [groups[number] for number in named] + ([OTHER] if self.n_folded else []) + [TEMPLATE]
+        self.context = torch.full((len(groups),), len(named))  # of each group; OTHER where it has none of its own
+        self.context[named] = torch.arange(len(named))
         self.mass = torch.zeros(dict_size, len(self.names), dtype=torch.float64)
 
     def add(self, latents: selection.Active, tokens: Tokens) -> None:
@@ -145,19 +145,19 @@ class _Best:
 
     def __init__(self, n_latents: int, n_kept: int) -> None:
         self.values = torch.zeros(n_latents, n_kept)
-        self.places = torch.full((2, n_latents, n_kept), -1)  # token and document
+        self.locations = torch.full((2, n_latents, n_kept), -1)  # token and document
 
     def add(self, latents: Float[Tensor, "batch chosen"], documents: Int[Tensor, " batch"], start: int) -> None:
         tokens = torch.arange(start, start + len(latents))
-        places = torch.stack([tokens, documents.long()])[:, None].expand(-1, latents.shape[1], -1)
-        values, places = torch.cat([self.values, latents.T], dim=1), torch.cat([self.places, places], dim=2)
-        self.values, kept = values.topk(self.values.shape[1], dim=1)
-        self.places = places.gather(2, kept.expand(2, -1, -1))
+        locations = torch.stack([tokens, documents.long()])[:, None].expand(-1, latents.shape[1], -1)
+        values, locations = torch.cat([self.values, latents.T], dim=1), torch.cat([self.locations, locations], dim=2)
+        self.values, order = values.topk(self.values.shape[1], dim=1)
+        self.locations = locations.gather(2, order.expand(2, -1, -1))
 
     def peaks(self, i: int, n: int) -> list[int]:
         """Return the tokens of the n strongest documents of the i-th latent."""
         by_document: dict[int, int] = {}
-        for value, token, document in zip(self.values[i], *self.places[:, i], strict=True):
+        for value, token, document in zip(self.values[i], *self.locations[:, i], strict=True):
             if value > 0:
                 by_document.setdefault(int(document), int(token))
         return list(by_document.values())[:n]

@@ -1,55 +1,113 @@
-"""Readers of null.json: counts of a run beside those of its nulls."""
+"""The form of null.json and its readers: counts of a run beside those of its nulls."""
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from crosscoders.common.errors import InputError
+from pydantic import Field, model_validator
+
 from crosscoders.common.files import hash_file, read_model
 from crosscoders.common.records import Record
 
 NULL = "diffing null {run} --placebo MODEL --out {run}-null"
 
+Kind = Literal["tuned", "placebo", "format_only", "rounded"]
 
-KINDS = ("tuned", "placebo", "format_only", "rounded")
+
+class CrosscoderOf(Record):
+    """A crosscoder of the pair or of a null."""
+
+    kind: Kind
+    seed: int
 
 
-NULL_FIELDS = {
-    "crosscoders": ("kind", "seed"),
-    "thresholds": (
-        "null", "score", "rate", "threshold", "words", "counts", "false_positive_rate", "low", "high", "n", "held_out",
-        "expected_false", "expected_false_high", "contexts", "latents",
-    ),
-    "fixed": ("words", "counts", "rates"),
-    "curves": ("score", "thresholds", "shares"),
-}  # fmt: skip
+class Count(Record):
+    """Latents of one crosscoder beyond a threshold, of so many alive ones."""
+
+    seed: int
+    count: int
+    n: int
+
+
+class Rate(Record):
+    """A false-positive rate with its interval; None where no latent is alive."""
+
+    false_positive_rate: float | None
+    low: float
+    high: float
+    n: int
+
+
+Counts = dict[Kind, Annotated[list[Count], Field(min_length=1)]]
+
+
+class Threshold(Rate):
+    """A threshold that a null fixed."""
+
+    null: str
+    score: str
+    rate: float
+    threshold: float | None
+    words: str
+    counts: Counts
+    held_out: bool
+    expected_false: float | None
+    expected_false_high: float
+    contexts: dict[str, int]
+    latents: list[int]
+
+
+class Fixed(Record):
+    """A threshold that no null decided, with its rate on each null."""
+
+    words: str
+    counts: Counts
+    rates: dict[Kind, Rate]
+
+
+class Curve(Record):
+    """Shares of latents at every threshold of a score."""
+
+    score: str
+    thresholds: list[float]
+    shares: dict[Kind, list[float]]
+
+
+class NullRecord(Record):
+    """null.json"""
+
+    version = 1
+    again = "run diffing null again"
+    format_version: int
+    latents: str
+    seed: int
+    crosscoders: list[CrosscoderOf]
+    thresholds: Annotated[list[Threshold], Field(min_length=1)]
+    fixed: list[Fixed]
+    curves: list[Curve]
+
+    @model_validator(mode="after")
+    def _agrees(self) -> "NullRecord":
+        kinds = {entry.kind for entry in self.crosscoders} | {"tuned"}
+        counts = [row.counts for row in self.thresholds] + [row.counts for row in self.fixed]
+        if any(not kinds <= set(counted) for counted in counts):
+            raise ValueError("not every crosscoder of the list is counted")
+        if all(curve.score != self.thresholds[0].score for curve in self.curves):
+            raise ValueError(f"no curve is of {self.thresholds[0].score!r}")
+        return self
 
 
 def read_nulls(run: Path) -> dict[str, Any]:
     """Return null.json of a run folder; empty where there is none, or where latents.json was made again since.
 
     Raises:
-        InputError: an entry is missing or unknown.
-        CorruptData: it is not JSON.
+        InputError: it has another format version.
+        CorruptData: it is not JSON, or an entry is missing, unknown or of another type.
     """
-    path, again = run / "null.json", f"Run: {NULL.format(run=run)}"
+    path = run / "null.json"
     if not path.is_file():
         return {}
-    calibration = read_model(path, Record)
-    if calibration.get("format_version") != 1:
-        raise InputError(
-            f"{path} has format_version {calibration.get('format_version')!r}; this version reads 1. {again}"
-        )
-    for name, fields in NULL_FIELDS.items():
-        rows = calibration.get(name)
-        if not (isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows)):
-            raise InputError(f"{path} has no {name!r}. {again}")
-        for row in rows:
-            if missing := [field for field in fields if field not in row]:
-                raise InputError(f"{path}: an entry of {name!r} has no {missing[0]!r}. {again}")
-            kinds = [row["kind"]] if name == "crosscoders" else row.get("counts", row.get("shares"))
-            if unknown := [kind for kind in kinds if kind not in KINDS]:
-                raise InputError(f"{path} names {unknown[0]!r}; expected one of {', '.join(KINDS)}. {again}")
-    return calibration if calibration.get("latents") == hash_file(path.with_name("latents.json")) else {}
+    calibration = read_model(path, NullRecord)
+    return calibration if calibration["latents"] == hash_file(path.with_name("latents.json")) else {}
 
 
 def kinds_of(calibration: dict[str, Any]) -> list[str]:

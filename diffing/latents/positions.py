@@ -78,14 +78,14 @@ class PositionSums:
         if self._held is not None:
             now = now._replace(tokens=now.tokens + len(self._held.roles))
             now = _Held(*(torch.cat(pair) for pair in zip(self._held, now, strict=True)))
-        done = int((now.documents == now.documents[-1]).nonzero()[0])
-        self._count(now, done)
-        waiting = now.tokens >= done
+        n_complete = int((now.documents == now.documents[-1]).nonzero()[0])
+        self._count(now, n_complete)
+        waiting = now.tokens >= n_complete
         self._held = _Held(
-            roles=now.roles[done:],
-            positions=now.positions[done:],
-            documents=now.documents[done:],
-            tokens=now.tokens[waiting] - done,
+            roles=now.roles[n_complete:],
+            positions=now.positions[n_complete:],
+            documents=now.documents[n_complete:],
+            tokens=now.tokens[waiting] - n_complete,
             latents=now.latents[waiting],
             values=now.values[waiting],
         )

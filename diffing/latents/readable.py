@@ -4,10 +4,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas
+
 from crosscoders.common import files
 from crosscoders.common.records import Record
 from crosscoders.common.results import ResultRecord
 from crosscoders.dictionary.health import complaints
+from crosscoders.training.log import last_line
 
 
 def reasons(
@@ -30,6 +33,17 @@ def reasons(
     }
     return complaints(heldout, k=k, training=_numbers(training)) or complaints(
         table, k=k, tokens="the tokens of the latent table"
+    )
+
+
+def run_reasons(run: Path, table: pandas.DataFrame) -> list[str]:
+    """Return what speaks against the dictionary of a run folder with that latent table."""
+    return reasons(
+        evaluation=evaluation_of(run),
+        training=last_line(run) if (run / "train.jsonl").is_file() else {},
+        k=k_of(run),
+        n_active=table["n_active"].tolist(),
+        frequency=table["frequency"].tolist(),
     )
 
 

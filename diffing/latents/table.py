@@ -264,6 +264,18 @@ def read_table(run: Path) -> pandas.DataFrame:
     return table
 
 
+def require_latents(latents: list[int], dict_size: int) -> tuple[int, ...]:
+    """Return the latents, or raise one line that says what is wrong with the list."""
+    if not latents:
+        raise InputError("latents is an empty list, so there is nothing to do. Name at least one, or leave it out.")
+    wrong = [j for j in latents if not 0 <= j < dict_size]
+    if wrong:
+        raise InputError(f"there is no latent {wrong[0]}: this crosscoder has latents 0 to {dict_size - 1}.")
+    if len(set(latents)) < len(latents):
+        raise InputError(f"latents {latents} names one of them twice. Name each once.")
+    return tuple(latents)
+
+
 def cache_tokenizer(cache: ActivationCache) -> Any:
     """Return the tokenizer with which a cache was made."""
     config = cache.manifest["config"]

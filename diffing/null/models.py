@@ -7,7 +7,7 @@ import inspect
 import random
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,10 +24,10 @@ from crosscoders.models.loading import load_model
 from crosscoders.models.names import hash_model, load_auto, quiet_transformers
 from crosscoders.text.documents import read_source
 from crosscoders.text.packing import missing_borders
-from crosscoders.text.settings import DataSource
+from crosscoders.text.refusals import Refusals
+from crosscoders.text.settings import DataConfig, DataSource
 from crosscoders.text.tokens import tokenize_text
 from diffing.finetuning import Schedule, finetune
-from diffing.null.settings import NullSettings
 from sae_lora.lora.adapter import add_lora
 
 
@@ -60,7 +60,21 @@ def round_to_bits(weight: Float[Tensor, "*shape"], bits: int) -> Float[Tensor, "
     return torch.ldexp((mantissa * 2**bits).round() / 2**bits, exponent).to(weight.dtype)
 
 
-def train_placebo(base: str, out: Path, settings: NullSettings, context_length: int, seed: int) -> Path:
+class Placebo(NamedTuple):
+    """How a placebo is trained."""
+
+    text: str
+    """File, folder or `datasets` id."""
+    steps: int
+    lr: float
+    """Peak learning rate."""
+    rows: int
+    """Rows of a step."""
+    rank: int | None = None
+    """Of its LoRA; None: all weights are tuned."""
+
+
+def train_placebo(base: str, out: Path, placebo: Placebo, *, context_length: int, seed: int, device: str) -> Path:
     """Tune the base on raw text and save it, whole or as a LoRA adapter.
 
     Next-token loss on rows of `context_length` tokens, documents end to end; Adam (0.9, 0.95) without decay, gradient
@@ -71,24 +85,20 @@ def train_placebo(base: str, out: Path, settings: NullSettings, context_length: 
         InputError: the text is shorter than one row; `out` holds another model.
         CorruptData: the loss is not finite.
     """
-    assert settings.train_placebo and settings.placebo_steps and settings.placebo_lr and settings.placebo_rows
-    recipe = {"base": hash_model(base), "seed": seed, "context_length": context_length}
-    recipe |= {
-        name: getattr(settings, name)
-        for name in ("train_placebo", "placebo_steps", "placebo_lr", "placebo_rows", "placebo_rank")
-    }
+    recipe = {"base": hash_model(base), "seed": seed, "context_length": context_length, "train_placebo": placebo.text}
+    recipe |= {f"placebo_{name}": getattr(placebo, name) for name in ("steps", "lr", "rows", "rank")}
     if is_made(out, recipe):
         return out
     model, tokenizer = load_base(base, "float32")
-    rows = text_rows(tokenizer, settings.train_placebo, context_length)
-    n_tokens = settings.placebo_steps * settings.placebo_rows * context_length
-    say(f"train a placebo of {base} on {n_tokens:,} tokens of {settings.train_placebo}, to {out}")
+    rows = text_rows(tokenizer, placebo.text, context_length)
+    n_tokens = placebo.steps * placebo.rows * context_length
+    say(f"train a placebo of {base} on {n_tokens:,} tokens of {placebo.text}, to {out}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # of the adapter's start
-        if settings.placebo_rank is not None:
+        if placebo.rank is not None:
             layers = range(len(hooks.decoder_layers(model)))
-            model = add_lora(model, layers, rank=settings.placebo_rank, alpha=2 * settings.placebo_rank, seed=seed)
-        _tune(model.to(choose_device(settings.device)), rows, settings, seed)
+            model = add_lora(model, layers, rank=placebo.rank, alpha=2 * placebo.rank, seed=seed)
+        _tune(model.to(choose_device(device)), rows, placebo, seed)
     return publish(model, tokenizer, out, recipe)
 
 
@@ -97,15 +107,19 @@ def text_rows(tokenizer: Any, data: str, length: int) -> Int[Tensor, "rows lengt
     is left out.
 
     Raises:
-        InputError: a document is a chat, a row cannot be read, or there is not one whole row.
+        InputError: a document is a chat, too many rows cannot be read, or there is not one whole row.
     """
     documents: list[list[int]] = []
+    refusals = Refusals(DataConfig.max_refused)
     for document in read_source(DataSource(path=data)):
+        refusals.n_rows += 1
         if document.refused is not None:
-            raise document.refused
+            refusals.add(document.refused)
+            continue
         if not isinstance(document.content, str):
             raise InputError(f"{document.where} is a chat; a placebo is tuned on raw text only. Give plain text.")
         documents.append(tokenize_text(tokenizer, document.content)[0])
+    refusals.finish()
     firsts = np.array([ids[0] for ids in documents[1:]], dtype=np.int64)
     lasts = np.array([ids[-1] for ids in documents[:-1]], dtype=np.int64)
     for number in missing_borders(firsts, lasts, tokenizer).nonzero()[0]:
@@ -116,10 +130,9 @@ def text_rows(tokenizer: Any, data: str, length: int) -> Int[Tensor, "rows lengt
     return torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
 
 
-def _tune(model: Any, rows: Int[Tensor, "rows length"], settings: NullSettings, seed: int) -> None:
+def _tune(model: Any, rows: Int[Tensor, "rows length"], placebo: Placebo, seed: int) -> None:
     """Tune the weights that require gradients."""
-    steps, lr, n_rows = settings.placebo_steps, settings.placebo_lr, settings.placebo_rows
-    assert steps and lr and n_rows
+    steps, lr, n_rows = placebo.steps, placebo.lr, placebo.rows
     device = next(model.parameters()).device
     order = _row_order(len(rows), seed)
     finetune(

@@ -18,7 +18,7 @@ from crosscoders.common.errors import InputError
 from crosscoders.models.names import hash_model
 from diffing.latents.table import LatentRecord
 from diffing.null.calibration import Tables, calibrate
-from diffing.null.models import round_model, train_placebo
+from diffing.null.models import Placebo, round_model, train_placebo
 from diffing.null.runs import null_cache, null_run, read_config, read_scaled, require_null
 from diffing.null.settings import NullSettings
 
@@ -39,14 +39,17 @@ def calibrate_run(settings: NullSettings, opened: ActivationCache) -> dict[str, 
         if model is not None:
             require_null(base, model, opened)
     models = null_models(settings, opened, config.seed)
-    caches = {kind: null_cache(opened, model, out / kind / "cache", settings.device) for kind, model in models.items()}
+    caches = {
+        kind: null_cache(opened, model, out / kind / "cache", settings.device, force=settings.force)
+        for kind, model in models.items()
+    }
     tables: Tables = {"tuned": {config.seed: read_scaled(run)}, **{kind: {} for kind in models}}
     for seed in range(config.seed, config.seed + settings.n_seeds):
         for kind, cache in {**caches, "tuned": opened}.items():
             # A rounded copy barely differs from the base: one crosscoder says whether any latent passes.
             if seed not in tables[kind] and not (kind == "rounded" and seed > config.seed):
                 here = out / kind / f"seed-{seed}"
-                tables[kind][seed] = null_run(replace(config, seed=seed), cache, here, n_tokens)
+                tables[kind][seed] = null_run(replace(config, seed=seed), cache, here, n_tokens, force=settings.force)
     calibration = {
         "format_version": FORMAT_VERSION,
         "latents": files.hash_file(run / "latents.json"),
@@ -78,7 +81,15 @@ def null_models(settings: NullSettings, opened: ActivationCache, seed: int) -> d
         models["placebo"] = settings.placebo
     if settings.train_placebo is not None:
         folder = Path(settings.out) / "placebo" / "model"
-        models["placebo"] = str(train_placebo(config["base"], folder, settings, config["context_length"], seed))
+        assert settings.placebo_steps and settings.placebo_lr and settings.placebo_rows  # its settings say so
+        recipe = Placebo(
+            settings.train_placebo, settings.placebo_steps, settings.placebo_lr, settings.placebo_rows,
+            settings.placebo_rank,
+        )  # fmt: skip
+        length, device = config["context_length"], settings.device
+        models["placebo"] = str(
+            train_placebo(config["base"], folder, recipe, context_length=length, seed=seed, device=device)
+        )
     if settings.format_only is not None:
         models["format_only"] = settings.format_only
     if settings.rounded_bits is not None:

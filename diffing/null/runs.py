@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import pandas
 
-from crosscoders import ActivationCache, cache_activations
+from crosscoders import ActivationCache, run_cache
 from crosscoders.activations.plan import make_plan
 from crosscoders.activations.settings import CacheConfig
 from crosscoders.common import files
@@ -60,7 +60,7 @@ def read_config(run: Path, device: str) -> TrainConfig:
     )
 
 
-def null_cache(opened: ActivationCache, model: str, out: Path, device: str) -> ActivationCache:
+def null_cache(opened: ActivationCache, model: str, out: Path, device: str, *, force: bool = False) -> ActivationCache:
     """Cache the tokens of `opened` with `model` in place of the tuned model, in `out`.
 
     Raises:
@@ -77,7 +77,8 @@ def null_cache(opened: ActivationCache, model: str, out: Path, device: str) -> A
         for key, now in (plan.info.hashes() | {"token_hash": plan.shared["token_hash"]}).items():
             if key != "tuned" and identity(opened.manifest[key]) != identity(now):
                 raise InputError(_changed(opened, key))
-    cache = cache_activations(config)
+    run_cache(config, force=force)
+    cache = ActivationCache(out)
     if cache.manifest["token_hash"] != opened.manifest["token_hash"]:
         raise InputError(_changed(opened, "token_hash"))
     return cache
@@ -109,10 +110,10 @@ def require_null(base: str, model: str, opened: ActivationCache) -> None:
         raise InputError(f"null model {model!r} is the tuned model itself. Give a model without the tuned behaviour.")
 
 
-def null_run(config: TrainConfig, cache: ActivationCache, out: Path, n_tokens: int) -> Scaled:
+def null_run(config: TrainConfig, cache: ActivationCache, out: Path, n_tokens: int, *, force: bool = False) -> Scaled:
     """Train a crosscoder on `cache` and scale it on its first `n_tokens`, in `out`."""
     settings = {field.name: getattr(config, field.name) for field in fields(TrainConfig)}
-    train_run(TrainSettings(**settings, cache=str(cache.path), out=str(out)))
+    train_run(TrainSettings(**settings, cache=str(cache.path), out=str(out), force=force))
     described = out / "latents.json"
     if described.is_file():
         scaled = files.read_model(described, LatentRecord)

@@ -39,6 +39,8 @@ class NullSettings:
     """False-positive rates for which thresholds are sought."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
+    force: bool = False
+    """Go on where the memory estimate is above what the machine has."""
 
     def __post_init__(self) -> None:
         require_range(self, 1, 1000, "n_seeds")
@@ -47,8 +49,8 @@ class NullSettings:
         if wrong or not self.rates:
             said = f"hold {wrong[0]}" if wrong else "are empty"
             raise InputError(f"rates {said}; give false-positive rates from 0 to below 1, such as [0, 0.01].")
-        given = [self.placebo, self.train_placebo, self.format_only]
-        if given == [None, None, None]:
+        nulls = [self.placebo, self.train_placebo, self.format_only]
+        if nulls == [None, None, None]:
             raise InputError(
                 "no null is named that fixes a threshold. Give placebo, format_only or train_placebo; rounded_bits is "
                 "counted at the thresholds of the others."

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from crosscoders.common.errors import InputError
 from crosscoders.common.files import hash_file
-from diffing.report.data import Run, is_number, read_object, read_rows
+from diffing.report.data import Run, read_object, read_rows
 from diffing.report.figures import BASE, TUNED, Figure, line_at, spec
 from diffing.report.text import NONE, number
 
@@ -66,7 +66,7 @@ def read_causal(run: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     again = f"Run: {CAUSAL.format(run=run)}"
-    rows = read_rows(path, again)
+    rows = read_rows(path)
     if read_object(path).get("latents") != hash_file(path.with_name("latents.json")):
         return {}
     directions: dict[str, Any] = {}
@@ -74,10 +74,8 @@ def read_causal(run: Path) -> dict[str, Any]:
         match = _ROW.fullmatch(row["name"])
         if match is None:
             continue
-        if not all(is_number(row.get(key)) for key in ("value", "n")) or not all(
-            row.get(key) is None or is_number(row[key]) for key in ("low", "high")
-        ):
-            raise InputError(f"{path}: row {row['name']!r} has no numbers. {again}")
+        if row["value"] is None:
+            raise InputError(f"{path}: row {row['name']!r} has no value. {again}")
         sets = directions.setdefault(match["direction"], {"first_tokens": None, "sets": {}})
         parts = sets["sets"].setdefault(match["set"], {})
         parts[match["what"] if match["first"] is None else f"first.{match['what']}"] = row
@@ -91,7 +89,7 @@ def read_causal(run: Path) -> dict[str, Any]:
             for name, parts in sets.items()
         ]
         documents = [row["value"] for row in rows if row["name"] == f"causal.{direction}.documents"]
-        entry["n_documents"] = documents[0] if documents and is_number(documents[0]) else None
+        entry["n_documents"] = documents[0] if documents else None
     return {name: directions[name] for name in DIRECTIONS if name in directions}
 
 
@@ -126,7 +124,8 @@ def shown(name: str) -> str:
 def percent(row: dict[str, Any] | None) -> str:
     if row is None:
         return NONE
-    interval = "" if row["low"] is None else f" ({row['low']:.1%} to {row['high']:.1%})"
+    low, high = row.get("low"), row.get("high")
+    interval = "" if low is None or high is None else f" ({low:.1%} to {high:.1%})"
     return f"{row['value']:.1%}{interval}"
 
 
@@ -137,7 +136,7 @@ def causal_figure(run: Run) -> Figure:
         words, colour = DIRECTIONS[direction]
         sets = [patched for patched in entry["sets"] if patched.share is not None]
         shares = [patched.share for patched in sets]
-        ends = [(s["value"], s["low"], s["high"]) for s in shares]
+        ends = [(s["value"], s.get("low"), s.get("high")) for s in shares]
         bar = {
             "type": "data", "symmetric": False, "thickness": 1.4, "width": 3,
             "array": [0 if high is None else round(high - value, 5) for value, _, high in ends],

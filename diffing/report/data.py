@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float
 from crosscoders.common.errors import InputError, nearest
 from crosscoders.common.files import read_model
 from crosscoders.common.records import Record
+from crosscoders.common.results import ResultRecord
 from diffing.latents.decoder_norms import NORM_CLASSES
 from diffing.latents.verdict import VERDICTS, Thresholds, is_alive
 
@@ -27,12 +28,14 @@ NUMBERS = (
     "main_context_share", "decoder_norm_base", "decoder_norm_tuned", "nu_error_mirror", "nu_reconstruction_mirror",
 )  # fmt: skip
 COLUMNS = (*NUMBERS, *WORDS, "main_context")
-NUMBER_TYPES: tuple[set[type] | None, str] = {int, float, type(None)}, "a number"
-TYPES: dict[str, tuple[set[type] | None, str]] = {
+NUMBER_TYPES: tuple[set[type], str] = {int, float, type(None)}, "a number"
+TYPES: dict[str, tuple[set[type], str]] = {
     "latent": ({int}, "a whole number"),
+    "n_active": ({int}, "a whole number"),
     "main_context": ({str, type(None)}, "text"),
 }
 PLAIN = {int, str, bool, type(None)}
+ENTRY = PLAIN | {float}
 SCALE = "diffing scale {run} --cache CACHE"
 MADE_BY = {
     "run.json": "crosscoders train --cache CACHE --out {run}",
@@ -147,8 +150,7 @@ def read_run(path: Path) -> Run:
     latents = read_latents(path / "latents.json")
     setup = read_object(path / "run.json") if (path / "run.json").is_file() else {}
     training, heldout = read_training(path / "train.jsonl") if (path / "train.jsonl").is_file() else ([], [])
-    again = f"Run: {command_for('eval.json', path)}"
-    evaluation = read_rows(path / "eval.json", again) if (path / "eval.json").is_file() else []
+    evaluation = read_rows(path / "eval.json") if (path / "eval.json").is_file() else []
     examples = read_examples(path / "examples.json", latents) if (path / "examples.json").is_file() else {}
     return Run(path, setup, training, heldout, evaluation, latents, examples)
 
@@ -214,8 +216,9 @@ def check_column(path: Path, name: str, values: Any, latents: Any, again: str) -
         words = f"one of {', '.join(WORDS[name])}"
         wrong = [i for i, value in enumerate(values) if not isinstance(value, str | None) or value not in allowed]
     else:
-        types, words = TYPES.get(name, NUMBER_TYPES if name in NUMBERS else (None, ""))
-        wrong = [i for i, value in enumerate(values) if types is not None and type(value) not in types]
+        is_numeric = name in NUMBERS or name.endswith("_stderr")
+        types, words = TYPES.get(name, NUMBER_TYPES if is_numeric else (ENTRY, "a number, a text or null"))
+        wrong = [i for i, value in enumerate(values) if type(value) not in types]
     if wrong:
         i = wrong[0]
         raise InputError(f"{path}: column {name!r}, entry {i} is {values[i]!r}; expected {words}. {again}")
@@ -251,12 +254,9 @@ def read_training(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]
     return [training[step] for step in sorted(training)], [heldout[step] for step in sorted(heldout)]
 
 
-def read_rows(path: Path, again: str) -> list[dict[str, Any]]:
+def read_rows(path: Path) -> list[dict[str, Any]]:
     """Read the rows of a result file: name, value, unit, n, low, high."""
-    rows = read_object(path).get("rows")
-    if not (isinstance(rows, list) and all(isinstance(row, dict) and isinstance(row.get("name"), str) for row in rows)):
-        raise InputError(f"{path} has no list of named 'rows'. {again}")
-    return rows
+    return [finite(row) for row in read_model(path, ResultRecord)["rows"]]
 
 
 def read_examples(path: Path, latents: Latents) -> dict[int, list[Example]]:

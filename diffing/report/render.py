@@ -258,8 +258,8 @@ def card(run: Run, i: int, n_contexts: int) -> Card:
 
 def source(example: Example) -> str:
     words = [clip(example.group, 40)] if example.group is not None else []
-    places = {"document": example.document, "token": example.position}
-    words += [f"{name} {value}" for name, value in places.items() if value is not None]
+    numbers = {"document": example.document, "token": example.position}
+    words += [f"{name} {value}" for name, value in numbers.items() if value is not None]
     if example.value is not None:
         words.append(f"activation {number(float(example.value))}")
     return " · ".join(words)

@@ -10,7 +10,7 @@ from crosscoders.activations.outliers import MULTIPLE, TOP
 from diffing.latents.decoder_norms import NORM_CLASSES
 from diffing.latents.readable import reasons
 from diffing.latents.verdict import VERDICTS
-from diffing.report.data import Run
+from diffing.report.data import Run, is_number
 from diffing.report.text import amount, counted, number
 
 MEASURES = {
@@ -115,19 +115,19 @@ def headline(run: Run) -> str:
 
 
 def outlier_sentence(run: Run) -> str:
-    """How much of the variance a few tokens of the cache hold, and what is explained of the others; empty where neither
-    is known."""
+    """Say how much of the variance a few tokens of the cache hold, and what is explained of the others; empty where
+    neither is known."""
     shares = [run.look("inputs", "cache", f"{name}_share") for name in ("top", "outlying")]
-    found = measures(run)
+    heldout = measures(run)
     sentences = []
-    if all(isinstance(share, list) and len(share) == 2 for share in shares):
+    if all(isinstance(share, list) and len(share) == 2 and all(map(is_number, share)) for share in shares):
         top, outlying = ([f"{value:.1%}" for value in share] for share in shares)
         sentences.append(
             f"Of the variance of base and tuned model in the cache, {top[0]} and {top[1]} lie in the {TOP:.1%} of "
             f"tokens of largest norm, {outlying[0]} and {outlying[1]} in those beyond {MULTIPLE:g} times the median."
         )
-    if "fve_rest.base" in found and "fve_rest.tuned" in found:
-        rest = found["fve_rest.base"].value, found["fve_rest.tuned"].value
+    if "fve_rest.base" in heldout and "fve_rest.tuned" in heldout:
+        rest = heldout["fve_rest.base"].value, heldout["fve_rest.tuned"].value
         sentences.append(f"On held-out tokens of ordinary norm the FVE is {rest[0]:.3f} and {rest[1]:.3f}.")
     return " ".join(sentences)
 
@@ -150,13 +150,13 @@ def reasons_against(run: Run) -> list[str]:
 
 
 def folded_sentence(run: Run) -> str:
-    """How many groups of documents have no column of their own; empty where each has one."""
+    """Say how many groups of documents have no column of their own; empty where each has one."""
     n = run.latents.n_folded_groups
     return f"{counted(n, 'group')} of documents, the smaller ones, are counted together as share_other." if n else ""
 
 
 def refused_sentence(run: Run) -> str:
-    """How many rows of the data were left out and why; empty where none was, or where that is not known."""
+    """Say how many rows of the data were left out and why; empty where none was, or where that is not known."""
     refused = run.look("inputs", "cache", "refused")
     if not isinstance(refused, dict) or not refused:
         return ""

@@ -131,7 +131,7 @@ def highlight(example: Example, top: float) -> list[Part]:
 
 
 def _characters(tokens: list[str]) -> list[range]:
-    """Stretches of tokens that can be shown apart: an empty token is part of the character of the one before it."""
+    """Return stretches of tokens that can be shown apart: an empty token is part of the character before it."""
     starts = [i for i, token in enumerate(tokens) if token]
     return [range(a, b) for a, b in pairwise([0, *starts[1:], len(tokens)])]
 

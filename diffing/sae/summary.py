@@ -40,14 +40,12 @@ def _null_words(values: dict[str, Any], order: str, n: int) -> list[str]:
     start = f"sae.{order}"
     words = []
     if f"{start}.null_at_threshold" in values:
+        at, beyond = (values[f"{start}.{key}"]["value"] for key in ("null_at_threshold", "beyond_null"))
         words.append(
-            f"  the null has {values[f'{start}.null_at_threshold']['value']} latents at or above the value of the last of these {n}; "
-            f"{values[f'{start}.beyond_null']['value']} of the pair's lie above the null's largest"
+            f"  the null has {at} latents as large as the last of these {n}; {beyond} of the pair's are above all of it"
         )
     if f"{start}.split_at_threshold" in values:
-        words.append(
-            f"  two halves of the base's documents: {values[f'{start}.split_at_threshold']['value']} at or above it"
-        )
+        words.append(f"  two halves of the base's documents have {values[f'{start}.split_at_threshold']['value']}")
     return words
 
 

@@ -157,9 +157,9 @@ def _firing(
 
     with lora_off(fitted.model), splice(fitted.model, dictionaries, keep_ids=keep_ids, observe=keep):
         final_states(fitted.model, batch)
-    kept = kept_positions(batch.ids, batch.attention_mask, keep_ids)
-    row_of = torch.arange(len(kept), device=kept.device)[:, None].expand_as(kept)[~kept]
-    counts = torch.zeros(len(kept), len(chosen), dtype=torch.int64, device=kept.device)
+    is_kept = kept_positions(batch.ids, batch.attention_mask, keep_ids)
+    row_of = torch.arange(len(is_kept), device=is_kept.device)[:, None].expand_as(is_kept)[~is_kept]
+    counts = torch.zeros(len(is_kept), len(chosen), dtype=torch.int64, device=is_kept.device)
     return counts.index_add(0, row_of, firing[0].long()).cpu()
 
 

@@ -78,25 +78,14 @@ def measure(
     names = ["", *(classes.names if classes else [])]
     sums = np.zeros((len(names), len(cells), len(QUANTITIES), n_sequences))
     n_tokens = np.zeros((len(names), n_sequences), dtype=np.int64)
-    collected = {
-        (d.hook_point, when): metrics.ReconstructionSums(1, d.info.d_model, d.info.dict_size)
-        for d in dictionaries
-        for when in ("before", "after")
-    }
-
-    def collect(when: str) -> Observer:
-        def add(dictionary: FrozenDictionary, x: Tensor, latents: Tensor, x_hat: Tensor) -> None:
-            collected[dictionary.hook_point, when].add(x[:, None], x_hat[:, None], (latents != 0).sum(dim=0))
-
-        return add
-
+    reconstructions = {when: _Reconstructions(dictionaries) for when in ("before", "after")}
     ablated = any(cell.endswith("_ablated") for cell in cells)
     zeros, means = _ablations(model, dictionaries, batches, keep_ids) if ablated else ([], [])
     spliced: dict[str, Sequence[FrozenDictionary]] = {
         "spliced": dictionaries, "adapted_spliced": corrected or dictionaries, "zero_ablated": zeros,
         "mean_ablated": means,
     }  # fmt: skip
-    observers = {"spliced": collect("before"), "adapted_spliced": collect("after")}
+    observers = {"spliced": reconstructions["before"].add, "adapted_spliced": reconstructions["after"].add}
     for batch in batches():
         if not n_tokens.any():
             require_head(model, batch)
@@ -113,11 +102,28 @@ def measure(
                 each = of_predictions(to_logits, [x[r, :-1][wanted] for x in finals], batch.ids[r, 1:][wanted])
                 marked = torch.stack([mask[r, 1:][wanted] for mask in masks]).double()
                 sums[..., number] = (each @ marked.T).permute(2, 0, 1).cpu().numpy()
-    parts = {f"{point}.{when}": part for (point, when), part in collected.items()}
+    parts = {
+        f"{d.hook_point}.{when}": reconstructions[when].sums[d.hook_point]
+        for d in dictionaries
+        for when in reconstructions
+    }
     of_classes = {name: Sums(*part) for name, *part in zip(names[1:], sums[1:], n_tokens[1:], strict=True)}
     reconstruction = {name: part.result() for name, part in parts.items()}
     n_active = {name: part.n_active for name, part in parts.items()}
     return Measured(sums[0], n_tokens[0], reconstruction, n_active, of_classes)
+
+
+class _Reconstructions:
+    """Sums over what dictionaries make of the activations of one cell, by hook point."""
+
+    def __init__(self, dictionaries: Sequence[FrozenDictionary]) -> None:
+        self.sums = {
+            d.hook_point: metrics.ReconstructionSums(1, d.info.d_model, d.info.dict_size) for d in dictionaries
+        }
+
+    def add(self, dictionary: FrozenDictionary, x: Tensor, latents: Tensor, x_hat: Tensor) -> None:
+        """Add a batch, as an `Observer`."""
+        self.sums[dictionary.hook_point].add(x[:, None], x_hat[:, None], (latents != 0).sum(dim=0))
 
 
 def _cell_states(

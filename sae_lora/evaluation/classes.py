@@ -52,10 +52,10 @@ class TokenClasses:
         """Return the predictions of each class among those that are used, marked at the token that is predicted."""
         is_first = used.cumsum(dim=1) <= N_FIRST
         is_common = torch.isin(batch.ids, self.common.to(batch.ids.device))
-        found = [is_first, ~is_first, is_common, ~is_common]
+        masks = [is_first, ~is_first, is_common, ~is_common]
         roles = roles_of(self.rows, batch)
-        found += [roles == role for role in self.roles]
-        return {name: used & mask for name, mask in zip(self.names, found, strict=True)}
+        masks += [roles == role for role in self.roles]
+        return {name: used & mask for name, mask in zip(self.names, masks, strict=True)}
 
 
 def roles_of(rows: Rows, batch: Batch) -> Int[Tensor, "rows seq"]:

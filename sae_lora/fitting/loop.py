@@ -9,6 +9,7 @@ import itertools
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from crosscoders.text.padding import Batch
 from crosscoders.training import checkpoint
 from crosscoders.training.loop import StopRequested, stop_requests
 from sae_lora.dictionaries.controls import with_control
+from sae_lora.dictionaries.frozen import FrozenDictionary
 from sae_lora.fitting import correctors, objective
 from sae_lora.fitting.inputs import Plan, load_dictionaries, load_model, make_plan
 from sae_lora.fitting.needs import MEND, fit_need
@@ -57,11 +59,7 @@ def fit(config: FitConfig, out: str | Path, *, force: bool = False) -> Path:
     needed = memory.require([fit_need(config, plan, layers, device)], MEND, force=force)
     with files.exclusive(out), stop_requests() as stop:
         dictionaries = with_control(load_dictionaries(plan, config, device), config.control, config.seed)
-        inputs = {
-            "model": {"name": plan.model, "hash": plan.model_hash},
-            "dictionaries": {dictionary.hook_point: dictionary.identity() for dictionary in dictionaries},
-            "tokens": {"hash": plan.token_hash(), "n": plan.rows.n_scored},
-        }
+        inputs = _identities(plan, dictionaries)
         checkpoint.start_run(out, config, inputs, environment(str(device)), "fit", PLACES)
         if (out / "adapter" / SIDECAR).is_file():
             say(f"{out} is complete already.")
@@ -70,21 +68,19 @@ def fit(config: FitConfig, out: str | Path, *, force: bool = False) -> Path:
         # ---- model, optimiser, state
         fitted = correctors.start(config, load_model(plan, config, device), dictionaries, layers)
         optimizer = make_optimizer(fitted, config)
-        held = nn.ParameterList(fitted.weights)
-        restored = checkpoint.load_state(out, held, optimizer)
-        step = restored[0] if restored else 0
+        weights = nn.ParameterList(fitted.weights)
+        step, _ = checkpoint.load_state(out, weights, optimizer) or (0, {})
         order = batch_order(len(plan.rows.batches(config.batch_rows)), config.epochs, config.seed)
         n_steps = len(order)
         going_on = f"; going on at step {step:,}" if step else ""
-        say(f"{_what(config, plan, fitted, layers)}, {n_steps:,} steps, to {out}; needs {needed}{going_on}")
+        say(f"{_summary(config, plan, fitted, layers)}, {n_steps:,} steps, to {out}; needs {needed}{going_on}")
         checkpoint.cut_log(out / "train.jsonl", step)
         resume.require_head(fitted.model, next(plan.batches(config.batch_rows, device)))
         prefix = common_prefix(fitted, layers, plan, config, device)
         states = open_states(config, plan, fitted.model, dictionaries[0], device)
 
         # ---- the loop
-        progress = Progress("fit", total=n_steps, start=step, unit="step")
-        log = _Log(out)
+        progress, log = Progress("fit", total=n_steps, start=step, unit="step"), _Log(out)
         batches = plan.batches(config.batch_rows, device, order[step:])
         for number, batch in zip(order[step:], batches, strict=True):
             lr = optimizer.param_groups[0]["lr"] = config.lr_at(step, n_steps)
@@ -96,18 +92,33 @@ def fit(config: FitConfig, out: str | Path, *, force: bool = False) -> Path:
             if step % config.log_every == 0 or step == n_steps:
                 log.write(step, norm, lr)
             if step % config.checkpoint_every == 0 or stop or step == n_steps:
-                checkpoint.save_state(out, step, held, optimizer)
+                checkpoint.save_state(out, step, weights, optimizer)
             if stop and step < n_steps:
                 raise StopRequested(stop[0], f"stopped on request at step {step:,}; run the same command to go on.")
         progress.close()
-        described = {
-            "model": inputs["model"], "tokens": inputs["tokens"], "corrector": config.corrector,
-            "foreign_dictionary": config.foreign_dictionary, "other_model": plan.other,
-        }  # fmt: skip
-        if layers:
-            described |= {"layers": layers, "rank": config.rank, "alpha": config.chosen_alpha()}
-        correctors.save(fitted, out / "adapter", dictionaries, plan.keep_ids, described)
+        description = _description(config, plan, inputs, layers)
+        correctors.save(fitted, out / "adapter", dictionaries, plan.keep_ids, description)
         return out / "adapter"
+
+
+def _identities(plan: Plan, dictionaries: list[FrozenDictionary]) -> dict[str, Any]:
+    """Return what a run goes on with only where it is the same: model, dictionaries and tokens."""
+    return {
+        "model": {"name": plan.model, "hash": plan.model_hash},
+        "dictionaries": {dictionary.hook_point: dictionary.identity() for dictionary in dictionaries},
+        "tokens": {"hash": plan.token_hash(), "n": plan.rows.n_scored},
+    }
+
+
+def _description(config: FitConfig, plan: Plan, inputs: dict[str, Any], layers: list[int]) -> dict[str, Any]:
+    """Return what the adapter's sidecar says of the fit, beside its dictionaries."""
+    description = {
+        "model": inputs["model"], "tokens": inputs["tokens"], "corrector": config.corrector,
+        "foreign_dictionary": config.foreign_dictionary, "other_model": plan.other,
+    }  # fmt: skip
+    if layers:
+        description |= {"layers": layers, "rank": config.rank, "alpha": config.chosen_alpha()}
+    return description
 
 
 def batch_order(n_batches: int, epochs: int, seed: int) -> list[int]:
@@ -116,7 +127,7 @@ def batch_order(n_batches: int, epochs: int, seed: int) -> list[int]:
     return list(itertools.chain(range(n_batches), *others))
 
 
-def _what(config: FitConfig, plan: Plan, fitted: correctors.Fitted, layers: list[int]) -> str:
+def _summary(config: FitConfig, plan: Plan, fitted: correctors.Fitted, layers: list[int]) -> str:
     """Say what is fitted, around what, on how much; for people."""
     kind = f"rank {config.rank} on layers {layers[0]} to {layers[-1]}" if layers else config.corrector
     points = ", ".join(info.hook_point for info in plan.infos)

@@ -19,7 +19,7 @@ MEND = "Lower --batch-rows or --context-length, or use a smaller dictionary or a
 
 
 def fit_need(config: FitConfig, plan: Plan, layers: Sequence[int], device: torch.device) -> Need:
-    """Weights, dictionaries, what is trained with its gradient and moments, and the largest step."""
+    """Return the memory for weights, dictionaries, what is trained (gradient and moments), and the largest step."""
     sizes = [(info.d_model, info.dict_size) for info in plan.infos]
     n_trained = {
         "lora": find_targets(plan.skeleton, layers).n_weights(config.rank),

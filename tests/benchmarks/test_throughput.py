@@ -15,6 +15,8 @@ from benchmarks import __main__ as command
 from benchmarks.throughput import (  # fmt: skip
     adapters,
     caching,
+    caching_run,
+    density,
     equality,
     gpu,
     growth,
@@ -87,6 +89,16 @@ def test_rows_of_gpu_run_on_a_cpu_too() -> None:
     ends = ("ratio_to_encode_bf16", "speedup_over_dense_bf16", "tokens_per_second")
     require_rows(found, *(f"throughput.gpu.step.12x40x30x3.{end}" for end in ends))
     assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_rows_of_a_whole_caching_run_and_of_density(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(caching_run, "CONTEXT", 32)
+    size = caching.Size(vocabulary=2100, d_model=16, d_mlp=24, n_layers=2, n_heads=2, d_head=8)
+    ends = ("tokens_per_second", "ratio_to_truncated", "waited_for_writer")
+    measured = caching_run.rows(caching.make_pair(size), tmp_path, batch_rows=[4], n_rows=8, n_rounds=1)
+    require_rows(measured, *(f"throughput.gpu.cache.gemma-2-2b.run.4x32.{end}" for end in ends))
+    measured = density.rows(TINY, name="a", n_rounds=2, shares=(0.01, 0.1))
+    require_rows(measured, "a.dense_over_sparse.0.01", "a.dense_over_sparse.0.1")
 
 
 def test_memory_of_a_fresh_process_holds_at_least_weights_gradients_and_moments() -> None:

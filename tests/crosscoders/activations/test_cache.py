@@ -74,7 +74,7 @@ def test_a_run_that_stops_at_any_write_goes_on_to_the_same_bytes(
     pair: Pair, cache_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: int
 ) -> None:
     out = tmp_path / "cache"
-    with failing_write(monkeypatch, "write_bytes", lambda number, _: number == calls):
+    with failing_write(monkeypatch, "_published", lambda number, _: number == calls):
         cache_activations(pair.config(out))
     with pytest.raises(InputError, match=r"has no manifest\.json"):
         ActivationCache(out)
@@ -259,8 +259,8 @@ def test_a_lock_is_free_again_after_its_holder_was_killed(tmp_path: Path) -> Non
     "code, line",
     [
         (errno.EAGAIN, r"is being written by another process\. Wait for it"),
-        (errno.ENOLCK, r"cannot write to .*: its file system has no locks\. Choose another --out\."),
-        (errno.EIO, r"cannot write to .*: Input/output error\. Choose another --out\."),
+        (errno.ENOLCK, r"cannot write to .*: its file system has no locks\. Choose another folder\."),
+        (errno.EIO, r"cannot write to .*: Input/output error\. Choose another folder\."),
     ],
 )
 def test_a_lock_that_cannot_be_had_says_why(

@@ -53,13 +53,13 @@ def test_control_groups_limit_what_is_free(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_training_run_counts_weights_batch_and_buffer_on_paper() -> None:
     config = TrainConfig(crosscoder=CrosscoderConfig(dict_size=1000, k=4), batch_size=2000, buffer_tokens=50_000)
-    need = feed.train_need(config, n_models=2, d_model=10, itemsize=2, device=CPU)
+    need = feed.train_need(config, n_models=2, d_model=10, itemsize=2, n_heldout=300, device=CPU)
     n_parameters = 1000 * 10 * 2 * 2 + 1000 + 20
     batch = 2000 * (3 * 1000 + 6 * 20) * 4  # more than a checkpoint of 12 bytes per parameter
-    assert need.ram - memory.PROCESS_BYTES == 16 * n_parameters + batch + 2 * 50_000 * 20 * 2 and need.gpu == 0
-    on_gpu = feed.train_need(config, n_models=2, d_model=10, itemsize=2, device=torch.device("cuda"))
+    assert need.ram - memory.PROCESS_BYTES == 16 * n_parameters + batch + (2 * 50_000 + 300) * 20 * 2 and need.gpu == 0
+    on_gpu = feed.train_need(config, n_models=2, d_model=10, itemsize=2, n_heldout=10**9, device=torch.device("cuda"))
     assert on_gpu.gpu == 16 * n_parameters + batch
-    assert on_gpu.ram - memory.PROCESS_BYTES == (4 + 12) * n_parameters + 2 * 50_000 * 20 * 2
+    assert on_gpu.ram - memory.PROCESS_BYTES == (4 + 12) * n_parameters + (2 * 50_000 + 65_536) * 20 * 2
 
 
 def test_more_hook_points_rows_and_tokens_in_a_shard_need_more(pair: Pair, tmp_path: Path) -> None:
@@ -87,7 +87,8 @@ def test_too_little_memory_is_one_line_before_anything_loads(
     assert crosscoders_cli.main([*argv, "--hook-point", POINT, "--out", str(tmp_path / "cache")]) == 3
     line = capsys.readouterr().err.splitlines()[-1]
     assert (
-        line.startswith("error: this needs about 15") and "MB of memory, but there are 100.0 MB. Lower --batch" in line
+        line.startswith("error: this needs about 15")
+        and "MB of memory, but there are 100.0 MB. Lower batch_rows" in line
     )
     assert not (tmp_path / "cache").exists()
     (tmp_path / "live.yaml").write_text(
@@ -98,7 +99,7 @@ def test_too_little_memory_is_one_line_before_anything_loads(
     for source in (["--cache", str(cache_folder)], ["--live", str(tmp_path / "live.yaml")]):
         assert crosscoders_cli.main([*train, *source]) == 3
         line = capsys.readouterr().err.splitlines()[-1]
-        assert "but there are 100.0 MB. Lower --crosscoder.dict-size, --batch-size or" in line
+        assert "but there are 100.0 MB. Lower crosscoder.dict_size, batch_size or" in line
         assert line.endswith("--force goes on all the same.")
     assert not (tmp_path / "run").exists()
 

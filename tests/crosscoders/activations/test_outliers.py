@@ -158,7 +158,10 @@ def planted(n: int = 3600) -> torch.Tensor:
 
 def test_shares_of_variance_equal_those_computed_by_hand() -> None:
     x = planted()
-    shards = [{"n_tokens": len(part), **outlier_sums(part, part.norm(dim=-1))} for part in (x[:2000], x[2000:])]
+    shards = [
+        {"n_tokens": len(part), **outlier_sums(part, part.norm(dim=-1), part.mean(dim=0))}
+        for part in (x[:2000], x[2000:])
+    ]
     found = outlier_statistics(shards)
     is_sink = torch.arange(len(x)) % 36 == 0
     total, sinks, top = 0.0, 0.0, 0.0
@@ -174,10 +177,10 @@ def test_shares_of_variance_equal_those_computed_by_hand() -> None:
 
 def test_a_high_share_is_a_warning_that_names_what_to_do() -> None:
     x = planted()
-    high = outlier_text(outlier_statistics([{"n_tokens": len(x), **outlier_sums(x, x.norm(dim=-1))}]))
+    high = outlier_text(outlier_statistics([{"n_tokens": len(x), **outlier_sums(x, x.norm(dim=-1), x.mean(dim=0))}]))
     assert high.startswith("warning: ") and "--skip-first" in high and "--max-norm-multiple 5" in high
     y = x[torch.arange(len(x)) % 36 != 0]
-    low = outlier_text(outlier_statistics([{"n_tokens": len(y), **outlier_sums(y, y.norm(dim=-1))}]))
+    low = outlier_text(outlier_statistics([{"n_tokens": len(y), **outlier_sums(y, y.norm(dim=-1), y.mean(dim=0))}]))
     assert low.startswith("share of the variance") and "0.0% and 0.0% in 0 tokens" in low
 
 

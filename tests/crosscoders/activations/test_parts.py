@@ -73,7 +73,7 @@ def test_several_hook_points_go_on_to_the_same_bytes(
     config = pair.config(tmp_path / "cache", hook_point=POINTS[:2])
     run_cache(config)
     expected = [moved_away(tmp_path / "cache" / point) for point in POINTS[:2]]
-    with failing_write(monkeypatch, "write_bytes", lambda number, _: number == calls):
+    with failing_write(monkeypatch, "_published", lambda number, _: number == calls):
         run_cache(config)
     run_cache(config)
     assert [file_bytes(tmp_path / "cache" / point) for point in POINTS[:2]] == expected

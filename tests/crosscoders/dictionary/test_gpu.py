@@ -16,7 +16,7 @@ def trajectory(device: str, activation: str, products: torch.dtype) -> list[torc
     is_relu = activation == "relu"
     shape = CrosscoderConfig(dict_size=256, d_model=48, activation=activation, k=None if is_relu else 8)  # type: ignore[arg-type]
     config = TrainConfig(
-        crosscoder=shape, n_tokens=128_000, batch_size=128, aux_coefficient=0.0 if is_relu else 1 / 32,
+        crosscoder=shape, n_tokens=256_000, batch_size=128, aux_coefficient=0.0 if is_relu else 1 / 32,
         l1_coefficient=0.01 if is_relu else 0.0,
     )  # fmt: skip
     model = Crosscoder(shape)

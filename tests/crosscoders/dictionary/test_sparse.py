@@ -132,7 +132,7 @@ def test_gradients_equal_dense_autograd(code_norm: str, reconstruction: str, n_d
 @pytest.mark.parametrize("density", [0.0, 1.0])  # the dense and the sparse path
 @pytest.mark.parametrize("code_norm", ["sum", "concat", "none"])
 def test_l1_gradients_equal_dense_autograd(code_norm: str, density: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("crosscoders.training.objective.SPARSE_DENSITY", density)
+    monkeypatch.setattr("crosscoders.training.objective.SPARSE_DENSITY", {"cpu": density})
     model, config, x = setting(code_norm, "norm", torch.float64, activation="relu", k=None)
     config = replace(config, l1_coefficient=0.3, aux_coefficient=0.0)
     with torch.no_grad():
@@ -152,7 +152,7 @@ def test_l1_gradients_equal_dense_autograd(code_norm: str, density: float, monke
 
 @pytest.mark.parametrize("variant", ["batchtopk", "l1 dense", "l1 sparse"])
 def test_fifty_steps_stay_on_the_dense_trajectory(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("crosscoders.training.objective.SPARSE_DENSITY", float(variant == "l1 sparse"))
+    monkeypatch.setattr("crosscoders.training.objective.SPARSE_DENSITY", {"cpu": float(variant == "l1 sparse")})
     l1 = {"activation": "relu", "k": None} if variant != "batchtopk" else {}
     model, config, _ = setting("sum", "norm", torch.float32, **l1)
     config = replace(config, lr=1e-2, clip_norm=1.0, **({"l1_coefficient": 0.05, "aux_coefficient": 0.0} if l1 else {}))
@@ -176,7 +176,7 @@ def test_fifty_steps_stay_on_the_dense_trajectory(variant: str, monkeypatch: pyt
 @pytest.mark.parametrize("variant", ["batchtopk", "l1 dense", "l1 sparse"])
 def test_a_step_leaves_nothing_behind(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the collector: a cycle through the graph would keep every batch of a long run."""
-    monkeypatch.setattr("crosscoders.training.objective.SPARSE_DENSITY", float(variant == "l1 sparse"))
+    monkeypatch.setattr("crosscoders.training.objective.SPARSE_DENSITY", {"cpu": float(variant == "l1 sparse")})
     is_l1 = variant != "batchtopk"
     model, config, x = setting("sum", "norm", torch.float32, **({"activation": "relu", "k": None} if is_l1 else {}))
     dead = torch.arange(20) < (0 if is_l1 else 4)
@@ -250,7 +250,7 @@ def test_bfloat16_products_select_and_the_values_stay_float32(n_dead: int) -> No
 
 @pytest.mark.parametrize("density", [0.0, 1.0])
 def test_l1_in_bfloat16_is_near_float32(density: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("crosscoders.training.objective.SPARSE_DENSITY", density)
+    monkeypatch.setattr("crosscoders.training.objective.SPARSE_DENSITY", {"cpu": density})
     model, config, x = setting("sum", "norm", torch.float32, activation="relu", k=None)
     config, grads = replace(config, l1_coefficient=0.3, aux_coefficient=0.0), []
     for products in (torch.float32, torch.bfloat16):

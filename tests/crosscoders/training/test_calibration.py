@@ -1,11 +1,15 @@
 """The inference threshold: L0 at inference is k, whatever the length of the run."""
 
+import json
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 
-from crosscoders import Crosscoder, CrosscoderConfig, InputError, TrainConfig, tensor_stream, train
+from crosscoders import Crosscoder, CrosscoderConfig, InputError, TrainConfig, evaluate, tensor_stream, train
 from crosscoders.training.calibration import threshold_for
 from crosscoders.training.settings import PRESETS, fit_to_length
 
@@ -54,6 +58,50 @@ def test_l0_on_held_out_tokens_is_k_after_a_run_of_any_length(tmp_path: Path, n_
     assert l0(with_holdout, held_out) == pytest.approx(k, rel=1e-3)
     without = train(config, stream, tmp_path / "last")
     assert l0(without, held_out) == pytest.approx(k, rel=0.05)
+
+
+def test_held_out_tokens_are_read_once_for_an_evaluation(tmp_path: Path) -> None:
+    config = TrainConfig(
+        crosscoder=CrosscoderConfig(dict_size=64, k=3), n_tokens=40 * 128, batch_size=128, lr=3e-3, lr_warmup_steps=5,
+        eval_every=20,
+    )  # fmt: skip
+    held_out, n_read = planted(2000, seed=1), 0
+
+    def holdout() -> Iterator[torch.Tensor]:
+        nonlocal n_read
+        for x in held_out.split(500):
+            n_read += len(x)
+            yield x
+
+    crosscoder = train(config, tensor_stream(planted(4000), batch_size=128), tmp_path, holdout=holdout)
+    assert n_read == 2 * 2000, "at step 20, and at the end"
+    rows = {row["name"]: row["value"] for row in json.loads((tmp_path / "eval.json").read_text())["rows"]}
+    assert [rows["eval.fve.base"], rows["eval.fve.tuned"]] == evaluate(crosscoder, held_out.split(500)).fve
+
+
+@pytest.mark.parametrize("activation, n_waiting", [("batchtopk", 8), ("relu", 2)])
+def test_no_more_held_out_batches_wait_in_memory_than_calibration_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, activation: Literal["relu", "batchtopk"], n_waiting: int
+) -> None:
+    monkeypatch.setattr("crosscoders.training.calibration.MAX_TOKENS", 600)
+    topk = activation == "batchtopk"
+    config = TrainConfig(
+        crosscoder=CrosscoderConfig(dict_size=64, k=3 if topk else None, activation=activation), n_tokens=5 * 128,
+        batch_size=128, lr_warmup_steps=1,
+    )  # fmt: skip
+    batches: list[weakref.ref[torch.Tensor]] = []
+    largest = 0
+
+    def holdout() -> Iterator[torch.Tensor]:
+        nonlocal largest
+        for start in range(0, 4000, 100):
+            x = planted(4000, seed=1)[start : start + 100].clone()
+            batches.append(weakref.ref(x))
+            largest = max(largest, sum(batch() is not None for batch in batches))
+            yield x
+
+    train(config, tensor_stream(planted(4000), batch_size=128), tmp_path, holdout=holdout)
+    assert len(batches) == 40 and largest <= n_waiting
 
 
 def test_the_tracked_threshold_alone_would_be_far_off_in_a_short_run(tmp_path: Path) -> None:

@@ -22,10 +22,12 @@ from crosscoders import (
     tensor_stream,
     train,
 )
+from crosscoders.activations.scored import moments_of
 from crosscoders.activations.source import ActivationSource
+from crosscoders.activations.stream import BufferedStream
 from crosscoders.common import files
 from crosscoders.text.tokens import tokenize_documents
-from crosscoders.training.loop import geometric_median
+from crosscoders.training.start import geometric_median
 
 
 def test_an_epoch_covers_every_token_once_except_the_rest_of_a_buffer() -> None:
@@ -48,6 +50,21 @@ def test_a_stream_started_at_any_step_gives_the_same_batches() -> None:
     for step in range(20):
         assert torch.equal(next(iter(stream.batches(step))), whole[step])
     assert not torch.equal(next(iter(tensor_stream(activations(103), batch_size=10, seed=2).batches(0))), whole[0])
+
+
+def test_the_first_and_the_last_steps_take_no_reading_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, spans = activations(1280), list[tuple[int, int]]()
+
+    def read(start: int, stop: int) -> torch.Tensor:
+        spans.append((start, stop))
+        return x[start:stop]
+
+    stream = BufferedStream(read, n_tokens=1280, batch_size=32, buffer_tokens=640, seed=0, moments=moments_of(x))
+    monkeypatch.setattr("crosscoders.training.loop.MAX_TOKENS", 320)  # of the last steps, which calibrate
+    train(config(b_dec_init="geometric_median"), stream, tmp_path)
+    assert spans == [(0, 640), (640, 1280)]
 
 
 def test_too_few_tokens_for_a_batch_are_refused() -> None:

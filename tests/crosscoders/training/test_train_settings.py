@@ -30,6 +30,7 @@ def test_schedules_on_paper() -> None:
     [
         ({"crosscoder": {"k": 0}}, "crosscoder.k is 0; it must lie between 1 and dict_size = 12"),
         ({"crosscoder": {"k": 13}}, "crosscoder.k is 13; it must lie between 1 and dict_size = 12"),
+        ({"crosscoder": {"k": 3, "d_model": -1}}, "d_model is -1; give a number from 1"),
         ({"crosscoder": {"k": None}}, "needs k, the active latents per token"),
         ({"crosscoder": {"k": 3, "activation": "relu"}}, "has no effect with activation 'relu'"),
         ({"k_start": 9}, "k_start = 9 differs from crosscoder.k = 3 but k_anneal_steps is 0"),

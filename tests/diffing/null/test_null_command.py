@@ -10,10 +10,12 @@ from conftest import Pair, make_model, make_tokenizer
 from test_cli import TRAIN, error_line
 
 from crosscoders import (  # fmt: skip
+    CorruptData,
     InputError,
     cache_activations,
 )
 from crosscoders import cli as crosscoders_cli
+from crosscoders.common import files, memory
 from diffing import cli as diffing_cli
 from diffing.latents.nulls import counts_beside, read_nulls
 from diffing.null import models
@@ -101,17 +103,28 @@ def raw_text(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(file)
 
 
+def test_more_memory_than_there_is_is_refused_but_for_force(
+    scaled_run: Path, placebo: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(memory, "ram_room", lambda: memory.Room(50_000_000, 100_000_000))
+    argv = ["--format-only", placebo, "--n-seeds", "1"]
+    assert null(scaled_run, tmp_path, *argv) == 3
+    assert error_line(capsys).endswith("--force goes on all the same.")
+    assert null(scaled_run, tmp_path, *argv, "--force") == 0
+
+
 def test_a_placebo_with_all_weights_learns_its_text_and_is_made_once(pair: Pair, raw_text: str, tmp_path: Path) -> None:
-    given = {"train_placebo": raw_text, "placebo_steps": 12, "placebo_rows": 4, "device": "cpu"}
-    settings = NullSettings(run="", out="", placebo_lr=1e-2, **given)  # type: ignore[arg-type]
-    made = models.train_placebo(pair.base, tmp_path / "model", settings, 64, 0)
+    def train(lr: float) -> Path:
+        recipe = models.Placebo(raw_text, steps=12, lr=lr, rows=4)
+        return models.train_placebo(pair.base, tmp_path / "model", recipe, context_length=64, seed=0, device="cpu")
+
+    made = train(1e-2)
     assert mean_loss(pair.base, made, raw_text) < mean_loss(pair.base, None, raw_text) - 0.3
     before = (made / "model.safetensors").stat().st_mtime_ns
-    assert models.train_placebo(pair.base, made, settings, 64, 0) == made
+    assert train(1e-2) == made
     assert (made / "model.safetensors").stat().st_mtime_ns == before
-    other = NullSettings(run="", out="", placebo_lr=2e-2, **given)  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"made with placebo_lr = 0\.01, now 0\.02\. Choose another --out"):
-        models.train_placebo(pair.base, made, other, 64, 0)
+        train(2e-2)
 
 
 def test_a_placebo_with_lora_is_a_null_of_the_pair(pair: Pair, scaled_run: Path, raw_text: str, tmp_path: Path) -> None:
@@ -209,22 +222,62 @@ def test_a_chat_or_too_little_text_is_no_placebo_text(pair: Pair, tmp_path: Path
         models.text_rows(tokenizer, str(tmp_path / "short.txt"), 1024)
 
 
+def test_rows_of_a_placebo_text_that_cannot_be_read_are_left_out_and_counted(
+    pair: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(pair.base)
+    good = [json.dumps({"text": f"Return the name of file {i}."}) for i in range(60)]
+    clean, broken, bad = (tmp_path / f"{name}.jsonl" for name in ("clean", "broken", "bad"))
+    clean.write_text("\n".join(good))
+    broken.write_text("\n".join([*good[:9], "{", '{"text": 3}', *good[9:]]))
+    rows = models.text_rows(tokenizer, str(broken), 16)
+    assert torch.equal(rows, models.text_rows(tokenizer, str(clean), 16))
+    assert "left out 2 of 62 rows: 1 broken_json, 1 no_text" in capsys.readouterr().err
+    bad.write_text("\n".join([*good, *["{"] * 8]))
+    with pytest.raises(InputError, match=r"8 of 68 rows cannot be read, more than max_refused = 0\.1 admits"):
+        models.text_rows(tokenizer, str(bad), 16)
+
+
 def test_rounding_that_changes_nothing_is_refused(pair: Pair, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"has more than 24 significant bits\. Lower --rounded-bits"):
         models.round_model(pair.base, tmp_path / "rounded", 24)
     assert not (tmp_path / "rounded").exists()
 
 
-def test_a_null_file_that_lacks_a_part_is_named(scaled_run: Path, tmp_path: Path) -> None:
-    whole = {"format_version": 1, "crosscoders": [{"kind": "tuned", "seed": 0}], "thresholds": [{"null": "placebo"}]}
-    for content, line in (
-        ({}, "format_version None"),
-        ({"format_version": 1}, "has no 'crosscoders'. Run: diffing"),
-        (whole, "an entry of 'thresholds' has no 'score'"),
-        (whole | {"crosscoders": [{"kind": "<b>", "seed": 0}]}, "names '<b>'; expected one of tuned, placebo"),
+def test_a_null_file_that_lacks_a_part_is_named(tmp_path: Path) -> None:
+    counts = {kind: [{"seed": 0, "count": 2, "n": 90}] for kind in ("tuned", "placebo")}
+    rate = {"false_positive_rate": 0.1, "low": 0.0, "high": 0.2, "n": 90}
+    threshold = {
+        **rate, "null": "placebo", "score": "larger_ratio", "rate": 0.01, "threshold": 0.2, "words": "below {}",
+        "counts": counts, "held_out": True, "expected_false": 0.2, "expected_false_high": 4.0, "contexts": {"raw": 2},
+        "latents": [4, 7],
+    }  # fmt: skip
+    (tmp_path / "latents.json").write_text("{}")
+    whole: dict[str, Any] = {
+        "format_version": 1, "latents": files.hash_file(tmp_path / "latents.json"), "seed": 0,
+        "crosscoders": [{"kind": "tuned", "seed": 0}, {"kind": "placebo", "seed": 0}], "thresholds": [threshold],
+        "fixed": [{"words": "verdict rotated", "counts": counts, "rates": {"placebo": rate}}],
+        "curves": [{"score": "larger_ratio", "thresholds": [0.1, 0.2], "shares": {"tuned": [0.0, 0.1]}}],
+    }  # fmt: skip
+    (tmp_path / "null.json").write_text(json.dumps(whole))
+    assert read_nulls(tmp_path) == whole
+    unnamed = {key: value for key, value in threshold.items() if key != "score"}
+    uncounted = threshold | {"counts": {"tuned": counts["tuned"]}}
+    for changes, line in (
+        ({"format_version": None}, "has format_version = None"),
+        ({"format_version": 2}, "has format_version 2; this version reads 1"),
+        ({"seed": "0"}, "has seed = '0'"),
+        ({"thresholds": []}, "has thresholds = .* Restore it, or run diffing null again"),
+        ({"thresholds": [unnamed]}, "has no 'thresholds.0.score'"),
+        ({"thresholds": [uncounted]}, "not every crosscoder of the list is counted"),
+        ({"fixed": [whole["fixed"][0] | {"counts": {"tuned": []}}]}, "has fixed.0.counts.tuned = "),
+        ({"curves": []}, "no curve is of 'larger_ratio'"),
+        ({"crosscoders": [{"kind": "<b>", "seed": 0}]}, "has crosscoders.0.kind = '<b>'"),
     ):
-        (tmp_path / "null.json").write_text(json.dumps(content))
-        with pytest.raises(InputError, match=line):
+        (tmp_path / "null.json").write_text(json.dumps(whole | changes))
+        with pytest.raises((InputError, CorruptData), match=line):
             read_nulls(tmp_path)
 
 

@@ -87,6 +87,8 @@ def test_unequal_columns_are_named_with_both_lengths(tmp_path: Path) -> None:
         ("norm_class", "both", r"column 'norm_class', entry 2 is 'both'; expected one of base-only, "),
         ("nu_error", "0.3", r"column 'nu_error', entry 2 is '0.3'; expected a number"),
         ("main_context", 3, r"column 'main_context', entry 2 is 3; expected text"),
+        ("n_active", None, r"column 'n_active', entry 2 is None; expected a whole number"),
+        ("nu_error_stderr", [], r"column 'nu_error_stderr', entry 2 is \[\]; expected a number"),
         ("latent", 1, r"column 'latent' names a latent twice"),
     ],
 )
