@@ -8,6 +8,7 @@ from diffing.interpretation.settings import InterpretSettings
 from diffing.latents.settings import ScaleSettings, StabilitySettings
 from diffing.null.settings import NullSettings
 from diffing.report.settings import ReportSettings
+from diffing.sae.settings import SaeSettings
 from diffing.sae_gap.settings import SaeGapSettings
 from diffing.samples.settings import RepliesSettings, SaySettings
 from diffing.topk_lora.settings import PRESETS, TopKEvalSettings, TopKFitSettings, TopKSetsSettings
@@ -24,6 +25,10 @@ COMMANDS = [
         "How both models answer the same prompts: words, lengths, refusals, formats.",
         RepliesSettings,
         "diffing.samples.command:replies",
+        "sae",
+        "One SAE in both models: which latents changed, and which cause the difference.",
+        SaeSettings,
+        "diffing.sae.command:sae",
     ),
     Command(
         "sae-gap",

@@ -21,7 +21,7 @@ FLOORS = [
     ["sae_lora.dictionaries"],
     ["sae_lora.lora", "sae_lora.splicing"],
     ["sae_lora.fitting"],
-    ["sae_lora.evaluation"],
+    ["sae_lora.evaluation", "sae_lora.finetuning"],
     ["sae_lora"],
     ["diffing.latents", "diffing.finetuning"],
     [
@@ -33,7 +33,7 @@ FLOORS = [
         "diffing.samples",
         "diffing.topk_lora",
     ],
-    ["diffing.demo"],
+    ["diffing.demo", "diffing.sae"],
     ["diffing"],
     ["benchmarks"],
 ]
