@@ -25,6 +25,8 @@ COMMANDS = [
         "How both models answer the same prompts: words, lengths, refusals, formats.",
         RepliesSettings,
         "diffing.samples.command:replies",
+    ),
+    Command(
         "sae",
         "One SAE in both models: which latents changed, and which cause the difference.",
         SaeSettings,
