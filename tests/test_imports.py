@@ -24,6 +24,7 @@ FLOORS = [
     ["sae_lora.evaluation", "sae_lora.finetuning"],
     ["sae_lora"],
     ["diffing.latents", "diffing.finetuning"],
+    ["diffing.topk_lora"],
     [
         "diffing.causal",
         "diffing.interpretation",
@@ -31,7 +32,6 @@ FLOORS = [
         "diffing.report",
         "diffing.sae_gap",
         "diffing.samples",
-        "diffing.topk_lora",
     ],
     ["diffing.demo", "diffing.sae"],
     ["diffing"],

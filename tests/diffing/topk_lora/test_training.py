@@ -12,6 +12,8 @@ import torch
 
 from crosscoders import InputError
 from diffing.finetuning import Schedule
+from diffing.interpretation.command import interpret_run
+from diffing.interpretation.settings import InterpretSettings
 from diffing.topk_lora.command import evaluate, fit
 from diffing.topk_lora.distil import distil_loss, measure_faithfulness, open_setting, response_positions, sft_loss
 from diffing.topk_lora.preferences import Preferences, Replies, dpo_loss, preference_margins, train_preferences
@@ -60,6 +62,10 @@ def test_fit_closes_kl_and_eval_reads_it_again(pair: Any, tmp_path: Path) -> Non
     again = evaluate(TopKEvalSettings(run=str(tmp_path / "run"), device="cpu"))
     assert {entry["name"]: entry["value"] for entry in again["rows"]} == rows
     assert "The directions that write most" in again["text"]
+    interpreted = interpret_run(
+        InterpretSettings(run=str(tmp_path / "run"), offline=True, latents=[0, 3], device="cpu")
+    )
+    assert set(interpreted["latents"]) == {"0", "3"} and (tmp_path / "run" / "interpretation.json").is_file()
     with pytest.raises(InputError, match="other settings or models"):
         fit(TopKFitSettings(**{**fields, "k": 2}, out=str(tmp_path / "run")))
     with pytest.raises(InputError, match="holds no TopKLoRA"):
