@@ -255,12 +255,16 @@ def test_wandb_gets_every_line_and_its_absence_is_one_line(
     import types
 
     logged: list[tuple[int, dict[str, float]]] = []
-    run = types.SimpleNamespace(log=lambda line, step: logged.append((step, line)))
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **settings: run))
+    asked: list[object] = []
+    run = types.SimpleNamespace(log=lambda line, step: logged.append((step, line)), id="r1")
+    init = lambda **settings: (asked.append(settings.get("id")), run)[1]  # noqa: E731
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
     argv = ["train", "--cache", str(cache_folder), "--wandb", "project", *TRAIN]
     assert crosscoders_cli.main([*argv, "--out", str(tmp_path / "a")]) == 0
     lines = (tmp_path / "a" / "train.jsonl").read_text().splitlines()
     assert [step for step, _ in logged] == [json.loads(line)["step"] for line in lines]
+    assert crosscoders_cli.main([*argv, "--out", str(tmp_path / "a")]) == 0
+    assert asked == [None, "r1"], "the same command goes on with its run"
     monkeypatch.setitem(sys.modules, "wandb", None)
     assert crosscoders_cli.main([*argv, "--out", str(tmp_path / "b")]) == 3
     assert "--wandb needs the package wandb. Run: pip install" in error_line(capsys)

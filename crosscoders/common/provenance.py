@@ -9,7 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "transformers", "transformer-lens", "sae-lens", "safetensors", "datasets", "numpy")
+PACKAGES = (
+    "torch", "transformers", "tokenizers", "peft", "transformer-lens", "sae-lens", "safetensors", "datasets",
+    "numpy",
+)  # fmt: skip
 
 
 def environment(device: str | None = None) -> dict[str, Any]:

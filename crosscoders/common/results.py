@@ -33,8 +33,11 @@ def row(
 
 
 def result(name: str, config: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the object that --json prints."""
-    return {"name": name, "config": config, "environment": environment(), "rows": rows}
+    """Return the object that --json prints; its device is that of the settings `devices` or `device`, or the CPU."""
+    from crosscoders.common.devices import choose_device
+
+    asked = str(config.get("devices") or config.get("device") or "cpu").split(",")[0].strip()
+    return {"name": name, "config": config, "environment": environment(str(choose_device(asked))), "rows": rows}
 
 
 def say_closing(started: float, text: str) -> None:

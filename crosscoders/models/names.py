@@ -105,7 +105,11 @@ def identity(entry: Any) -> Any:
 
 
 def hash_model(name: str) -> str:
-    """Return sha256 over a local folder's weights, configuration and adapter files; for a hub id its commit."""
+    """Return sha256 over a local folder's weights, configuration and adapter files; for a hub id its commit.
+
+    Raises:
+        InputError: no commit is known of a hub id.
+    """
     folder = Path(name)
     if folder.is_dir():
         endings = (".safetensors", ".bin", "config.json")
@@ -114,8 +118,15 @@ def hash_model(name: str) -> str:
     from transformers.utils import cached_file
     from transformers.utils.hub import extract_commit_hash
 
-    commit = extract_commit_hash(cached_file(name, "config.json", _raise_exceptions_for_missing_entries=False), None)
-    return f"commit:{commit}"
+    for file in ("config.json", "adapter_config.json"):
+        path = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+        commit = extract_commit_hash(path, None)
+        if commit is not None:
+            return f"commit:{commit}"
+    raise InputError(
+        f"no commit is known of the hub model {name!r}, so another version of it would be taken for the same. "
+        "Download it into a folder, and give that."
+    )
 
 
 @contextlib.contextmanager

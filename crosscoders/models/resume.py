@@ -47,8 +47,10 @@ def find_prefix(model: Any, hook_point: str, batch: Batch) -> Prefix | None:
     first = hooks.decoder_layers(core_model(model))[0]
     handle = first.register_forward_hook(lambda _m, _a, out: kinds.append(isinstance(out, tuple)))
     with torch.no_grad():
-        whole = final_states(model, batch)
-        handle.remove()
+        try:
+            whole = final_states(model, batch)
+        finally:
+            handle.remove()
         prefix = Prefix(hook_point, any(kinds))
         with start_at(model, prefix, activations(model, hook_point, batch)):
             resumed = final_states(model, batch)

@@ -12,6 +12,7 @@ from crosscoders.common.devices import choose_device
 from crosscoders.common.errors import EnvironmentFault, InputError
 from crosscoders.common.memory import keep_large_blocks
 from crosscoders.common.progress import say
+from crosscoders.common.records import Record
 from crosscoders.common.results import ResultRecord, result, row, say_closing
 from crosscoders.dictionary import metrics
 from crosscoders.formats.load import load_crosscoder
@@ -20,6 +21,13 @@ from crosscoders.training.feed import open_feed, require_same_source
 from crosscoders.training.log import Log, evaluation_rows
 from crosscoders.training.loop import train as train_crosscoder
 from crosscoders.training.settings import EvalSettings, TrainConfig, TrainSettings
+
+
+class WandbRecord(Record):
+    """wandb.json: the run of Weights & Biases that a training run goes on with."""
+
+    version = 1
+    id: str
 
 
 def train(settings: TrainSettings) -> dict[str, Any]:
@@ -62,10 +70,13 @@ def _wandb(settings: TrainSettings) -> Log | None:
         import wandb
     except ImportError:
         raise EnvironmentFault("--wandb needs the package wandb. Run: pip install 'model-diffing[wandb]'") from None
+    path = Path(settings.out) / "wandb.json"
+    known = {"id": files.read_model(path, WandbRecord)["id"]} if path.is_file() else {}
     try:
-        run = wandb.init(project=settings.wandb, config=to_dict(settings), dir=settings.out, resume="allow")
+        run = wandb.init(project=settings.wandb, config=to_dict(settings), dir=settings.out, resume="allow", **known)
     except Exception as error:
         raise EnvironmentFault(f"wandb does not start: {error}. Log in, or set WANDB_MODE=offline.") from error
+    files.write_json(path, {"format_version": WandbRecord.version, "id": run.id})
     return lambda line: run.log({k: v for k, v in line.items() if k != "step"}, step=line["step"])
 
 

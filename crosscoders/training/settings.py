@@ -108,6 +108,11 @@ class TrainConfig:
             self._check_annealing()
         elif self.k_start is not None or self.k_anneal_steps:
             raise InputError("k_start and k_anneal_steps have no effect with activation 'relu'. Remove them.")
+        elif not self.l1_coefficient:
+            raise InputError(
+                "activation 'relu' with l1_coefficient = 0 has nothing that makes latents sparse. Set l1_coefficient, "
+                "or use 'batchtopk'."
+            )
 
     def _check_annealing(self) -> None:
         k, dict_size = self.crosscoder.k, self.crosscoder.dict_size

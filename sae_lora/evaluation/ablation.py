@@ -85,9 +85,8 @@ def effects(
     """Measure what the model loses without each of these latents of the dictionary at a hook point."""
     device = next(fitted.model.parameters()).device
     chosen = torch.tensor(latents, device=device)
-    drawn = torch.randn(
-        len(latents), dictionaries[0].info.d_model, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    )
+    d_model = next(d.info.d_model for d in dictionaries if d.hook_point == hook_point)
+    drawn = torch.randn(len(latents), d_model, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     directions = (drawn / drawn.norm(dim=1, keepdim=True)).float().to(device)
     runs = [_runner(fitted, put, hook_point, keep_ids) for put in (dictionaries, None)]
     kl = np.zeros((len(PERTURBATIONS), 2, len(latents)))

@@ -1,13 +1,15 @@
 """Classes of predictions, stability of latents and several runs in one table: independent routes, what is refused."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from fits import opened
+from conftest import make_model, make_tokenizer
+from fits import Identity, archive, opened
 from torch import Tensor
 
 from crosscoders.common.statistics import wilson
@@ -161,6 +163,24 @@ def test_effects_equal_a_plain_loop_over_single_sequences(pair: Any, scope: Path
     assert n_firing.min() > 0 and abs(wanted[0] - wanted[1]).min() > 0
     np.testing.assert_array_equal(found.n_firing, n_firing)
     np.testing.assert_allclose(found.kl[0], wanted, rtol=2e-3, atol=1e-5)
+
+
+def test_a_dictionary_of_another_width_beside_it_changes_no_effect(pair: Any, tmp_path: Path) -> None:
+    point, width = "blocks.2.attn.hook_z", D + 8
+    make_model(tmp_path / "model", seed=3, d_model=width)
+    make_tokenizer(tmp_path / "model")
+    wanted = config(
+        pair, archive(tmp_path / "params.npz"), model=str(tmp_path / "model"), hook_point=point, n_tokens=400
+    )
+    plan, fitted, (dictionary,), batches = lora(wanted, 0.05)
+    wide = Identity()
+    wide.info = replace(wide.info, d_model=width)
+    both, alone = (
+        ablation.effects(fitted, dictionaries, point, [3, 8, 20], iter(batches), plan.keep_ids)
+        for dictionaries in ([wide, dictionary], [dictionary])
+    )
+    np.testing.assert_allclose(both.kl, alone.kl, rtol=1e-4, atol=1e-6)
+    assert (alone.n_firing[:2] > 0).all() and alone.kl[:, 0, :2].min() > 0
 
 
 def test_an_adapter_that_changes_nothing_changes_no_effect_and_no_rate(pair: Any, scope: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from crosscoders.models import hooks
 from crosscoders.models.adapters import with_adapter
 from crosscoders.models.limits import require_readable
 from crosscoders.models.loading import load_model, require_whole
+from crosscoders.models.names import hash_model
 from crosscoders.models.pair import inspect_pair
 from crosscoders.models.resume import ResumableModel, require_head
 from crosscoders.text.tokens import Batch
@@ -425,3 +427,28 @@ def test_the_layers_of_an_adapted_gpt2_are_cut_off(pair: Pair, tmp_path: Path) -
     wanted = save_adapter(base, tmp_path / "adapter", lora(target_modules=["c_attn"], fan_in_fan_out=True))
     loaded = load_pair(base, str(tmp_path / "adapter"), POST).models[1]
     assert len(hooks.decoder_layers(loaded)) == 2 and torch.equal(at(loaded), at(wanted.get_base_model()))
+
+
+# ------------------------------------------------------------------------------------------------------ identity
+
+
+def in_hub_cache(root: Path, name: str, file: str, commit: str | None) -> None:
+    """Put a file of a hub model where the hub's cache has it."""
+    folder = root / f"models--{name.replace('/', '--')}"
+    (folder / "snapshots" / (commit or "main")).mkdir(parents=True)
+    (folder / "snapshots" / (commit or "main") / file).write_text("{}")
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(commit or "main")
+
+
+def test_a_hub_model_is_its_commit_and_one_without_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.utils import hub
+
+    monkeypatch.setattr(hub, "cached_file", partial(hub.cached_file, cache_dir=str(tmp_path), local_files_only=True))
+    monkeypatch.setattr(transformers.utils, "cached_file", hub.cached_file)
+    for name, file, commit in (("a/whole", "config.json", "1" * 40), ("a/lora", "adapter_config.json", "2" * 40)):
+        in_hub_cache(tmp_path, name, file, commit)
+        assert hash_model(name) == f"commit:{commit}"
+    in_hub_cache(tmp_path, "a/other", "config.json", None)
+    with pytest.raises(InputError, match="no commit is known of the hub model 'a/other'"):
+        hash_model("a/other")

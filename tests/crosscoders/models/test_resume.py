@@ -37,6 +37,14 @@ def test_an_edited_layer_keeps_its_form(as_tuple: bool) -> None:
     assert not changed.any() and others == (["state"] if as_tuple else [])
 
 
+def test_a_forward_pass_that_fails_leaves_no_hook_behind() -> None:
+    model = LanguageModel(as_tuple=False)
+    no_such_id = torch.tensor([[10**6]])
+    with pytest.raises(IndexError):
+        resume.find_prefix(model, POINT, Batch(no_such_id, torch.ones_like(no_such_id), None, np.arange(1)))  # type: ignore[arg-type]
+    assert not any(module._forward_hooks for module in model.modules())
+
+
 @FORMS
 def test_layers_below_are_left_out_in_either_form(as_tuple: bool) -> None:
     model = LanguageModel(as_tuple=as_tuple)

@@ -87,7 +87,7 @@ def test_no_more_held_out_batches_wait_in_memory_than_calibration_reads(
     topk = activation == "batchtopk"
     config = TrainConfig(
         crosscoder=CrosscoderConfig(dict_size=64, k=3 if topk else None, activation=activation), n_tokens=5 * 128,
-        batch_size=128, lr_warmup_steps=1,
+        batch_size=128, lr_warmup_steps=1, l1_coefficient=0.0 if topk else 0.1,
     )  # fmt: skip
     batches: list[weakref.ref[torch.Tensor]] = []
     largest = 0

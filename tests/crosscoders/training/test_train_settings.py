@@ -33,6 +33,10 @@ def test_schedules_on_paper() -> None:
         ({"crosscoder": {"k": 3, "d_model": -1}}, "d_model is -1; give a number from 1"),
         ({"crosscoder": {"k": None}}, "needs k, the active latents per token"),
         ({"crosscoder": {"k": 3, "activation": "relu"}}, "has no effect with activation 'relu'"),
+        (
+            {"crosscoder": {"activation": "relu"}},
+            "'relu' with l1_coefficient = 0 has nothing that makes latents sparse",
+        ),
         ({"k_start": 9}, "k_start = 9 differs from crosscoder.k = 3 but k_anneal_steps is 0"),
         ({"k_anneal_steps": 9}, "k_anneal_steps = 9 needs k_start"),
         ({"k_start": 40, "k_anneal_steps": 5}, "k_start is 40; it must lie between 1 and dict_size"),
