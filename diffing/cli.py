@@ -10,9 +10,22 @@ from diffing.null.settings import NullSettings
 from diffing.report.settings import ReportSettings
 from diffing.sae.settings import SaeSettings
 from diffing.sae_gap.settings import SaeGapSettings
+from diffing.samples.settings import RepliesSettings, SaySettings
 from diffing.topk_lora.settings import PRESETS, TopKEvalSettings, TopKFitSettings, TopKSetsSettings
 
 COMMANDS = [
+    Command(
+        "say",
+        "What the tuned model says and the base does not, in minutes and without training.",
+        SaySettings,
+        "diffing.samples.command:say",
+    ),
+    Command(
+        "replies",
+        "How both models answer the same prompts: words, lengths, refusals, formats.",
+        RepliesSettings,
+        "diffing.samples.command:replies",
+    ),
     Command(
         "sae",
         "One SAE in both models: which latents changed, and which cause the difference.",

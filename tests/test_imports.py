@@ -30,6 +30,7 @@ FLOORS = [
         "diffing.null",
         "diffing.report",
         "diffing.sae_gap",
+        "diffing.samples",
         "diffing.topk_lora",
     ],
     ["diffing.demo", "diffing.sae"],

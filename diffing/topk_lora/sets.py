@@ -103,6 +103,23 @@ def gradient(
     return found.cpu().numpy()
 
 
+def selective_scores(
+    model: Any, directions: Directions, m: Float[Tensor, " directions"], prompts: Prompts, target: str
+) -> Float[np.ndarray, " directions"]:
+    """Return what the target loses without each direction, less what the other labels lose, to first order at m.
+
+    Raises:
+        InputError: the objective has no gradient, so that a ranking would be arbitrary.
+    """
+    scores = gradient(model, directions, m, prompts.take(prompts.of(target)[:PER_LABEL]), DECISION_TOKENS)
+    if not np.abs(scores).max() > 0:
+        raise InputError(f"the log odds of {target!r} have no gradient, so no direction can be chosen by it.")
+    for label in sorted(set(prompts.labels) - {target}):
+        of_label = prompts.take(prompts.of(label)[:PER_LABEL])
+        scores = scores - gradient(model, directions, m, of_label, reply_tokens(of_label).shape[1]).clip(min=0)
+    return scores
+
+
 def find_set(
     model: Any,
     directions: Directions,
@@ -116,20 +133,14 @@ def find_set(
     is needed for that; None where `max_directions` are not enough.
 
     Raises:
-        InputError: no prompt has the label; the objective has no gradient, so that a search would be arbitrary.
+        InputError: no prompt has the label; as `selective_scores`.
     """
-    few = {label: prompts.take(prompts.of(label)[:PER_LABEL]) for label in sorted(set(prompts.labels))}
-    if target not in few:
-        raise InputError(f"no prompt has the label {target!r}; there are {', '.join(few)}.")
+    if target not in prompts.labels:
+        raise InputError(f"no prompt has the label {target!r}; there are {', '.join(sorted(set(prompts.labels)))}.")
     ablated: list[int] = []
     while True:
         m = directions.without(np.array(ablated, dtype=np.int64))
-        scores = gradient(model, directions, m, few[target], DECISION_TOKENS)
-        if not np.abs(scores).max() > 0:
-            raise InputError(f"the log odds of {target!r} have no gradient, so no direction can be chosen by it.")
-        for label, of_label in few.items():
-            if label != target:
-                scores = scores - gradient(model, directions, m, of_label, reply_tokens(of_label).shape[1]).clip(min=0)
+        scores = selective_scores(model, directions, m, prompts, target)
         scores[ablated] = -np.inf
         ablated += np.argsort(-scores)[:step].tolist()
         if _left(model, directions, np.array(ablated), prompts, target) <= LEFT:

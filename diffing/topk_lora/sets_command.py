@@ -14,6 +14,7 @@ from crosscoders.common.results import result, row, say_closing
 from crosscoders.models.pair import inspect_pair, load_pair
 from crosscoders.text.settings import DataConfig, DataSource
 from diffing.topk_lora.command import ADAPTER, RUN, read_config
+from diffing.topk_lora.curves import Point, curves
 from diffing.topk_lora.prompts import Prompts, read_prompts, with_replies
 from diffing.topk_lora.sets import KEPT, LEFT, Audit, Directions, audit, find_set, matched
 from diffing.topk_lora.settings import TopKSetsSettings
@@ -28,6 +29,7 @@ class Found(NamedTuple):
     """None: no set of the size that was asked for."""
     audit: Audit | None
     random: list[Audit]
+    curves: list[Point]
 
 
 def find_sets(settings: TopKSetsSettings) -> dict[str, Any]:
@@ -70,21 +72,24 @@ def search_one(
 ) -> Found:  # fmt: skip
     """Look for the set of one behaviour, audit it, and audit random sets that write as much."""
     say(f"search the directions behind {label}")
+    points = curves(model, directions, prompts, held_out, label, n_draws=n_draws, seed=int(generator.integers(2**31)))
     ablated = find_set(model, directions, prompts, label, max_directions=max_directions)
     if ablated is None:
-        return Found(label, None, None, [])
+        return Found(label, None, None, [], points)
     mass = directions.mass(model, prompts.take(prompts.of(label)))
     random = [audit(model, directions, matched(ablated, mass, generator), held_out, label) for _ in range(n_draws)]
     names = directions.names()
-    return Found(label, [names[i] for i in ablated], audit(model, directions, ablated, held_out, label), random)
+    own = audit(model, directions, ablated, held_out, label)
+    return Found(label, [names[i] for i in ablated], own, random, points)
 
 
 def set_rows(found: Found) -> list[dict[str, Any]]:
     """Return the rows of one behaviour; none but the count where no set was found."""
     name = f"topk-lora.{found.label}"
+    rows = [curve_row(name, point) for point in found.curves]
     if found.directions is None or found.audit is None:
-        return [row(f"{name}.has_set", 0.0, "whether a set was found", 1)]
-    rows = [
+        return [*rows, row(f"{name}.has_set", 0.0, "whether a set was found", 1)]
+    rows += [
         row(f"{name}.has_set", 1.0, "whether a set was found", 1),
         row(f"{name}.directions", len(found.directions), "directions", 1),
         row(
@@ -97,6 +102,13 @@ def set_rows(found: Found) -> list[dict[str, Any]]:
         rows.append(row(f"{name}.random.left", float(np.mean(left)), "share", len(left), min(left), max(left)))
         rows.append(row(f"{name}.random.others_kept", float(np.mean(kept)), "share", len(kept), min(kept), max(kept)))
     return rows
+
+
+def curve_row(name: str, point: Point) -> dict[str, Any]:
+    """Return the row of one size; its interval is 1.96 standard errors of the paired difference to random sets."""
+    low, high = (point.share + sign * 1.96 * point.stderr for sign in (-1, 1))
+    whole = f"{name}.{point.curve}.{point.n_directions}"
+    return row(whole, point.share, "share of prompts", point.n_prompts, low, high) | {"random": point.random}
 
 
 def summary(found: list[Found], settings: TopKSetsSettings) -> str:

@@ -1,6 +1,7 @@
 """Settings of `diffing topk-lora`. Imports nothing heavy."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from crosscoders.common.checks import require_positive, require_range
 from crosscoders.common.errors import InputError
@@ -32,6 +33,9 @@ class DistilConfig(TopKLoRAConfig):
     """Documents in a step."""
     lr: float = 5e-3
     """Peak learning rate of Adam (0.9, 0.98), after 20 steps of warm-up, falling as a cosine. 1e-2 suits rank <= 8."""
+    objective: Literal["distil", "sft"] = "distil"
+    """distil: the tuned model's predictions. sft: the responses of the chats in `data`; the tuned model is then only
+    what the evaluation compares with."""
     hidden_weight: float = 0.0
     """Weight of the normalised squared error of the residual stream, mean over layers, beside the KL."""
     cutover_weight: float = 0.0
@@ -43,6 +47,8 @@ class DistilConfig(TopKLoRAConfig):
         super().__post_init__()
         require_positive(self, "n_tokens", "steps", "batch_rows", "lr", "context_length")
         require_range(self, 0, None, "hidden_weight", "cutover_weight")
+        if self.objective == "sft" and (self.hidden_weight or self.cutover_weight):
+            raise InputError("hidden_weight and cutover_weight have no effect with objective sft. Leave them out.")
         if not 0 < self.holdout_share < 1:
             raise InputError(f"holdout_share is {self.holdout_share}; give a share between 0 and 1, such as 0.1.")
 

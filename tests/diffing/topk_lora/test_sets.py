@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from crosscoders import InputError
 from diffing.topk_lora import sets
+from diffing.topk_lora.curves import curves, ranked
 from diffing.topk_lora.prompts import given, margins, with_replies
 from sae_lora.lora.settings import TopKLoRAConfig
 from sae_lora.lora.topk import TopKLoRA
@@ -65,6 +66,16 @@ def test_the_planted_set_is_found_and_nothing_more(planted: tuple[Planted, TopKL
     both = sets.audit(model, directions, np.array([0, 1, 2]), read, "first")
     assert both.left == 0 and both.kept == 0
     assert sets.find_set(model, directions, read, "first", max_directions=1, step=1) is None
+
+
+def test_curves_fall_and_rise_with_the_planted_directions(planted: tuple[Planted, TopKLoRA]) -> None:
+    model, adapter = planted
+    directions, read = sets.Directions(adapter), prompts(model)
+    assert set(ranked(model, directions, read, "first")[:2].tolist()) == {0, 2}
+    points = {(p.curve, p.n_directions): p for p in curves(model, directions, read, read, "first", sizes=(1, 2))}
+    assert [points["necessity", n].share for n in (1, 2)] == [1, 0]  # one of the two is enough
+    assert [points["sufficiency", n].share for n in (1, 2)] == [1, 1]
+    assert points["necessity", 2].random == 1 and points["necessity", 2].difference == -1
 
 
 def test_replies_are_those_of_greedy_decoding(planted: tuple[Planted, TopKLoRA]) -> None:
