@@ -123,16 +123,24 @@ def inspect(settings: SaeSettings) -> Inputs:
         require_twins(info, twin)
     pair = inspect_pair(settings.base, settings.tuned, [info.hook_point])
     if settings.null is not None:
-        tokenizer = pair.tokenizer.name_or_path
-        inspect_pair(settings.base, settings.null, [info.hook_point], tokenizer=tokenizer)
-        if hash_model(settings.null) in (hash_model(settings.tuned), hash_model(settings.base)):
-            raise InputError(
-                f"null {settings.null!r} is the tuned model or the base itself. Give a model that was tuned without "
-                "the new behaviour."
-            )
+        require_null(settings, info.hook_point, pair.tokenizer.name_or_path)
     config = _cache_config(settings, info.hook_point)
     chats = read_chats(config.data_config(), pair.tokenizer, settings.n_documents) if settings.n_documents else []
     return Inputs(settings, info, twin, pair, chats)
+
+
+def require_null(settings: SaeSettings, hook_point: str, tokenizer: str) -> None:
+    """Raise InputError unless the null is another tune of the same base, as far as configurations say it."""
+    assert settings.null is not None
+    try:
+        inspect_pair(settings.base, settings.null, [hook_point], tokenizer=tokenizer)
+    except InputError as error:
+        raise InputError(f"null {settings.null!r} is no tune of this base: {error}") from None
+    if hash_model(settings.null) in (hash_model(settings.tuned), hash_model(settings.base)):
+        raise InputError(
+            f"null {settings.null!r} is the tuned model or the base itself. Give a model that was tuned without the "
+            "new behaviour."
+        )
 
 
 def _cache_config(settings: SaeSettings, hook_point: str) -> CacheConfig:
