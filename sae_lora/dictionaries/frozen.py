@@ -25,11 +25,14 @@ Side = Literal["base", "tuned", "both"]
 SIDES: tuple[Side, ...] = ("base", "tuned", "both")
 
 
+Layout = Literal["gemma-scope", "sae-lens", "crosscoder", "constant"]
+
+
 @dataclass(frozen=True)
 class DictionaryInfo:
     """What is known of a dictionary before its weights load."""
 
-    layout: Literal["gemma-scope", "sae-lens", "crosscoder", "constant"]
+    layout: Layout
     path: str
     """Where it was read from; no part of its identity."""
     hook_point: str
