@@ -18,7 +18,7 @@ from torch import Tensor
 from crosscoders.common import files
 from crosscoders.common.errors import CorruptData, InputError
 from crosscoders.models import hooks
-from sae_lora.dictionaries.frozen import DictionaryInfo, FrozenDictionary, JumpReLU
+from sae_lora.dictionaries.frozen import DictionaryInfo, FrozenDictionary, Sae
 from sae_lora.dictionaries.places import chosen_hook_point
 
 NAMES = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
@@ -50,7 +50,7 @@ def inspect(path: Path, hook_point: str | None, model_type: str | None) -> Dicti
 
 def read(info: DictionaryInfo, path: Path) -> FrozenDictionary:
     """Read the weights of an inspected dictionary."""
-    return JumpReLU(info, read_arrays(_archive_of(path))).requires_grad_(False)
+    return Sae(info, read_arrays(_archive_of(path))).requires_grad_(False)
 
 
 def _archive_of(path: Path) -> Path:

@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from crosscoders.common import files
-from crosscoders.common.errors import CorruptData, InputError
+from crosscoders.common.errors import InputError
 from crosscoders.common.records import Record
 from sae_lora.dictionaries import hub
 from sae_lora.dictionaries.frozen import DictionaryInfo, FrozenDictionary, SaeLens
 from sae_lora.dictionaries.places import chosen_hook_point
+from sae_lora.dictionaries.tensors import Shape, require_shapes, shapes_of
 
 ARCHITECTURES = ("standard", "gated", "topk", "jumprelu")
 NORMALISATIONS = ("none", "layer_norm", "constant_norm_rescale")
@@ -89,24 +90,11 @@ def described(
 
 
 def _require_shapes(folder: Path, d_in: int, d_sae: int) -> None:
-    from safetensors import SafetensorError, safe_open
-
     path = folder / "sae_weights.safetensors"
     if not path.is_file():
         raise InputError(f"{folder} has a cfg.json but no sae_weights.safetensors. Download or save the SAE again.")
-    files.refuse_lfs_pointer(path)
-    try:
-        with safe_open(path, "pt") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise CorruptData(f"{path} is not a safetensors file ({error}). Download or make it again.") from None
-    for name, shape in (("W_enc", (d_in, d_sae)), ("W_dec", (d_sae, d_in)), ("b_dec", (d_in,))):
-        if shapes.get(name) != shape:
-            transposed = " It is transposed." if len(shape) == 2 and shapes.get(name) == shape[::-1] else ""
-            raise InputError(
-                f"{path}: {name!r} has shape {shapes.get(name)}, expected {shape} from its cfg.json.{transposed} Use "
-                "the files as published."
-            )
+    expected: dict[str, Shape] = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
+    require_shapes(path, shapes_of(path), expected, "its cfg.json")
 
 
 def inspect_converted(
