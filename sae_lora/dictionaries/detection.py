@@ -9,8 +9,8 @@ from crosscoders.formats.neighbours import neighbour
 from sae_lora.dictionaries.frozen import Layout
 
 READ = (
-    "What is read: params.npz of Gemma Scope, cfg.json with sae_weights.safetensors of SAELens, names RELEASE/ID of "
-    "its list, and crosscoders."
+    "What is read: params.npz of Gemma Scope, params.safetensors of Gemma Scope 2, cfg.json with "
+    "sae_weights.safetensors of SAELens, names RELEASE/ID of its list, and crosscoders."
 )
 
 
@@ -23,6 +23,8 @@ def layout_of(given: Path) -> Layout:
     archive = given / "params.npz" if given.is_dir() else given
     if archive.suffix == ".npz" and archive.is_file():
         return "gemma-scope"
+    if given.name == "params.safetensors" or (given / "params.safetensors").is_file():
+        return "gemma-scope-2"
     if (given / "cfg.json").is_file():
         # SAELens wrote no architecture at first.
         has_weights = (given / "sae_weights.safetensors").is_file()

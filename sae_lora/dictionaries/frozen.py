@@ -25,7 +25,7 @@ Side = Literal["base", "tuned", "both"]
 SIDES: tuple[Side, ...] = ("base", "tuned", "both")
 
 
-Layout = Literal["gemma-scope", "sae-lens", "crosscoder", "constant"]
+Layout = Literal["gemma-scope", "gemma-scope-2", "sae-lens", "crosscoder", "constant"]
 
 
 @dataclass(frozen=True)
@@ -229,6 +229,15 @@ class Constant(FrozenDictionary):
 
     def decode(self, latents: Float[Tensor, "tokens dict_size"]) -> Float[Tensor, "tokens d_model"]:
         return self.value.expand(len(latents), -1)
+
+
+def require_spliceable(info: DictionaryInfo) -> None:
+    """Raise InputError for a transcoder, whose output is no reconstruction of what it reads."""
+    if info.writes not in (None, info.hook_point):
+        raise InputError(
+            f"dictionary {info.path!r} is a transcoder: it reads {info.hook_point!r} and computes {info.writes!r}, "
+            "so it cannot be spliced. Give an SAE."
+        )
 
 
 def require_fit(info: DictionaryInfo, *, d_model: int, n_layers: int, model_name: str, model_hash: str | None) -> None:

@@ -84,6 +84,8 @@ def test_what_an_old_folder_leaves_unsaid_is_taken_as_sae_lens_takes_it(
         ("model.layers.8.self_attn", "qwen3", "blocks.8.hook_attn_out"),
         ("model.layers.8.self_attn.o_proj.input", "gemma2", "blocks.8.attn.hook_z"),
         ("model.layers.8.post_feedforward_layernorm.output", "gemma2", "blocks.8.hook_mlp_out"),
+        ("model.layers.8.pre_feedforward_layernorm.output", "gemma3_text", "blocks.8.mlp.hook_in"),
+        ("model.layers.8.mlp.input", "llama", "blocks.8.mlp.hook_in"),
         ("transformer.h.0.mlp", "gpt2", "blocks.0.hook_mlp_out"),
         ("blocks.8.hook_resid_post", None, "blocks.8.hook_resid_post"),
         ("blocks.8.attn.hook_z", None, "blocks.8.attn.hook_z"),
@@ -159,9 +161,6 @@ NEIGHBOURS = [
         {},
         "a folder of dictionaries of sparsify, such",
     ),
-    (["config.json", "params.safetensors"], {"architecture": "jump_relu"}, "is an SAE of Gemma Scope 2; it is read by"),
-    (["config.json", "params.safetensors"], {"hf_hook_point_out": "x"}, "is a transcoder of Gemma Scope 2"),
-    (["params.safetensors"], {}, "is an SAE of Gemma Scope 2"),
     (
         ["config.json", "ae.pt"],
         {"trainer": {"dict_class": "AutoEncoderTopK"}},
@@ -185,9 +184,7 @@ def test_folders_of_other_toolkits_are_refused_for_what_they_are(
         with pytest.raises(InputError, match=said) as caught:
             read()
         assert "\n" not in str(caught.value) and "read" in str(caught.value)
-    with pytest.raises(
-        InputError, match=r"What is read: params.npz of Gemma Scope, cfg.json with sae_weights.safetensors"
-    ):
+    with pytest.raises(InputError, match=r"What is read: params.npz of Gemma Scope, "):
         inspect_dictionary(folder, hook_point=POINT)
 
 
@@ -202,6 +199,9 @@ def test_saes_that_we_read_are_named_where_a_crosscoder_is_wanted(tmp_path: Path
         load_crosscoder(sae_lens(tmp_path / "sae"))
     with pytest.raises(InputError, match=r"is an SAE of Gemma Scope. Crosscoders"):
         load_crosscoder(gemma_scope(tmp_path))
+    second = folder_with(tmp_path / "second", ["config.json", "params.safetensors"], hf_hook_point_out="x")
+    with pytest.raises(InputError, match=r"is a transcoder of Gemma Scope 2, .* Crosscoders"):
+        load_crosscoder(second)
 
 
 def test_dictionaries_whose_tensors_alone_tell_are_refused_by_their_axes(tmp_path: Path) -> None:

@@ -1,0 +1,100 @@
+"""Dictionaries in the layouts of their publishers: tiny files written by hand, latents and outputs computed by hand."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from crosscoders import InputError
+from sae_lora import inspect_dictionary, load_dictionary
+from sae_lora.splicing import splice
+
+X = torch.tensor([[1.0, 2.0], [3.0, -1.0]])
+ENCODER = torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, -1.0]])  # (d_model 2, dict_size 3)
+DECODER = torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]])  # (dict_size 3, d_model 2)
+B_ENC, B_DEC = torch.tensor([0.5, -0.5, 0.0]), torch.tensor([10.0, 20.0])
+# X ENCODER + B_ENC = [[1.5, 1.5, -1], [3.5, -1.5, 4]]
+
+
+def written(folder: Path, tensors: dict[str, Tensor], weights: str, config: dict[str, Any] | None, name: str) -> Path:
+    """A folder with one file of weights and, unless there is none, one of settings."""
+    folder.mkdir(parents=True)
+    if weights.endswith(".safetensors"):
+        save_file(tensors, folder / weights)
+    else:
+        torch.save(tensors, folder / weights)
+    if config is not None:
+        (folder / name).write_text(json.dumps(config))
+    return folder
+
+
+# -------------------------------------------------------------------------------------------------- Gemma Scope 2
+
+GEMMA = {"w_enc": ENCODER, "w_dec": DECODER, "b_enc": B_ENC, "b_dec": B_DEC, "threshold": torch.tensor([2.0, 1.0, 4.0])}
+SETTINGS = {
+    "hf_hook_point_in": "model.layers.12.output", "width": 3, "model_name": "gemma-3-270m-pt", "l0": 20,
+    "architecture": "jump_relu", "affine_connection": False, "type": "sae",
+}  # fmt: skip
+MLP = {
+    **SETTINGS, "type": "transcoder", "hf_hook_point_in": "model.layers.3.pre_feedforward_layernorm.output",
+    "hf_hook_point_out": "model.layers.3.post_feedforward_layernorm.output", "affine_connection": True,
+}  # fmt: skip
+SKIP = torch.tensor([[0.0, 100.0], [1000.0, 0.0]])  # (d_in, d_out), used as x @ W
+
+
+def gemma_2(folder: Path, config: dict[str, Any] | None = SETTINGS, **changes: Tensor) -> Path:
+    return written(folder, {**GEMMA, **changes}, "params.safetensors", config, "config.json")
+
+
+def test_an_sae_of_gemma_scope_2_gates_every_latent_at_its_own_threshold(tmp_path: Path) -> None:
+    found = load_dictionary(gemma_2(tmp_path / "sae"))
+    latents = torch.tensor([[0.0, 1.5, 0.0], [3.5, 0.0, 0.0]])  # 4 is not above 4
+    assert torch.equal(found.encode(X), latents)
+    assert torch.equal(found(X), torch.tensor([[10.0, 23.0], [13.5, 20.0]]))
+    assert found.hook_point == "blocks.12.hook_resid_post" and found.info.writes is None
+    by_file = load_dictionary(tmp_path / "sae" / "params.safetensors")
+    assert by_file.content_hash() == found.content_hash()
+
+
+def test_a_transcoder_of_gemma_scope_2_adds_its_affine_skip(tmp_path: Path) -> None:
+    found = load_dictionary(gemma_2(tmp_path / "it", MLP, affine_skip_connection=SKIP))
+    assert torch.equal(found.encode(X), torch.tensor([[0.0, 1.5, 0.0], [3.5, 0.0, 0.0]]))
+    # x W_skip = [[2000, 100], [-1000, 300]]
+    assert torch.equal(found(X), torch.tensor([[2010.0, 123.0], [-986.5, 320.0]]))
+    assert (found.hook_point, found.info.writes) == ("blocks.3.mlp.hook_in", "blocks.3.hook_mlp_out")
+    with pytest.raises(InputError, match=r"it reads 'blocks.3.mlp.hook_in' and computes 'blocks.3.hook_mlp_out', so"):
+        splice(torch.nn.Linear(2, 2), found).__enter__()
+
+
+@pytest.mark.parametrize(
+    "where, hook_point",
+    [
+        ("resid_post_all/layer_7_width_16k_l0_small", "blocks.7.hook_resid_post"),
+        ("attn_out/layer_12_width_16k_l0_medium", "blocks.12.attn.hook_z"),
+        ("mlp_out/layer_5_width_16k_l0_big", "blocks.5.hook_mlp_out"),
+        ("transcoder/layer_5_width_16k_l0_big", "blocks.5.mlp.hook_in"),
+    ],
+)
+def test_a_folder_of_gemma_scope_2_without_settings_tells_its_place_by_its_path(
+    tmp_path: Path, where: str, hook_point: str
+) -> None:
+    info = inspect_dictionary(gemma_2(tmp_path / where, None))
+    assert info.hook_point == hook_point and (info.writes is not None) == where.startswith("transcoder")
+
+
+def test_a_wrong_guess_about_gemma_scope_2_is_refused(tmp_path: Path) -> None:
+    layers = {**SETTINGS, "type": "clt"}
+    with pytest.raises(InputError, match="is a clt of Gemma Scope 2; its SAEs and transcoders are read here"):
+        inspect_dictionary(gemma_2(tmp_path / "clt", layers))
+    with pytest.raises(InputError, match=r"'w_enc' has shape \(3, 2\), expected \(2, 3\) .* It is transposed"):
+        inspect_dictionary(gemma_2(tmp_path / "turned", w_enc=ENCODER.T.contiguous()))
+    with pytest.raises(InputError, match="'affine_skip_connection' has shape None"):
+        inspect_dictionary(gemma_2(tmp_path / "torn", MLP))
+    with pytest.raises(InputError, match=r"belongs to hook_point 'blocks.12.hook_resid_post', not 'blocks.3"):
+        inspect_dictionary(gemma_2(tmp_path / "sae"), hook_point="blocks.3.hook_resid_post")
+    with pytest.raises(InputError, match="does not say its hook point"):
+        inspect_dictionary(gemma_2(tmp_path / "unplaced", None))
