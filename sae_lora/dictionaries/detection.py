@@ -1,5 +1,6 @@
 """Which layout a local folder or file has, told by the names of its files and its settings alone."""
 
+import re
 from pathlib import Path
 
 from crosscoders.common import files
@@ -9,8 +10,9 @@ from crosscoders.formats.neighbours import neighbour
 from sae_lora.dictionaries.frozen import Layout
 
 READ = (
-    "What is read: params.npz of Gemma Scope, params.safetensors of Gemma Scope 2, cfg.json with "
-    "sae_weights.safetensors of SAELens, names RELEASE/ID of its list, and crosscoders."
+    "What is read: params.npz of Gemma Scope, params.safetensors of Gemma Scope 2, ae.pt with config.json of "
+    "dictionary_learning, cfg.json with sae_weights.safetensors of SAELens, names RELEASE/ID of its list, and "
+    "crosscoders."
 )
 
 
@@ -25,6 +27,8 @@ def layout_of(given: Path) -> Layout:
         return "gemma-scope"
     if given.name == "params.safetensors" or (given / "params.safetensors").is_file():
         return "gemma-scope-2"
+    if _is_sae_of_dictionary_learning(given):
+        return "dictionary-learning"
     if (given / "cfg.json").is_file():
         # SAELens wrote no architecture at first.
         has_weights = (given / "sae_weights.safetensors").is_file()
@@ -34,3 +38,13 @@ def layout_of(given: Path) -> Layout:
     if what is not None:
         raise InputError(f"{str(given)!r} is {what}. {READ}")
     return "crosscoder"
+
+
+def _is_sae_of_dictionary_learning(given: Path) -> bool:
+    weights = given / "ae.pt" if given.is_dir() else given
+    config = weights.parent / "config.json"
+    if weights.name != "ae.pt" or not weights.is_file() or not config.is_file():
+        return False
+    trainer = files.read_model(config, Record).get("trainer")
+    dict_class = str(trainer.get("dict_class") or "") if isinstance(trainer, dict) else ""
+    return dict_class != "" and not re.search("crosscoder|transcoder", dict_class.lower())

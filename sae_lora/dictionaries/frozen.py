@@ -25,7 +25,7 @@ Side = Literal["base", "tuned", "both"]
 SIDES: tuple[Side, ...] = ("base", "tuned", "both")
 
 
-Layout = Literal["gemma-scope", "gemma-scope-2", "sae-lens", "crosscoder", "constant"]
+Layout = Literal["gemma-scope", "gemma-scope-2", "dictionary-learning", "sae-lens", "crosscoder", "constant"]
 
 
 @dataclass(frozen=True)
@@ -116,8 +116,9 @@ class Sae(FrozenDictionary):
     r"""f = gate(ReLU(pre)), pre = x W_enc + b_enc; x_hat = f W_dec + b_dec (+ x W_skip in a transcoder).
 
     Settings: gate "relu"; "jumprelu", f_j = 0 where pre_j <= threshold_j; or "topk", all but the k largest of a token
-    are 0. apply_b_dec_to_input: pre reads x - b_dec. Source: Rajamanoharan et al. 2024, arXiv 2407.14435; Lieberum et
-    al. 2024, arXiv 2408.05147; Gao et al. 2024, arXiv 2406.04093.
+    are 0; or "gated", f = ReLU(scale pre + shift) where pre > 0. apply_b_dec_to_input: pre reads x - b_dec. Source:
+    Rajamanoharan et al. 2024, arXiv 2407.14435 and 2404.16014; Lieberum et al. 2024, arXiv 2408.05147; Gao et al. 2024,
+    arXiv 2406.04093.
     """
 
     W_enc: Tensor
@@ -125,6 +126,8 @@ class Sae(FrozenDictionary):
     W_dec: Tensor
     b_dec: Tensor
     threshold: Tensor
+    scale: Tensor
+    shift: Tensor
     W_skip: Tensor
 
     def __init__(self, info: DictionaryInfo, tensors: dict[str, Tensor]) -> None:
@@ -135,6 +138,8 @@ class Sae(FrozenDictionary):
     def encode(self, x: Float[Tensor, "tokens d_model"]) -> Float[Tensor, "tokens dict_size"]:
         settings = self.info.settings
         pre = torch.addmm(self.b_enc, x - self.b_dec if settings["apply_b_dec_to_input"] else x, self.W_enc)
+        if settings["gate"] == "gated":
+            return torch.relu(pre * self.scale + self.shift) * (pre > 0)
         positive = torch.relu(pre)
         if settings["gate"] == "jumprelu":
             return positive * (pre > self.threshold)

@@ -14,10 +14,11 @@ from typing import Any, NamedTuple, overload
 
 from crosscoders.common.errors import InputError, nearest
 
-_FILES = {"sae_weights.safetensors": "cfg.json", "params.npz": None, "params.safetensors": "config.json"}
+_FILES = {"sae_weights.safetensors": "cfg.json", "params.npz": None, "params.safetensors": "config.json",
+          "ae.pt": "config.json"}  # fmt: skip
 """Weights of a folder that `loading` reads, and the settings beside them."""
 _MAY_LACK_SETTINGS = ("params.safetensors",)
-_READ_HERE = {"gemma_2": "params.npz", "gemma_3": "params.safetensors"}
+_READ_HERE = {"gemma_2": "params.npz", "gemma_3": "params.safetensors", "dictionary_learning_1": "ae.pt"}
 """Releases of SAELens's list, by its name of their layout, that are read here from their own files."""
 
 

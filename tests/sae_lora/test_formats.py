@@ -98,3 +98,64 @@ def test_a_wrong_guess_about_gemma_scope_2_is_refused(tmp_path: Path) -> None:
         inspect_dictionary(gemma_2(tmp_path / "sae"), hook_point="blocks.3.hook_resid_post")
     with pytest.raises(InputError, match="does not say its hook point"):
         inspect_dictionary(gemma_2(tmp_path / "unplaced", None))
+
+
+# --------------------------------------------------------------------------------------------- dictionary_learning
+
+# (X - B_DEC) ENCODER + B_ENC with the bias below: X - (1, 1) = [[0, 1], [2, -2]]
+SMALL_BIAS = torch.tensor([1.0, 1.0])  # pre = [[0.5, 0.5, -1], [2.5, -2.5, 4]]
+LINEAR = {"encoder.weight": ENCODER.T.contiguous(), "encoder.bias": B_ENC, "decoder.weight": DECODER.T.contiguous()}
+NO_BIAS = {"encoder.bias": torch.tensor([0.0, -0.5, 0.0])}  # pre = [[0, 0.5, -1], [2, -2.5, 4]]
+PLAIN = {"W_enc": ENCODER, "b_enc": B_ENC, "W_dec": DECODER, "b_dec": SMALL_BIAS}
+BATCH = {"k": torch.tensor(2), "threshold": torch.tensor(0.5)}
+GATED = {
+    "encoder.weight": LINEAR["encoder.weight"], "decoder.weight": LINEAR["decoder.weight"], "decoder_bias": SMALL_BIAS,
+    "gate_bias": torch.tensor([0.5, -2.0, 0.0]), "r_mag": torch.tensor([2.0, 1.0, 1.0]).log(),
+    "mag_bias": torch.tensor([0.5, 0.0, -3.0]),
+}  # fmt: skip
+
+
+def trainer(folder: Path, tensors: dict[str, Tensor], dict_class: str, **changes: object) -> Path:
+    settings = {"dict_class": dict_class, "lm_name": "tiny", "submodule_name": "resid_post_layer_3", "k": 1, **changes}
+    return written(folder, tensors, "ae.pt", {"trainer": settings, "buffer": {"ctx_len": 8}}, "config.json")
+
+
+@pytest.mark.parametrize(
+    "dict_class, tensors, latents",
+    [
+        ("AutoEncoder", {**LINEAR, "bias": SMALL_BIAS}, [[0.5, 0.5, 0.0], [2.5, 0.0, 4.0]]),
+        ("AutoEncoderNew", {**LINEAR, "decoder.bias": SMALL_BIAS}, [[1.5, 1.5, 0.0], [3.5, 0.0, 4.0]]),
+        ("AutoEncoderTopK", {**LINEAR, **NO_BIAS, "b_dec": SMALL_BIAS, **BATCH}, [[0.0, 0.5, 0.0], [0.0, 0.0, 4.0]]),
+        ("BatchTopKSAE", {**LINEAR, "b_dec": SMALL_BIAS, **BATCH}, [[0.0, 0.0, 0.0], [2.5, 0.0, 4.0]]),
+        ("MatryoshkaBatchTopKSAE", {**PLAIN, **BATCH}, [[0.0, 0.0, 0.0], [2.5, 0.0, 4.0]]),
+        ("JumpReluAutoEncoder", {**PLAIN, "threshold": GEMMA["threshold"]}, [[0.0, 1.5, 0.0], [3.5, 0.0, 0.0]]),
+        # p = (X - b) ENCODER = [[0, 1, -1], [2, -2, 4]]; exp(r_mag) p + mag_bias where p > -gate_bias
+        ("GatedAutoEncoder", GATED, [[0.5, 0.0, 0.0], [4.5, 0.0, 1.0]]),
+    ],
+)
+def test_a_trainers_folder_encodes_as_its_class_does(
+    tmp_path: Path, dict_class: str, tensors: dict[str, Tensor], latents: list[list[float]]
+) -> None:
+    folder = trainer(tmp_path / "resid_post_layer_3" / "trainer_1", tensors, dict_class)
+    found = load_dictionary(folder)
+    wanted = torch.tensor(latents)
+    torch.testing.assert_close(found.encode(X), wanted)
+    # f DECODER = (f0 + f2, 2 f1 + f2), then the bias
+    by_hand = torch.stack([wanted[:, 0] + wanted[:, 2] + 1, 2 * wanted[:, 1] + wanted[:, 2] + 1], dim=1)
+    torch.testing.assert_close(found(X), by_hand)
+    assert found.hook_point == "blocks.3.hook_resid_post"
+    assert load_dictionary(folder / "ae.pt").content_hash() == found.content_hash()
+
+
+def test_a_wrong_guess_about_dictionary_learning_is_refused(tmp_path: Path) -> None:
+    sae = {**LINEAR, "b_dec": SMALL_BIAS, **BATCH}
+    with pytest.raises(InputError, match=r"has dict_class 'PAnnealSAE'; AutoEncoder, AutoEncoderNew, .* are read"):
+        inspect_dictionary(trainer(tmp_path / "unknown", sae, "PAnnealSAE"))
+    with pytest.raises(InputError, match=r"saved before its threshold was known. Use a later"):
+        load_dictionary(trainer(tmp_path / "early", {**sae, "threshold": torch.tensor(-1.0)}, "BatchTopKSAE"))
+    with pytest.raises(InputError, match=r"'threshold' has shape None, expected \(\) from its biases"):
+        inspect_dictionary(trainer(tmp_path / "torn", {**LINEAR, "b_dec": SMALL_BIAS}, "BatchTopKSAE"))
+    with pytest.raises(InputError, match="sits at 'attn_out_layer_3', which cannot be run"):
+        inspect_dictionary(trainer(tmp_path / "attn", sae, "BatchTopKSAE", submodule_name="attn_out_layer_3"))
+    with pytest.raises(InputError, match="of dictionary_learning, such as 'trainer_1'"):
+        inspect_dictionary(trainer(tmp_path / "layer_3" / "trainer_1", sae, "BatchTopKSAE").parent)

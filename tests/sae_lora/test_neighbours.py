@@ -161,11 +161,6 @@ NEIGHBOURS = [
         {},
         "a folder of dictionaries of sparsify, such",
     ),
-    (
-        ["config.json", "ae.pt"],
-        {"trainer": {"dict_class": "AutoEncoderTopK"}},
-        r"dictionary_learning \(AutoEncoderTopK",
-    ),
     (["config.json", "ae.pt"], {"trainer": {"dict_class": "Transcoder"}}, "is a transcoder of dictionary_learning"),
     (["trainer_0/config.json", "trainer_0/ae.pt"], {}, "of dictionary_learning, such as 'trainer_0'"),
     (["layer3.sae.pt", "layer4.sae.pt"], {}, "is an SAE of Qwen Scope; it is read by its name"),
