@@ -1,5 +1,6 @@
 """Which layout a local folder or file has, told by the names of its files and its settings alone."""
 
+import os
 import re
 from pathlib import Path
 
@@ -8,11 +9,12 @@ from crosscoders.common.errors import InputError
 from crosscoders.common.records import Record
 from crosscoders.formats.neighbours import neighbour
 from sae_lora.dictionaries.frozen import Layout
+from sae_lora.dictionaries.qwen_scope import FILE
 
 READ = (
     "What is read: params.npz of Gemma Scope, params.safetensors of Gemma Scope 2, ae.pt with config.json of "
-    "dictionary_learning, cfg.json with sae_weights.safetensors of SAELens, names RELEASE/ID of its list, and "
-    "crosscoders."
+    "dictionary_learning, layerN.sae.pt of Qwen Scope, cfg.json with sae.safetensors of sparsify or "
+    "sae_weights.safetensors of SAELens, names RELEASE/ID of its list, and crosscoders."
 )
 
 
@@ -27,6 +29,10 @@ def layout_of(given: Path) -> Layout:
         return "gemma-scope"
     if given.name == "params.safetensors" or (given / "params.safetensors").is_file():
         return "gemma-scope-2"
+    if any(FILE.fullmatch(name) for name in ([given.name] if given.is_file() else os.listdir(given))):
+        return "qwen-scope"
+    if given.name == "sae.safetensors" or (given / "sae.safetensors").is_file():
+        return "sparsify"
     if _is_sae_of_dictionary_learning(given):
         return "dictionary-learning"
     if (given / "cfg.json").is_file():

@@ -25,7 +25,16 @@ Side = Literal["base", "tuned", "both"]
 SIDES: tuple[Side, ...] = ("base", "tuned", "both")
 
 
-Layout = Literal["gemma-scope", "gemma-scope-2", "dictionary-learning", "sae-lens", "crosscoder", "constant"]
+Layout = Literal[
+    "gemma-scope",
+    "gemma-scope-2",
+    "dictionary-learning",
+    "qwen-scope",
+    "sparsify",
+    "sae-lens",
+    "crosscoder",
+    "constant",
+]
 
 
 @dataclass(frozen=True)

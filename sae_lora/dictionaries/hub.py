@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, overload
 from crosscoders.common.errors import InputError, nearest
 
 _FILES = {"sae_weights.safetensors": "cfg.json", "params.npz": None, "params.safetensors": "config.json",
-          "ae.pt": "config.json"}  # fmt: skip
+          "ae.pt": "config.json", "sae.safetensors": "cfg.json"}  # fmt: skip
 """Weights of a folder that `loading` reads, and the settings beside them."""
 _MAY_LACK_SETTINGS = ("params.safetensors",)
 _READ_HERE = {"gemma_2": "params.npz", "gemma_3": "params.safetensors", "dictionary_learning_1": "ae.pt"}
@@ -32,7 +32,7 @@ class Converted(NamedTuple):
 
 
 def fetch(name: str) -> Path | Converted:
-    """Return the folder of a published dictionary, its files downloaded or in the hub's cache; or say who converts it.
+    """Return where the files of a published dictionary are, downloaded or in the hub's cache; or say who converts it.
 
     Raises:
         InputError: it can only be a path, and nothing is there; an unknown release or id; it cannot be fetched.
@@ -56,6 +56,8 @@ def fetch(name: str) -> Path | Converted:
         )
     scale = known.norm_scaling_factor.get(sae_id)
     folder = known.saes_map[sae_id]
+    if known.conversion_func == "qwen_scope":
+        return _file(name, known.repo_id, folder)
     weights = _READ_HERE.get(str(known.conversion_func))
     if known.conversion_func is None and scale is None and set(known.config_overrides or ()) <= {"dataset_path"}:
         weights = "sae_weights.safetensors"
@@ -98,12 +100,21 @@ def _folder(name: str, releases: list[str]) -> Path:
             f"{nearest(owner, releases)}. Check the name, or give OWNER/REPOSITORY/FOLDER of the hub."
         )
     repo_id = f"{owner}/{repository}"
+    if folder.endswith(".sae.pt"):
+        return _file(name, repo_id, folder)
     for weights in _FILES:
         if (path := _files(name, repo_id, folder, weights, may_lack=True)) is not None:
             return path
     raise InputError(
         f"{folder!r} of the hub's repository {repo_id!r} holds none of {', '.join(_FILES)}. Give the folder of one SAE."
     )
+
+
+def _file(name: str, repo_id: str, file: str) -> Path:
+    import huggingface_hub
+
+    with _one_line(name):
+        return Path(huggingface_hub.hf_hub_download(repo_id, file))
 
 
 @overload

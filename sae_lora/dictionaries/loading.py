@@ -10,7 +10,16 @@ from pathlib import Path
 from torch import nn
 
 from crosscoders.common.errors import InputError
-from sae_lora.dictionaries import dictionary_learning, gemma_scope, gemma_scope_2, hub, sae_lens, sides
+from sae_lora.dictionaries import (
+    dictionary_learning,
+    gemma_scope,
+    gemma_scope_2,
+    hub,
+    qwen_scope,
+    sae_lens,
+    sides,
+    sparsify,
+)
 from sae_lora.dictionaries.detection import layout_of
 from sae_lora.dictionaries.frozen import DictionaryInfo, FrozenDictionary, Side
 
@@ -18,6 +27,8 @@ _READERS = {
     "gemma-scope": gemma_scope,
     "gemma-scope-2": gemma_scope_2,
     "dictionary-learning": dictionary_learning,
+    "qwen-scope": qwen_scope,
+    "sparsify": sparsify,
     "sae-lens": sae_lens,
 }
 """Layout of an SAE -> the module that inspects and reads it."""

@@ -159,3 +159,85 @@ def test_a_wrong_guess_about_dictionary_learning_is_refused(tmp_path: Path) -> N
         inspect_dictionary(trainer(tmp_path / "attn", sae, "BatchTopKSAE", submodule_name="attn_out_layer_3"))
     with pytest.raises(InputError, match="of dictionary_learning, such as 'trainer_1'"):
         inspect_dictionary(trainer(tmp_path / "layer_3" / "trainer_1", sae, "BatchTopKSAE").parent)
+
+
+# ------------------------------------------------------------------------------------------------------ Qwen Scope
+
+QWEN = {"W_enc": ENCODER.T.contiguous(), "W_dec": DECODER.T.contiguous(), "b_enc": B_ENC, "b_dec": B_DEC}
+REPOSITORY = "SAE-Res-Qwen3-1.7B-Base-W32K-L0_1"
+
+
+def test_qwen_scope_keeps_the_k_largest_of_each_token(tmp_path: Path) -> None:
+    folder = tmp_path / REPOSITORY
+    tensors = {**QWEN, "b_enc": torch.tensor([0.75, -0.5, 0.0])}  # pre = [[1.75, 1.5, -1], [3.75, -1.5, 4]]
+    written(folder, tensors, "layer7.sae.pt", None, "")
+    found = load_dictionary(folder / "layer7.sae.pt")
+    assert torch.equal(found.encode(X), torch.tensor([[1.75, 0.0, 0.0], [0.0, 0.0, 4.0]]))
+    assert torch.equal(found(X), torch.tensor([[11.75, 20.0], [14.0, 24.0]]))
+    assert found.hook_point == "blocks.7.hook_resid_post" and found.info.model_names == ("Qwen/Qwen3-1.7B-Base",)
+    assert load_dictionary(folder).content_hash() == found.content_hash()
+
+
+class Loud:
+    """What unpickling would run."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (Path("ran"),))
+
+
+def test_a_wrong_guess_about_qwen_scope_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = written(tmp_path / REPOSITORY, QWEN, "layer7.sae.pt", None, "")
+    torch.save(QWEN, folder / "layer8.sae.pt")
+    with pytest.raises(InputError, match=r"holds the SAEs of 2 layers. Give the file of one, such as '.*layer7.sae"):
+        inspect_dictionary(folder)
+    with pytest.raises(InputError, match=r"does not say k, .* such as SAE-Res-Qwen3-1.7B-Base-W32K-L0_50"):
+        inspect_dictionary(written(tmp_path / "renamed", QWEN, "layer7.sae.pt", None, "") / "layer7.sae.pt")
+    turned = tmp_path / "turned" / REPOSITORY
+    with pytest.raises(InputError, match=r"'W_enc' has shape \(2, 3\), expected \(3, 2\) .* It is transposed"):
+        inspect_dictionary(written(turned, {**QWEN, "W_enc": ENCODER}, "layer7.sae.pt", None, ""))
+    monkeypatch.chdir(tmp_path)
+    torch.save({**QWEN, "extra": Loud()}, folder / "layer9.sae.pt")
+    with pytest.raises(InputError, match="refused: it needs unpickling of more than tensors"):
+        load_dictionary(folder / "layer9.sae.pt")
+    assert not Path("ran").exists()
+
+
+# -------------------------------------------------------------------------------------------------------- sparsify
+
+SPARSE = {"encoder.weight": ENCODER.T.contiguous(), "encoder.bias": torch.tensor([0.0, -0.5, 0.0]), "W_dec": DECODER,
+          "b_dec": SMALL_BIAS}  # fmt: skip
+TOP_1 = {"k": 1, "d_in": 2, "num_latents": 3, "activation": "topk", "skip_connection": False, "transcode": False}
+
+
+def sparsify(folder: Path, tensors: dict[str, Tensor] = SPARSE, **changes: object) -> Path:
+    return written(folder, tensors, "sae.safetensors", {**TOP_1, **changes}, "cfg.json")
+
+
+def test_sparsify_keeps_the_k_largest_of_what_is_left_without_the_bias(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model": "tiny"}))
+    found = load_dictionary(sparsify(tmp_path / "layers.3"))
+    assert torch.equal(found.encode(X), torch.tensor([[0.0, 0.5, 0.0], [0.0, 0.0, 4.0]]))  # see NO_BIAS
+    assert torch.equal(found(X), torch.tensor([[1.0, 2.0], [5.0, 5.0]]))
+    assert found.hook_point == "blocks.3.hook_resid_post" and found.info.model_names == ("tiny",)
+
+
+def test_a_skip_transcoder_of_sparsify_reads_its_modules_input_as_it_is(tmp_path: Path) -> None:
+    folder = tmp_path / "layers.3.mlp"
+    sparsify(folder, {**SPARSE, "W_skip": SKIP.T.contiguous()}, transcode=True, skip_connection=True)
+    info = inspect_dictionary(folder, model_type="llama")
+    assert (info.hook_point, info.writes) == ("blocks.3.mlp.hook_in", "blocks.3.hook_mlp_out")
+    found = load_dictionary(folder, hook_point="blocks.3.mlp.hook_in")
+    assert torch.equal(found.encode(X), torch.tensor([[0.0, 1.5, 0.0], [0.0, 0.0, 4.0]]))  # pre = X ENCODER + bias
+    # decoded [[1, 4], [5, 5]], and x W_skip.T of the file = [[2000, 100], [-1000, 300]]
+    assert torch.equal(found(X), torch.tensor([[2001.0, 104.0], [-995.0, 305.0]]))
+
+
+def test_a_wrong_guess_about_sparsify_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="has activation groupmax; topk is read"):
+        inspect_dictionary(sparsify(tmp_path / "a" / "layers.3", activation="groupmax"))
+    with pytest.raises(InputError, match=r"has shape \(2, 3\), expected \(3, 2\) from its biases. It is transposed"):
+        inspect_dictionary(sparsify(tmp_path / "b" / "layers.3", {**SPARSE, "W_dec": DECODER.T.contiguous()}))
+    with pytest.raises(InputError, match="does not say its hook point"):
+        inspect_dictionary(sparsify(tmp_path / "downloaded"))
+    with pytest.raises(InputError, match=r"cfg.json"):
+        inspect_dictionary(written(tmp_path / "layers.4", SPARSE, "sae.safetensors", None, ""))

@@ -136,3 +136,20 @@ def test_what_cannot_be_had_is_one_line_with_the_mend(hub: Path, tmp_path: Path)
         with pytest.raises(InputError, match=said) as caught:
             inspect_dictionary(name)
         assert "\n" not in str(caught.value)
+
+
+def test_qwen_scope_and_dictionary_learning_load_by_name(hub: Path) -> None:
+    w = {name: torch.from_numpy(value) for name, value in arrays().items()}
+    turned = {"W_enc": w["W_enc"].T, "W_dec": w["W_dec"].T, "b_enc": w["b_enc"], "b_dec": w["b_dec"]}
+    folder = repository(hub, "Qwen/SAE-Res-Qwen3-1.7B-Base-W32K-L0_50", "")
+    torch.save({name: value.contiguous() for name, value in turned.items()}, folder / "layer0.sae.pt")
+    for name in ("qwen-scope-3-1.7b-base-w32k-l50/layer0", "Qwen/SAE-Res-Qwen3-1.7B-Base-W32K-L0_50/layer0.sae.pt"):
+        info = inspect_dictionary(name)
+        assert (info.hook_point, info.settings["k"], info.d_model) == ("blocks.0.hook_resid_post", 50, D)
+    path = "gemma-2-2b_topk_width-2pow12_date-1109/resid_post_layer_12/trainer_0"
+    folder = repository(hub, "canrager/saebench_gemma-2-2b_width-2pow12_date-1109", path)
+    torch.save({**w, "k": torch.tensor(3)}, folder / "ae.pt")
+    trainer = {"dict_class": "AutoEncoderTopK", "k": 3, "submodule_name": "resid_post_layer_12"}
+    (folder / "config.json").write_text(json.dumps({"trainer": trainer}))
+    found = load_dictionary("sae_bench_gemma-2-2b_topk_width-2pow12_date-1109/blocks.12.hook_resid_post__trainer_0")
+    assert ((found.encode(X) > 0).sum(dim=1) <= 3).all() and found.hook_point == "blocks.12.hook_resid_post"

@@ -154,8 +154,6 @@ def folder_with(folder: Path, names: list[str], **config: object) -> Path:
 
 
 NEIGHBOURS = [
-    (["cfg.json", "sae.safetensors"], {"num_latents": F, "k": 3, "d_in": D}, "is an SAE of sparsify"),
-    (["cfg.json", "sae.safetensors"], {"num_latents": F, "transcode": True}, "is a transcoder of sparsify"),
     (
         ["config.json", "layers.3/cfg.json", "layers.3/sae.safetensors"],
         {},
@@ -163,7 +161,6 @@ NEIGHBOURS = [
     ),
     (["config.json", "ae.pt"], {"trainer": {"dict_class": "Transcoder"}}, "is a transcoder of dictionary_learning"),
     (["trainer_0/config.json", "trainer_0/ae.pt"], {}, "of dictionary_learning, such as 'trainer_0'"),
-    (["layer3.sae.pt", "layer4.sae.pt"], {}, "is an SAE of Qwen Scope; it is read by its name"),
     (["config.yaml", "layer_0.safetensors", "layer_1.safetensors"], {}, "is a set of transcoders of circuit-tracer"),
     (["model.pt", "model_cfg.yaml"], {}, "is a crosscoder of crosscode"),
     (["sae_weights.safetensors"], {}, "is an SAE of SAELens without its cfg.json"),
@@ -183,17 +180,19 @@ def test_folders_of_other_toolkits_are_refused_for_what_they_are(
         inspect_dictionary(folder, hook_point=POINT)
 
 
-def test_one_file_of_qwen_scope_is_named_too(tmp_path: Path) -> None:
-    folder = folder_with(tmp_path / "it", ["layer3.sae.pt"])
-    with pytest.raises(InputError, match="is an SAE of Qwen Scope"):
-        inspect_dictionary(folder / "layer3.sae.pt", hook_point=POINT)
-
-
 def test_saes_that_we_read_are_named_where_a_crosscoder_is_wanted(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"is an SAE of SAELens. Crosscoders"):
         load_crosscoder(sae_lens(tmp_path / "sae"))
     with pytest.raises(InputError, match=r"is an SAE of Gemma Scope. Crosscoders"):
         load_crosscoder(gemma_scope(tmp_path))
+    for transcode, said in ((False, "is an SAE of sparsify"), (True, "is a transcoder of sparsify")):
+        files = ["cfg.json", "sae.safetensors"]
+        with pytest.raises(InputError, match=said):
+            load_crosscoder(folder_with(tmp_path / said, files, transcode=transcode))
+    qwen = folder_with(tmp_path / "qwen", ["layer3.sae.pt"])
+    for path in (qwen, qwen / "layer3.sae.pt"):
+        with pytest.raises(InputError, match="is an SAE of Qwen Scope"):
+            load_crosscoder(path)
     second = folder_with(tmp_path / "second", ["config.json", "params.safetensors"], hf_hook_point_out="x")
     with pytest.raises(InputError, match=r"is a transcoder of Gemma Scope 2, .* Crosscoders"):
         load_crosscoder(second)
