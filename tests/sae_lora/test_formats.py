@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from crosscoders import InputError
+from crosscoders import CrosscoderConfig, InputError, TrainConfig, load_crosscoder
+from crosscoders.formats.gemma_scope_2 import read_layers
 from sae_lora import inspect_dictionary, load_dictionary
 from sae_lora.splicing import splice
 
@@ -241,3 +242,60 @@ def test_a_wrong_guess_about_sparsify_is_refused(tmp_path: Path) -> None:
         inspect_dictionary(sparsify(tmp_path / "downloaded"))
     with pytest.raises(InputError, match=r"cfg.json"):
         inspect_dictionary(written(tmp_path / "layers.4", SPARSE, "sae.safetensors", None, ""))
+
+
+# ------------------------------------------------------------------------------- Gemma Scope 2 over layers of a model
+
+# File 0 reads layer 1: one latent, x_0 alone; file 1 reads layer 2: one latent, 2 x_1. Width 2, d_model 2.
+PARTS = [
+    {
+        "w_enc": torch.tensor([[1.0], [0.0]]), "b_enc": torch.tensor([-0.5]), "threshold": torch.tensor([1.0]),
+        "w_dec": torch.tensor([[[1.0, 0.0], [0.0, 3.0]]]), "b_dec": torch.tensor([10.0, 20.0]),
+    },
+    {
+        "w_enc": torch.tensor([[0.0], [2.0]]), "b_enc": torch.tensor([0.0]), "threshold": torch.tensor([4.0]),
+        "w_dec": torch.tensor([[[0.0, 0.0], [5.0, 0.0]]]), "b_dec": torch.tensor([30.0, 40.0]),
+    },
+]  # fmt: skip
+OVER_LAYERS = {"type": "crosscoder", "hf_hook_point_in": "model.layers.{1,2}.output", "model_name": "gemma-3-270m-pt"}
+# Two tokens, (token, layer, d_model). Latents: (2 - .5, 2 * 3) and (1 - .5 is not above 1, 2 * 2 is not above 4).
+LAYERS = torch.tensor([[[2.0, 7.0], [7.0, 3.0]], [[1.0, 7.0], [7.0, 2.0]]])
+LATENTS = torch.tensor([[1.5, 6.0], [0.0, 0.0]])
+DECODED = torch.tensor([[[11.5, 20.0], [60.0, 44.5]], [[10.0, 20.0], [30.0, 40.0]]])
+
+
+def over_layers(
+    folder: Path, parts: list[dict[str, Tensor]] = PARTS, config: dict[str, Any] | None = OVER_LAYERS
+) -> Path:
+    folder.mkdir(parents=True)
+    for number, part in enumerate(parts):
+        save_file(part, folder / f"params_layer_{number}.safetensors")
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_crosscoder_over_layers_encodes_each_layer_by_its_own_latents_and_writes_to_all(tmp_path: Path) -> None:
+    found = load_crosscoder(over_layers(tmp_path / "it"))
+    assert torch.equal(found.encode(LAYERS), LATENTS) and torch.equal(found(LAYERS), DECODED)
+    assert torch.equal(found.gate_at(), torch.tensor([1.0, 4.0]))
+    found.save(tmp_path / "ours")
+    assert torch.equal(load_crosscoder(tmp_path / "ours")(LAYERS), DECODED)
+
+
+def test_a_crosscoder_over_layers_may_name_them_in_a_list_or_in_its_folder(tmp_path: Path) -> None:
+    listed = {**OVER_LAYERS, "hf_hook_point_in": ["model.layers.1.output", "model.layers.2.output"]}
+    assert read_layers(over_layers(tmp_path / "a", config=listed)).layers == [1, 2]
+    assert read_layers(over_layers(tmp_path / "layer_5_9_width_65k_l0_medium", config=None)).layers == [5, 9]
+
+
+def test_a_torn_crosscoder_over_layers_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"reads 2 layers but holds 1 files params_layer_N.safetensors"):
+        load_crosscoder(over_layers(tmp_path / "short", PARTS[:1]))
+    with pytest.raises(InputError, match=r"does not say which layers it reads"):
+        load_crosscoder(over_layers(tmp_path / "unnamed", config=None))
+    flat = [{**part, "w_dec": part["w_dec"][:, 0].contiguous()} for part in PARTS]  # as an SAE's
+    with pytest.raises(InputError, match=r"'w_dec' has shape \(1, 2\), expected \(1, 2, 2\)"):
+        load_crosscoder(over_layers(tmp_path / "flat", flat))
+    with pytest.raises(InputError, match="'jumprelu' is read, not trained"):
+        TrainConfig(crosscoder=CrosscoderConfig(dict_size=2, activation="jumprelu"))
