@@ -18,8 +18,8 @@ def inspect_sae(path: str, model: str, hook_point: str | None) -> DictionaryInfo
     """Check a dictionary against the model that it belongs to, by headers and configurations.
 
     Raises:
-        InputError: a transcoder, another width, layer or hook point, a record of another model, a crosscoder of two models, decoders
-            that are another for each token; as `inspect_dictionary`.
+        InputError: a transcoder, another width, layer or hook point, a record of another model, a crosscoder of two
+            models, decoders that are another for each token; as `inspect_dictionary`.
     """
     if reads_two_models(path):
         raise InputError(
