@@ -7,6 +7,7 @@ from pathlib import Path
 from crosscoders.common import files
 from crosscoders.common.errors import InputError
 from crosscoders.common.records import Record
+from crosscoders.formats.gemma_scope_2 import is_over_layers
 from crosscoders.formats.neighbours import neighbour
 from sae_lora.dictionaries.frozen import Layout
 from sae_lora.dictionaries.qwen_scope import FILE
@@ -31,6 +32,8 @@ def layout_of(given: Path) -> Layout:
         return "gemma-scope-2"
     if any(FILE.fullmatch(name) for name in ([given.name] if given.is_file() else os.listdir(given))):
         return "qwen-scope"
+    if is_over_layers(given):
+        return "layer-crosscoder"
     if given.name == "sae.safetensors" or (given / "sae.safetensors").is_file():
         return "sparsify"
     if _is_sae_of_dictionary_learning(given):

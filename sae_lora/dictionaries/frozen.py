@@ -33,6 +33,7 @@ Layout = Literal[
     "sparsify",
     "sae-lens",
     "crosscoder",
+    "layer-crosscoder",
     "constant",
 ]
 
@@ -214,19 +215,33 @@ class PairSide(CrosscoderSide):
         self.beside: Tensor | None = None
 
     def begin(self, ids: Int[Tensor, "rows seq"], attention_mask: Tensor | None) -> None:
-        if attention_mask is None:
-            attention_mask = torch.ones_like(ids)
-        if attention_mask.shape != ids.shape:
-            raise InputError(
-                "the other model of the crosscoder keeps no key-value cache. Generate with use_cache=False."
-            )
-        activation = hooks.run_to(self.others[0], [self.hook_point], ids, attention_mask)[self.hook_point]
-        self.beside = activation.clone().flatten(0, 1).to(self.dtype)  # a clone is no inference tensor
+        self.beside = run_beside(self.others[0], [self.hook_point], ids, attention_mask, self.dtype)[self.hook_point]
 
     def encode(self, x: Float[Tensor, "tokens d_model"]) -> Float[Tensor, "tokens dict_size"]:
         assert self.beside is not None and self.beside.shape == x.shape
         pair = (x, self.beside) if self.info.side == "base" else (self.beside, x)
         return self.crosscoder.encode(torch.stack(pair, dim=1))
+
+
+def run_beside(
+    model: nn.Module,
+    hook_points: list[str],
+    ids: Int[Tensor, "rows seq"],
+    attention_mask: Tensor | None,
+    dtype: torch.dtype,
+) -> dict[str, Float[Tensor, "tokens d_model"]]:
+    """Return the activations of a model that runs beside the spliced one, on the same ids.
+
+    Raises:
+        InputError: a pass that continues a key-value cache, which the model beside does not have.
+    """
+    if attention_mask is None:
+        attention_mask = torch.ones_like(ids)
+    if attention_mask.shape != ids.shape:
+        raise InputError("the other model of the crosscoder keeps no key-value cache. Generate with use_cache=False.")
+    activations = hooks.run_to(model, hook_points, ids, attention_mask)
+    # a clone is no inference tensor
+    return {name: value.clone().flatten(0, 1).to(dtype) for name, value in activations.items()}
 
 
 class Constant(FrozenDictionary):

@@ -102,6 +102,11 @@ def _folder(name: str, releases: list[str]) -> Path:
     repo_id = f"{owner}/{repository}"
     if folder.endswith(".sae.pt"):
         return _file(name, repo_id, folder)
+    if folder.startswith("crosscoder/"):
+        import huggingface_hub
+
+        with _one_line(name):
+            return Path(huggingface_hub.snapshot_download(repo_id, allow_patterns=f"{folder}/*")) / folder
     for weights in _FILES:
         if (path := _files(name, repo_id, folder, weights, may_lack=True)) is not None:
             return path

@@ -15,6 +15,7 @@ from sae_lora.dictionaries import (
     gemma_scope,
     gemma_scope_2,
     hub,
+    layers,
     qwen_scope,
     sae_lens,
     sides,
@@ -29,6 +30,7 @@ _READERS = {
     "dictionary-learning": dictionary_learning,
     "qwen-scope": qwen_scope,
     "sparsify": sparsify,
+    "layer-crosscoder": layers,
     "sae-lens": sae_lens,
 }
 """Layout of an SAE -> the module that inspects and reads it."""
@@ -90,13 +92,16 @@ def reads_two_models(path: str | Path) -> bool:
 
 
 def read_dictionary(info: DictionaryInfo, other: nn.Module | None = None) -> FrozenDictionary:
-    """Read the weights of an inspected dictionary; `other`: the crosscoder's other model, see `PairSide`."""
+    """Read the weights of an inspected dictionary; `other`: the model that a crosscoder runs
+    beside, see `PairSide` and `layers`."""
     path = Path(info.path)
     source = path if path.exists() else hub.fetch(info.path)
     if isinstance(source, hub.Converted):
         return sae_lens.read_converted(info, source)
     if info.layout == "crosscoder":
         return sides.read(info, source, other)
+    if info.layout == "layer-crosscoder":
+        return layers.read(info, source, other)
     return _READERS[info.layout].read(info, source)
 
 

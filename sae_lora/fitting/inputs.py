@@ -132,6 +132,9 @@ def load_dictionaries(plan: Plan, config: TextConfig, device: torch.device) -> l
     if plan.other is not None:
         n_layers = hooks.layer_of(plan.infos[0].hook_point) + 1
         other = _pretrained(plan.other["name"], config, device, n_layers)
+    read = [point for info in plan.infos for point in info.settings.get("hook_points", ())]  # over layers of the model
+    if read:
+        other = _pretrained(plan.model, config, device, 1 + max(hooks.layer_of(point) for point in read))
     return [read_dictionary(info, other).to(device) for info in plan.infos]
 
 
