@@ -206,6 +206,24 @@ def test_ranks_put_latents_that_are_dead_or_stronger_in_base_last() -> None:
     assert np.allclose(specificity(row(nu_reconstruction=0.4, decoder_cosine=0.5)), 0.6 * 0.25)
 
 
+def test_a_rank_goes_by_verdict_before_specificity() -> None:
+    weak = {"decoder_cosine": 0.9, "nu_reconstruction": 0.3}  # a low specificity, behind the gate by its norm
+    strong = {"decoder_cosine": -0.9, "nu_reconstruction": 0.0}
+    table = pandas.concat(
+        [
+            row(**strong, relative_decoder_norm=0.6),  # rotated
+            row(**weak),  # tuned-specific
+            row(**strong, partner_correlation=0.8),  # decoupled, as specific as the first
+            row(**weak, nu_error=0.4),  # shrunk
+            row(relative_decoder_norm=0.6, decoder_cosine=0.6),  # shared
+            row(decoder_cosine=-1.0, nu_error=0.19),  # undetermined
+            row(decoder_cosine=-0.5),  # tuned-specific
+        ],
+        ignore_index=True,
+    )
+    assert ranks(table).tolist() == [4, 2, 5, 6, 7, 3, 1]
+
+
 def test_norm_classes_and_cosines_on_paper() -> None:
     assert norm_class([0.0, 0.1, 0.3, 0.4, 0.6, 0.75, 0.9, 1.0]) == [
         "base-only", "base-only", "other", "shared", "shared", "other", "tuned-only", "tuned-only",
