@@ -21,6 +21,7 @@ from diffing.causal.sets import choose_sets
 from diffing.causal.settings import CausalSettings, LensSettings, SteerSettings
 from diffing.causal.steering import answer, steered, steering_vector
 from diffing.causal.summary import causal_rows, causal_summary
+from diffing.latents.decoder_norms import decoder_difference
 from diffing.latents.latent_scaling import MODELS
 from diffing.latents.runs import open_run_and_cache
 from diffing.latents.table import read_table, require_fit, require_latents
@@ -34,10 +35,12 @@ def causal(settings: CausalSettings) -> dict[str, Any]:
     table = read_table(run)
     crosscoder = load_crosscoder(run, device=str(choose_device(settings.device)))
     require_fit(crosscoder, cache)
+    difference = decoder_difference(crosscoder).cpu().numpy()
     sets = {
         direction: choose_sets(
             table,
             target,
+            difference,
             n_latents=settings.top(),
             draws=settings.random_draws,
             seed=settings.seed,

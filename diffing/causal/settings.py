@@ -21,7 +21,7 @@ class CausalSettings:
     n_documents: int = 512
     """Chats with a response to measure on."""
     n_latents: int | list[int] = 32
-    """Sizes of the sets by Latent Scaling, by norm and at random."""
+    """Sizes of the sets by Latent Scaling, by norm, decoder difference and cosine, and at random."""
     random_draws: int = 10
     """Random sets of each size, from latents that are alive."""
     match_frequency: bool = False

@@ -13,6 +13,7 @@ from crosscoders.common.errors import InputError
 from crosscoders.common.results import row
 from crosscoders.common.statistics import bootstrap_interval, resample
 from diffing.causal.patching import DIRECTIONS, Measured
+from diffing.causal.sets import BASELINES
 
 
 class _Resampled:
@@ -76,7 +77,7 @@ def _window_rows(start: str, suffix: str, resampled: _Resampled) -> list[dict[st
         if name not in ("none", "source_model"):
             entries.append(resampled.row(f"{start}.{name}{suffix}.share_closed", share[name], "fraction"))
     for top in dict.fromkeys(name.split(".")[0] for name in names if name.startswith("top_")):
-        for other in ("norm", "random"):
+        for other in BASELINES:
             gain = share[f"{top}.scaling"] - share[f"{top}.{other}"]
             entries.append(resampled.row(f"{start}.{top}.scaling_minus_{other}{suffix}.share_closed", gain, "fraction"))
         draws = [i for i, name in enumerate(resampled.measured.names) if name == f"{top}.random"]

@@ -17,7 +17,7 @@ from diffing.latents.table import latent_table, scale_cache, write_table
 
 SETS = (
     "none all error bias template reconstruction cross_reconstruction chosen source_model best_half.norm "
-    "worst_half.scaling top_2.scaling top_4.norm top_4.random"
+    "worst_half.scaling top_2.scaling top_4.norm top_4.random top_4.difference top_2.cosine"
 ).split()
 
 
@@ -27,11 +27,13 @@ def crosscoder(cache_folder: Path) -> Crosscoder:
 
 
 def made_up(n_documents: int = 40) -> Measured:
-    """Documents of 10 tokens; KL 2 with none, 1 with top_4.scaling, 1.8 or 2 with the two random draws."""
+    """Documents of 10 tokens; KL 2 with none, 1 with top_4.scaling, .9 with top_4.difference, 1.8 or 2 with the two
+    random draws."""
     generator = np.random.default_rng(0)
     level = generator.uniform(0.5, 1.5, n_documents) * 10
-    names = ["none", "top_4.scaling", "top_4.norm", "top_4.random", "top_4.random", "source_model"]
-    kl = np.stack([factor * level for factor in (2, 1, 1.5, 1.8, 2.0, 3.0)])
+    kls = {"none": 2, "scaling": 1, "norm": 1.5, "difference": 0.9, "cosine": 1.2, "source_model": 3.0}
+    names = [name if name in ("none", "source_model") else f"top_4.{name}" for name in kls] + ["top_4.random"] * 2
+    kl = np.stack([factor * level for factor in (*kls.values(), 1.8, 2.0)])
     tokens = np.full((2, n_documents), 10)
     return Measured(names, np.stack([kl, kl]), np.stack([kl, kl]), np.stack([level, level]), tokens)
 
@@ -50,6 +52,8 @@ def test_rows_are_ratios_of_sums_with_paired_intervals() -> None:
     assert [random[key] for key in ("value", "low", "high")] == pytest.approx([0.05, 0.0, 0.1])  # over draws too
     assert found[f"{start}.top_4.random_largest.share_closed"]["value"] == pytest.approx(0.1)
     assert found[f"{start}.top_4.scaling_minus_norm.share_closed"]["value"] == pytest.approx(0.25)
+    assert found[f"{start}.top_4.scaling_minus_difference.share_closed"]["value"] == pytest.approx(-0.05)
+    assert found[f"{start}.top_4.scaling_minus_cosine.share_closed"]["value"] == pytest.approx(0.1)
     assert found[f"{start}.top_4.scaling_minus_random.first_5.share_closed"]["value"] == pytest.approx(0.45)
     assert f"{start}.none.share_closed" not in found
     text = causal_summary(list(found.values()), 5)

@@ -12,7 +12,7 @@ from small_crosscoders import PARITY, make, sample
 
 from crosscoders import Crosscoder, CrosscoderConfig, InputError, load_crosscoder
 from diffing import Thresholds, latent_table, scale_latents
-from diffing.latents.decoder_norms import decoder_cosine, norm_class
+from diffing.latents.decoder_norms import decoder_cosine, decoder_difference, norm_class
 from diffing.latents.latent_scaling import TARGETS
 from diffing.latents.verdict import ranks, specificity, verdicts
 
@@ -234,6 +234,16 @@ def test_norm_classes_and_cosines_on_paper() -> None:
     cc.W_dec[1, 0, 0], cc.W_dec[1, 1, 1] = 1.0, 1.0
     cc.W_dec[2, 0, 0], cc.W_dec[2, 1, 0] = 1.0, -3.0
     assert decoder_cosine(cc)[:4].tolist() == [1.0, 0.0, -1.0, 0.0]
+
+
+def test_a_decoder_difference_is_in_the_units_of_x_folded_or_not() -> None:
+    cc = make()
+    cc.W_dec.zero_()
+    cc.input_scale.copy_(torch.tensor([2.0, 0.5]))
+    cc.W_dec[0, :, 0] = torch.tensor([4.0, 1.0])  # 2 in both models in the units of x
+    cc.W_dec[1, 0, 0], cc.W_dec[1, 1, 1] = 6.0, 2.0  # 3 along one axis, 4 along another
+    for known in (cc, cc.fold()):
+        assert decoder_difference(known)[:3].tolist() == [0.0, 5.0, 0.0]
 
 
 def test_thresholds_are_the_published_ones_and_ours() -> None:
