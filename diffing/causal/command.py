@@ -9,6 +9,7 @@ import numpy as np
 from crosscoders.common import files
 from crosscoders.common.checks import to_dict
 from crosscoders.common.devices import choose_device
+from crosscoders.common.errors import InputError
 from crosscoders.common.progress import say
 from crosscoders.common.results import result, say_closing
 from crosscoders.formats.load import load_crosscoder
@@ -18,7 +19,7 @@ from crosscoders.text.tokens import read_template
 from diffing.causal.lens import logit_lens
 from diffing.causal.patching import DIRECTIONS, inspect_cached, load_whole, measure
 from diffing.causal.sets import choose_sets
-from diffing.causal.settings import CausalSettings, LensSettings, SteerSettings
+from diffing.causal.settings import LEAST_CHATS, CausalSettings, LensSettings, SteerSettings
 from diffing.causal.steering import answer, steered, steering_vector
 from diffing.causal.summary import causal_rows, causal_summary
 from diffing.latents.decoder_norms import decoder_difference
@@ -54,6 +55,11 @@ def causal(settings: CausalSettings) -> dict[str, Any]:
         config = replace(config, data=settings.data)
     info = inspect_cached(cache)
     chats = read_chats(config, info.tokenizer, settings.n_documents)
+    if len(chats) < LEAST_CHATS:
+        raise InputError(
+            f"{config.paths()} has {len(chats)} chats with a response; intervals over fewer than {LEAST_CHATS} say "
+            "nothing. Name more chats with --data."
+        )
     require_ids(np.concatenate([chat.ids for chat in chats]), info.n_ids, info.tokenizer, info.base)
     pair = load_whole(info, cache.manifest["hook_point"], settings.device, settings.model_dtype)
     measured = measure(

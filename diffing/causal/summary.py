@@ -14,6 +14,7 @@ from crosscoders.common.results import row
 from crosscoders.common.statistics import bootstrap_interval, resample
 from diffing.causal.patching import DIRECTIONS, Measured
 from diffing.causal.sets import BASELINES
+from diffing.causal.settings import ENOUGH_CHATS, FEW_CHATS
 
 
 class _Resampled:
@@ -105,6 +106,8 @@ def causal_summary(rows: list[dict[str, Any]], first_tokens: int) -> str:
             f"  {'patched in':<24}{'KL':>8}{'CE':>8}   {'share closed (95%)':<24}{f'first {first_tokens}: KL':>12}"
             "   share closed",
         ]
+        if values[f"{start}documents"]["value"] < ENOUGH_CHATS:
+            lines.insert(-1, f"  {FEW_CHATS}")
         names = [key[len(start) : -3] for key in values if key.startswith(start) and key.endswith(".kl")]
         lines += [_line(values, start + name, name, first) for name in names if not name.endswith(first)]
     return "\n".join(lines)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from crosscoders.common.errors import InputError
 from crosscoders.common.files import hash_file
+from diffing.causal.settings import ENOUGH_CHATS, FEW_CHATS
 from diffing.report.data import Run, read_object, read_rows
 from diffing.report.figures import BASE, TUNED, Figure, line_at, spec
 from diffing.report.text import NONE, number
@@ -100,7 +101,8 @@ def title(run: Run, direction: str) -> str:
     entry = run.causal[direction]
     n = entry["sets"][0].kl["n"] if entry["sets"] else 0
     chats = "" if entry["n_documents"] is None else f" of {number(entry['n_documents'])} chats"
-    return f"{DIRECTIONS[direction][0].capitalize()}: n = {number(n)} response tokens{chats}"
+    few = f". {FEW_CHATS}" if (entry["n_documents"] or ENOUGH_CHATS) < ENOUGH_CHATS else ""
+    return f"{DIRECTIONS[direction][0].capitalize()}: n = {number(n)} response tokens{chats}{few}"
 
 
 def first_title(run: Run, direction: str) -> str:

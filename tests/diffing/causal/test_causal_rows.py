@@ -93,7 +93,7 @@ def run(crosscoder: Crosscoder, cache_folder: Path, tmp_path_factory: pytest.Tem
 def test_the_command_writes_rows_that_stay_and_a_table(
     run: Path, cache_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    argv = ["causal", str(run), "--cache", str(cache_folder), "--n-documents", "6", "--n-latents", "[2,4]"]
+    argv = ["causal", str(run), "--cache", str(cache_folder), "--n-documents", "20", "--n-latents", "[2,4]"]
     argv += ["--random-draws", "3", "--latents", "[1,2]", "--match-frequency", "true"]
     assert cli.main([*argv, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -104,7 +104,21 @@ def test_the_command_writes_rows_that_stay_and_a_table(
             assert {f"causal.{direction}.{name}{window}.kl" for window in ("", ".first_9")} <= names
         assert f"causal.{direction}.top_4.scaling.share_closed" in names and f"causal.{direction}.unpatched.ce" in names
     assert cli.main(argv) == 0
-    assert "tuned to base: " in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "tuned to base: " in shown and "Fewer than 60 chats: the intervals are too narrow." in shown
+
+
+def test_few_chats_are_said_below_60_only() -> None:
+    for n, few in ((59, True), (60, False)):
+        text = causal_summary(causal_rows({"base_to_tuned": made_up(n)}), 9)
+        assert ("Fewer than 60 chats: the intervals are too narrow." in text) is few
+
+
+def few_chats(folder: Path) -> str:
+    """Return the path of a file of three chats."""
+    chat = {"messages": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A path."}]}
+    (folder / "few.jsonl").write_text(3 * (json.dumps(chat) + "\n"))
+    return str(folder / "few.jsonl")
 
 
 def test_wrong_runs_caches_and_lists_are_one_line(
@@ -135,7 +149,12 @@ def test_wrong_runs_caches_and_lists_are_one_line(
         ),
         ([str(run), *cached, "--n-latents", "2", "--latents", "[]"], 2, "latents is an empty list"),
         ([str(run), *cached, "--n-latents", "9999"], 2, "n_latents is 9999; give a number from 1 to"),
-        ([str(run), *cached, "--n-documents", "0"], 2, "n_documents is 0"),
+        ([str(run), *cached, "--n-documents", "19"], 2, "n_documents is 19; give a number from 20."),
+        (
+            [str(run), *cached, "--n-latents", "2", "--data", few_chats(tmp_path)],
+            2,
+            "few.jsonl has 3 chats with a response; intervals over fewer than 20 say nothing. Name more chats with",
+        ),
         ([str(run), *cached, "--n-latents", "2", "--data", str(tmp_path / "no.jsonl")], 2, "no.jsonl' does not exist"),
     ]:
         assert cli.main(["causal", *argv]) == status

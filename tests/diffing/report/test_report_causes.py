@@ -43,7 +43,7 @@ def with_causal(folder: Path, *more: dict[str, Any], latents: str | None = None)
 def test_the_page_has_each_set_with_n_and_interval(tmp_path: Path) -> None:
     run = with_causal(tmp_path / "run")
     text = page_of(run).text
-    assert "Base into tuned: n = 1,234 response tokens of 7 chats" in text
+    assert "Base into tuned: n = 1,234 response tokens of 7 chats. Fewer than 60 chats: the intervals are" in text
     assert "top 32, by scaling" in text and "40.0% (35.0% to 47.0%)" in text and "25.0% (20.0% to 30.0%)" in text
     assert "first 9 tokens of a response (n = 55)" in text and "share closed = 1 - KL(set) / KL(none)" in text
     assert "top 32, by difference" in text and "35.0% (30.0% to 42.0%)" in text and "top 32, by cosine" in text
