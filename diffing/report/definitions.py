@@ -1,14 +1,15 @@
 """What each column of the report means, in a sentence. `definitions` fills in the run's thresholds, here and in the
 definitions of the verdicts."""
 
-from diffing.latents.verdict import VERDICTS
+from diffing.latents.verdict import RANKED, VERDICTS
 from diffing.report.data import Latents
 from diffing.report.text import number
 
 COLUMNS = {
     "rank": (
-        "Place in the order of specificity among alive latents that are at least as strong in the tuned model as in "
-        "the base model (relative_decoder_norm from 0.5); all others follow. 1 is the most specific to the tuned model."
+        "Place among alive latents that are at least as strong in the tuned model as in the base model "
+        f"(relative_decoder_norm from 0.5): by verdict ({', '.join(RANKED)}), then by specificity; all others follow. "
+        "1 is the strongest sign of something new in the tuned model."
     ),
     "latent": "Number of the latent in the dictionary.",
     "verdict": "What the evidence says; the words are explained below.",
