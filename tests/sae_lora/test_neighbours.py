@@ -210,9 +210,3 @@ def test_dictionaries_whose_tensors_alone_tell_are_refused_by_their_axes(tmp_pat
     (flat / "cc_weights.pt").unlink()
     with pytest.raises(InputError, match=r"has a cfg.json but no weights that are read"):
         load_crosscoder(flat)
-
-
-@pytest.mark.parametrize("name", ["jumprelu_transcoder", "skip_transcoder"])
-def test_a_transcoder_of_sae_lens_is_named_by_its_architecture(tmp_path: Path, name: str) -> None:
-    with pytest.raises(InputError, match=f"architecture '{name}'; standard, gated"):
-        inspect_dictionary(sae_lens(tmp_path / "sae", architecture=name))
