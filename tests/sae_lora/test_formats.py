@@ -390,3 +390,34 @@ def test_every_architecture_that_sae_lens_reads_is_loaded_or_refused_by_name() -
     from sae_lens.registry import SAE_CLASS_REGISTRY
 
     assert set(SAE_CLASS_REGISTRY) == {*sae_lens.ARCHITECTURES, *sae_lens.TRANSCODERS, "temporal"}
+
+
+# ------------------------------------------------------------------------------------------------- torn and unknown
+
+
+@pytest.mark.parametrize(
+    "weights, config, said",
+    [
+        ("notes.pt", None, "holds no dictionary: it holds notes.pt"),
+        (
+            "notes.pt",
+            {"type": "sae", "architecture": "jump_relu"},
+            "holds no dictionary: it holds config.json, notes.pt",
+        ),
+        (
+            "params_layer_1.safetensors",
+            {"type": "crosscoder"},
+            "holds no dictionary: it holds config.json, params_layer_1",
+        ),
+        ("resid_post/layer_12_width_16k_l0_small/params.safetensors", None, "folders of them, such as '.*l0_small'"),
+        ("resid_post_layer_3/trainer_1/ae.pt", None, "folders of them, such as '.*resid_post_layer_3/trainer_1'"),
+    ],
+)
+def test_a_torn_or_unknown_folder_says_what_would_load(
+    tmp_path: Path, weights: str, config: dict[str, Any] | None, said: str
+) -> None:
+    path = tmp_path / "it" / weights
+    written(path.parent, {"a": torch.zeros(2)}, path.name, config, "config.json")
+    with pytest.raises(InputError, match=said + r".* What is read: params.npz of Gemma Scope, ") as caught:
+        inspect_dictionary(tmp_path / "it", hook_point="blocks.1.hook_resid_post")
+    assert "\n" not in str(caught.value)

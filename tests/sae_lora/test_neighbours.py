@@ -194,7 +194,7 @@ def test_saes_that_we_read_are_named_where_a_crosscoder_is_wanted(tmp_path: Path
         with pytest.raises(InputError, match="is an SAE of Qwen Scope"):
             load_crosscoder(path)
     second = folder_with(tmp_path / "second", ["config.json", "params.safetensors"], hf_hook_point_out="x")
-    with pytest.raises(InputError, match=r"is a transcoder of Gemma Scope 2, .* Crosscoders"):
+    with pytest.raises(InputError, match=r"is a transcoder of Gemma Scope 2. Crosscoders .*load_dictionary reads SAEs"):
         load_crosscoder(second)
 
 
