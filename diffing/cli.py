@@ -8,10 +8,30 @@ from diffing.interpretation.settings import InterpretSettings
 from diffing.latents.settings import ScaleSettings, StabilitySettings
 from diffing.null.settings import NullSettings
 from diffing.report.settings import ReportSettings
+from diffing.sae.settings import SaeSettings
 from diffing.sae_gap.settings import SaeGapSettings
-from diffing.topk_lora.settings import PRESETS, TopKEvalSettings, TopKFitSettings
+from diffing.samples.settings import RepliesSettings, SaySettings
+from diffing.topk_lora.settings import PRESETS, TopKEvalSettings, TopKFitSettings, TopKSetsSettings
 
 COMMANDS = [
+    Command(
+        "say",
+        "What the tuned model says and the base does not, in minutes and without training.",
+        SaySettings,
+        "diffing.samples.command:say",
+    ),
+    Command(
+        "replies",
+        "How both models answer the same prompts: words, lengths, refusals, formats.",
+        RepliesSettings,
+        "diffing.samples.command:replies",
+    ),
+    Command(
+        "sae",
+        "One SAE in both models: which latents changed, and which cause the difference.",
+        SaeSettings,
+        "diffing.sae.command:sae",
+    ),
     Command(
         "sae-gap",
         "What a dictionary cannot express of a fine-tune: LoRA around it in both models.",
@@ -92,6 +112,13 @@ COMMANDS = [
         "Held-out KL, internal faithfulness and directions of a run.",
         TopKEvalSettings,
         "diffing.topk_lora.command:evaluate",
+        "run",
+    ),
+    Command(
+        "topk-lora sets",
+        "The smallest set of directions behind each behaviour, audited on other prompts.",
+        TopKSetsSettings,
+        "diffing.topk_lora.sets_command:find_sets",
         "run",
     ),
 ]

@@ -1,8 +1,9 @@
-"""`sae-lora fit | eval | compare`: settings and messages only."""
+"""`sae-lora fit | eval | compare | finetune-sae`: settings and messages only."""
 
 from crosscoders.common.command_line import Command
 from crosscoders.common.command_line import main as run_main
 from sae_lora.evaluation.settings import CompareSettings, EvalSettings
+from sae_lora.finetuning.settings import FinetuneSaeSettings
 from sae_lora.fitting.settings import PRESETS, FitSettings
 
 COMMANDS = [
@@ -26,6 +27,12 @@ COMMANDS = [
         CompareSettings,
         "sae_lora.evaluation.command:compare_command",
         positional="runs",
+    ),
+    Command(
+        "finetune-sae",
+        "Fine-tune an SAE to a tuned model: a twin with the same latent numbers.",
+        FinetuneSaeSettings,
+        "sae_lora.finetuning.command:finetune_sae_command",
     ),
 ]
 

@@ -48,6 +48,8 @@ def commands(folder: Path, pair: Pair) -> dict[str, tuple[str, list[str]]]:
         "cache/manifest.json": evaluate,
         "cache/manifest.json again": ("crosscoders", [*trained, str(folder / "new")]),
         "begun/progress.json": ("crosscoders", [*cached, "--dtype", "float32", "--out", str(folder / "begun")]),
+        "begun/sums-00000.json": ("crosscoders", [*cached, "--dtype", "float32", "--out", str(folder / "begun")]),
+        "part/sums-00000.json": ("crosscoders", ["merge", str(folder / "part"), "--out", str(folder / "merged")]),
         "part/part.json": ("crosscoders", ["merge", str(folder / "part"), "--out", str(folder / "merged")]),
         "run/config.json": evaluate,
         "run/config.json again": ("diffing", ["stability", run, str(folder / "other")]),
@@ -82,9 +84,10 @@ def finished(pair: Pair, cache_folder: Path, tmp_path_factory: pytest.TempPathFa
     run_cache(pair.config(folder / "part", n_tokens=120), part=Part(1, 1))
     (folder / "begun" / "manifest.json").unlink()
     whole = json.loads((cache_folder / "manifest.json").read_text())
-    part = json.loads((folder / "part" / "part.json").read_text())
-    sums = [part["shards"][0] | shard for shard in whole["shards"][:2]]
-    files.write_json(folder / "begun" / "progress.json", whole | {"shards": sums})
+    sums = json.loads((folder / "part" / "sums-00000.json").read_text())
+    files.write_json(folder / "begun" / "progress.json", whole)
+    for number, shard in enumerate(whole["shards"][:2]):
+        files.write_json(folder / "begun" / f"sums-0000{number}.json", sums | shard)
     run = str(folder / "run")
     for name, seed in (("run", "0"), ("other", "1")):
         argv = ["train", "--cache", str(folder / "cache"), *TRAIN, "--seed", seed, "--out", str(folder / name)]

@@ -1,4 +1,4 @@
-r"""TopKLoRA against dense LoRA on the embedded pair: held-out KL, internal faithfulness, dead directions.
+r"""TopKLoRA against dense LoRA on the embedded pair: held-out KL, internal faithfulness, dead directions, sets.
 
 Every arm is distilled from the same batches with its own rate, probed on seed 0. A row is a mean over seeds, low and
 high its 95% interval (Student's t over seeds, null for one), n the seeds. `quick`: one seed, three arms, few steps.
@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmarks.planted import over_seeds
 from benchmarks.topk_lora.arms import ARMS, arm_config, opened, probed_rate, trained
+from benchmarks.topk_lora.behaviours import BASES, set_rows_of
 
 SEEDS, STEPS, QUICK_STEPS = range(3), 450, 40
 QUICK_ARMS = ("topk-64-8", "dense-8", "dense-64")
@@ -20,6 +21,7 @@ def run(quick: bool, work: Path) -> dict[str, Any]:
     work = work / ("quick" if quick else "full")
     rows: list[dict[str, Any]] = []
     values: dict[str, list[dict[str, tuple[float | None, str]]]] = {}
+    sets: dict[str, list[dict[str, tuple[float | None, str]]]] = {}
     for name in QUICK_ARMS if quick else ARMS:
         lr = 5e-3 if quick else probed_rate(setting, work, name, base)
         for seed in SEEDS[: 1 if quick else None]:
@@ -27,7 +29,11 @@ def run(quick: bool, work: Path) -> dict[str, Any]:
             adapter.detach()
             of_seed = {entry["name"].removeprefix("topk-lora."): (entry["value"], entry["unit"]) for entry in measured}
             values.setdefault(name, []).append(of_seed)
+            if name in BASES and not (quick and name != "topk-64-8"):
+                of_sets = set_rows_of(setting, work / name / f"seed-{seed}", name, seed, quick=quick)
+                sets.setdefault(name, []).append({e["name"]: (e["value"], e["unit"]) for e in of_sets})
         rows += over_seeds(f"topk-lora.distil.{name}", values[name])
+        rows += over_seeds(f"topk-lora.{name}", sets.get(name, []))
     for name, reference, words in (
         ("topk-64-8", "dense-8", "equal_rank"), ("topk-64-8", "dense-64", "equal_parameters"),
         ("topk-64-4", "dense-4", "equal_rank"), ("topk-64-4", "dense-64", "equal_parameters"),

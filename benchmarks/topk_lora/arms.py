@@ -87,10 +87,10 @@ def probed_rate(setting: Setting, work: Path, name: str, base: DistilConfig) -> 
     path = work / name / "rates.json"
     if path.is_file():
         return float(files.read_model(path, ResultRecord)["rows"][0]["value"])
-    kls = {}
+    kls, probed = {}, setting._replace(held_out=setting.train[-20:], rows=setting.train_rows)
     for lr in RATES:
         adapter = distil(setting, replace(arm_config(name, base, lr), steps=PROBE_STEPS), name=f"{name} probe {lr:g}")
-        measured = measure_faithfulness(setting._replace(held_out=setting.train[-20:]), adapter)
+        measured = measure_faithfulness(probed, adapter)
         kls[lr] = float(measured.kl[0].sum() / measured.n_tokens.sum())
         adapter.detach()
     best = min(kls, key=lambda lr: kls[lr])

@@ -8,6 +8,7 @@ from typing import Any
 
 from crosscoders.activations.settings import Part, parse_part
 from crosscoders.activations.shards import FINAL, PartRecord, build_manifest, first_difference, shard_name
+from crosscoders.activations.sums import read_sums
 from crosscoders.common.errors import CorruptData, InputError
 from crosscoders.common.files import Written
 from crosscoders.common.folders import Folder, open_folder
@@ -64,8 +65,10 @@ def merge_point(parts: list[Folder], folder: Folder, out: str) -> None:
     entries = [(part, _read_part(part)) for part in parts]
     _require_one_plan(entries)
     entries = _in_order(entries)
-    shards: list[dict[str, Any]] = [shard for _, entry in entries for shard in entry["shards"]]
-    _require_whole(shards, entries[0][1])
+    first = entries[0][1]
+    shape = first["n_models"], first["d_model"]
+    shards = [read_sums(part, shard["name"], shape) for part, entry in entries for shard in entry["shards"]]
+    _require_whole(shards, first)
     for part, entry in entries:
         there = part.sizes()
         for shard in entry["shards"]:
@@ -77,7 +80,6 @@ def merge_point(parts: list[Folder], folder: Folder, out: str) -> None:
     for part, entry in entries:
         for shard in entry["shards"]:
             folder.adopt(part, shard["name"], Written(shard["n_bytes"], shard["checksum"]))
-    first = entries[0][1]
     header = {key: value for key, value in first.items() if key not in OF_ONE_PART}
     folder.write_json("manifest.json", build_manifest(header, first["config"] | {"out": out}, shards))
 

@@ -1,7 +1,8 @@
 """Shards and manifest of one cache, or of one part of it: what is there, what is missing, what is published last.
 
-    progress.json   while it is written: the plan and the finished shards, with their sums
-    part.json       of a finished part: the same with `part`, for `merge_parts`
+    progress.json   while it is written: the plan
+    sums-*.json     while it is written, and in a part: each finished shard with its sums
+    part.json       of a finished part: the plan with `part` and its shards, for `merge_parts`
     manifest.json   of a finished cache: sums made into statistics
 
 `ShardWriter` holds one folder; `build_manifest` makes the manifest of a cache and is the same for one run and for
@@ -9,28 +10,24 @@ merged parts.
 """
 
 from concurrent.futures import ThreadPoolExecutor
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
-import torch
-from jaxtyping import Float
 from pydantic import Field, model_validator
-from torch import Tensor
 
-from crosscoders.activations.outliers import outlier_statistics, outlier_sums, within
+from crosscoders.activations.outliers import outlier_statistics, within
 from crosscoders.activations.plan import FORMAT_VERSION, Plan
 from crosscoders.activations.scored import DTYPES, Tokens
 from crosscoders.activations.settings import CacheConfig, Part
+from crosscoders.activations.sums import Shard, is_sums, read_sums, shard_sums, sums_name, write_sums
 from crosscoders.common.checks import to_dict
 from crosscoders.common.errors import InputError
 from crosscoders.common.folders import Folder
-from crosscoders.common.records import FileRecord, Named, Record
+from crosscoders.common.records import Named, Record
 from crosscoders.models.names import identity
 
 COLUMN_BYTES = 17
 """Of one token, beside its activations."""
-BLOCK = 512
-"""Tokens that are summed in float32."""
 SUMS = ("sum", "norm_sum", "square_sum")
 
 
@@ -39,59 +36,22 @@ def bytes_per_token(config: CacheConfig, d_model: int) -> int:
     return 2 * DTYPES[config.dtype].itemsize * d_model + COLUMN_BYTES
 
 
-class Shard(FileRecord):
-    """A finished shard, in a manifest."""
-
-    name: str
-    n_tokens: int = Field(gt=0)
-
-
-IfThere = Annotated[list[float], Field(default_factory=list)]
-"""A number of each model, which shards of earlier versions lack."""
-
-
-class SummedShard(Shard):
-    """The same before the sums are made into statistics."""
-
-    sum: list[list[float]]
-    norm_sum: list[float]
-    square_sum: list[float]
-    norm_max: list[float]
-    norm_median_sum: IfThere
-    spread: IfThere
-    top_tokens: IfThere
-    top_spread: IfThere
-    outlying_tokens: IfThere
-    outlying_spread: IfThere
-    left_out: int = 0
-
-    def lengths(self) -> set[tuple[str, int]]:
-        """Return the lengths of the lists that it has, which are one for each kind of list."""
-        values = [getattr(self, name) for name in self.model_fields_set]
-        of_models = {("n_models", len(value)) for value in values if isinstance(value, list)}
-        return of_models | {("d_model", len(value)) for value in self.sum}
-
-
 class ProgressRecord(Record):
     """progress.json; the plan in it is compared with the present one, key by key."""
 
     format_version: int
-    shards: list[SummedShard]
-
-    @model_validator(mode="after")
-    def _agrees(self) -> "ProgressRecord":
-        if len(set().union(*(shard.lengths() for shard in self.shards))) > 2:
-            raise ValueError("the sums of its shards are of different lengths")
-        return self
 
 
-class PartRecord(ProgressRecord):
+class PartRecord(Record):
     """part.json"""
 
     part: str
     config: dict[str, Any]
     n_tokens: int
     shard_tokens: int = Field(gt=0)
+    n_models: int
+    d_model: int
+    shards: list[Shard]
 
 
 class Statistics(Record):
@@ -171,9 +131,23 @@ class ShardWriter:
                         f"{self.folder} holds a cache with another {key} ({recorded.get(key)!r}, now {wanted[key]!r}). "
                         "Choose another --out, or remove that folder."
                     )
-                self.shards = list(recorded["shards"])
                 self.is_complete = name in FINAL
+                self.shards = list(recorded["shards"]) if self.is_complete else self._finished(there)
                 return
+        for name in filter(is_sums, there):
+            self.folder.remove(name)  # of a run whose progress.json is gone
+
+    def _finished(self, there: dict[str, int]) -> list[dict[str, Any]]:
+        """Read the sums of shards up to the first one that is missing or cut."""
+        shards: list[dict[str, Any]] = []
+        for name in map(shard_name, self.numbers):
+            if sums_name(name) not in there:
+                break
+            shard = read_sums(self.folder, name, (self.plan.shared["n_models"], self.plan.shared["d_model"]))
+            if there.get(name) != shard["n_bytes"]:
+                break
+            shards.append(shard)
+        return shards
 
     def _identity(self) -> dict[str, Any]:
         return {**self.plan.fingerprint(self.hook_point), "part": str(self.part) if self.part else None}
@@ -183,15 +157,17 @@ class ShardWriter:
         return self.numbers.start + len(self.shards)
 
     def write(self, number: int, tokens: Tokens) -> None:
-        """Publish the next shard, and progress after it."""
+        """Publish the next shard, and its sums after it."""
         name, n_planned = shard_name(number), len(tokens.token_ids)
         tokens = within(tokens, self.config.max_norm_multiple)
         counts = {"n_tokens": len(tokens.token_ids), "left_out": n_planned - len(tokens.token_ids)}
         with ThreadPoolExecutor(1) as beside:  # sums take about as long as the write, and neither holds the interpreter
-            sums = beside.submit(_sums, tokens.activations)
+            sums = beside.submit(shard_sums, tokens.activations)
             written = self.folder.write_tensors(name, tokens._asdict())
+        if not self.shards:
+            self.folder.write_json("progress.json", self._progress())
         self.shards.append({"name": name, **counts, **written._asdict(), **sums.result()})
-        self.folder.write_json("progress.json", {**self._progress(), "shards": self.shards})
+        write_sums(self.folder, self.shards[-1])
 
     def _progress(self) -> dict[str, Any]:
         part = {"part": str(self.part)} if self.part else {}
@@ -211,11 +187,19 @@ class ShardWriter:
         }
         settings = to_dict(self.config) | {"data": [to_dict(source) for source in self.config.data_config().sources()]}
         if self.part:
-            whole = {**header, "part": str(self.part), "config": settings, "shards": self.shards}
+            whole = {**header, "part": str(self.part), "config": settings, "shards": _entries(self.shards)}
             self.folder.write_json("part.json", whole)
         else:
             self.folder.write_json("manifest.json", build_manifest(header, settings, self.shards))
         self.folder.remove("progress.json")
+        if not self.part:
+            for shard in self.shards:
+                self.folder.remove(sums_name(shard["name"]))
+
+
+def _entries(shards: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return what identifies each shard, without its sums."""
+    return [{key: shard[key] for key in ("name", "n_tokens", "n_bytes", "checksum")} for shard in shards]
 
 
 def shard_name(number: int) -> str:
@@ -240,27 +224,4 @@ def build_manifest(header: dict[str, Any], settings: dict[str, Any], shards: lis
         "max_norm": np.max([shard["norm_max"] for shard in shards], axis=0).tolist(),
         **outlier_statistics(shards),
     }
-    entries = [{key: shard[key] for key in ("name", "n_tokens", "n_bytes", "checksum")} for shard in shards]
-    return {**header, "statistics": statistics, "config": settings, "shards": entries}
-
-
-def _sums(activations: Float[Tensor, "tokens n_models d_model"]) -> dict[str, Any]:
-    """Return sums in float64, added over shards at the end: running means in bfloat16 stop moving after 256 tokens.
-
-    Norms and sums of BLOCK tokens are float32, so that no copy of the shard in float64 is made.
-    """
-    n_tokens, n_models, d_model = activations.shape
-    total = torch.zeros(n_models * d_model, dtype=torch.float64)
-    norms = torch.empty(n_tokens, n_models, dtype=torch.float64)
-    for part, of_part in zip(activations.split(BLOCK), norms.split(BLOCK), strict=True):
-        x = part.float()
-        of_part.copy_(torch.linalg.vector_norm(x, dim=-1))
-        total += x.new_ones(len(x)) @ x.flatten(1)
-    sums = total.view(n_models, d_model)
-    return {
-        "sum": sums.tolist(),
-        "norm_sum": norms.sum(dim=0).tolist(),
-        "square_sum": (norms**2).sum(dim=0).tolist(),
-        "norm_max": norms.amax(dim=0).tolist(),
-        **outlier_sums(activations, norms, sums / n_tokens),
-    }
+    return {**header, "statistics": statistics, "config": settings, "shards": _entries(shards)}

@@ -182,6 +182,12 @@ class ResumableModel:
     @torch.inference_mode()
     def resume(self, state: State, activation: Float[Tensor, "rows seq width"]) -> Float[Tensor, "rows seq d_model"]:
         """Return what the head reads with `activation` at the hook point."""
+        return self.resume_with_graph(state, activation)
+
+    def resume_with_graph(
+        self, state: State, activation: Float[Tensor, "rows seq width"]
+    ) -> Float[Tensor, "rows seq d_model"]:
+        """Return what `resume` returns, with its graph; for gradients no tensor of the state may be of inference."""
         activation = activation.to(state.activation.dtype)
         with contextlib.ExitStack() as stack:
             if self.prefix is not None:

@@ -13,7 +13,7 @@ Source: Minder et al. 2025 (arXiv 2504.02922), section on causality. Differs: do
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from crosscoders.models.pair import ModelPair, PairInfo, inspect_pair, load_pair
 from crosscoders.models.resume import ResumableModel, State
 from crosscoders.text.chats import Chat, ChatBatch, batches
 from crosscoders.text.padding import padding_id
-from diffing.causal.sets import Exchange, Parts, PatchSet
+from diffing.causal.sets import Exchange, Exchanger, PatchSet
 
 DIRECTIONS = {"base_to_tuned": 1, "tuned_to_base": 0}
 """Direction -> the target, whose upper layers run."""
@@ -62,7 +62,7 @@ def load_whole(info: PairInfo, hook_point: str, device: str, dtype: str) -> Mode
 
 
 def measure(
-    crosscoder: Crosscoder,
+    exchanged: Crosscoder | Exchanger,
     pair: ModelPair,
     chats: list[Chat],
     sets: Mapping[str, list[PatchSet]],
@@ -71,6 +71,8 @@ def measure(
     first_tokens: int = 9,
 ) -> dict[str, Measured]:
     """Run every set of every direction over `chats`; `pair` holds whole models (`load_pair(..., whole=True)`).
+
+    exchanged: a crosscoder of two models, or what builds patched activations in another way.
 
     Raises:
         InputError: a direction that does not exist, activations of another width than the crosscoder's, no chats.
@@ -81,7 +83,7 @@ def measure(
     models = [ResumableModel(model, pair.hook_points[0]) for model in pair.models]
     if not all(model.prefix for model in models):
         say("the layers below the hook point cannot be left out in this architecture; every patch runs them")
-    exchange = Exchange(crosscoder.to(pair.device))
+    exchange = Exchange(exchanged.to(pair.device)) if isinstance(exchanged, Crosscoder) else exchanged
     sums = {name: _Sums([p.name for p in listed], len(chats), first_tokens) for name, listed in sets.items()}
     progress = Progress("causal", total=len(chats), unit="chat")
     for batch in batches(chats, batch_rows, padding_id(pair.info.tokenizer, pair.info.n_ids)):
@@ -101,8 +103,8 @@ def _one_direction(
     models: list[ResumableModel],
     states: list[State],
     batch: ChatBatch,
-    exchange: Exchange,
-    parts: Parts,
+    exchange: Exchanger,
+    parts: Any,
     patches: list[PatchSet],
     target: int,
 ) -> None:

@@ -17,7 +17,7 @@ reconstruction x_hat_m, err_m = x_m - x_hat_m, and B_m what is decoded when no l
 """
 
 from dataclasses import replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import pandas
@@ -54,6 +54,15 @@ class Parts(NamedTuple):
     entries: list[selection.Active]
     """Active latents, in chunks of tokens."""
     is_template: Bool[Tensor, " tokens"]
+
+
+@runtime_checkable
+class Exchanger(Protocol):
+    """Takes the activations of two models apart, and puts patched ones together."""
+
+    def take_apart(self, x: Float[Tensor, "tokens n_models d_model"], is_template: Bool[Tensor, " tokens"]) -> Any: ...
+
+    def patched(self, parts: Any, patch: PatchSet, target: int) -> Float[Tensor, "tokens d_model"]: ...
 
 
 class Exchange:

@@ -2,9 +2,10 @@
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import pandas
 
 from crosscoders.activations.cache import ActivationCache
 from crosscoders.common import files
@@ -27,6 +28,9 @@ from diffing.latents.contexts import TEMPLATE, ChosenLatents
 from diffing.latents.readable import run_reasons
 from diffing.latents.runs import open_run_and_cache
 from diffing.latents.table import cache_tokenizer, read_table, require_fit, require_latents
+from diffing.topk_lora.command import DIRECTIONS, open_adapter
+from diffing.topk_lora.command import RUN as TOPK_RUN
+from diffing.topk_lora.readouts import read_activations
 
 FORMAT_VERSION = 1
 
@@ -54,23 +58,14 @@ class InterpretationRecord(ResultRecord):
 def interpret_run(settings: InterpretSettings) -> dict[str, Any]:
     """Run `diffing interpret`."""
     started = time.perf_counter()
-    run, cache = open_run_and_cache(settings.run, settings.cache)
-    table = read_table(run)
-    ranked = table.nsmallest(32, "rank").index.tolist()
-    latents = require_latents(ranked if settings.latents is None else settings.latents, len(table))
-    crosscoder = load_crosscoder(run, device=str(choose_device(settings.device)))
-    require_fit(crosscoder, cache)
-    if against := run_reasons(run, table):
-        say(warning(against))
-    tokenizer = cache_tokenizer(cache)
-    say(f"interpret {len(latents)} latents of {run} on {min(settings.n_tokens, len(cache)):,} tokens of {cache.path}")
-    readout = read_latents(crosscoder, cache, list(latents), settings.n_tokens)
+    of_adapter = (Path(settings.run) / TOPK_RUN).is_file()
+    run, readout, tokenizer, table = (open_directions if of_adapter else open_latents)(settings)
     predicted = predictions(readout, seed=settings.seed)
     asked = Interpreted() if settings.endpoint is None else ask_endpoint(settings, readout, tokenizer)
     if asked.fault:
         say(f"warning: {asked.fault} The other results are complete.")
     described_latents = {}
-    for latent in latents:
+    for latent in readout.features:
         listed = [_described(prediction, readout, tokenizer) for prediction in predicted[latent]]
         scores, control = (
             {task: judged.as_dict() for task, judged in part.get(latent, {}).items()}
@@ -82,14 +77,52 @@ def interpret_run(settings: InterpretSettings) -> dict[str, Any]:
     described = {
         **result("interpret", to_dict(settings), interpretation_rows(predicted, asked)),
         "format_version": FORMAT_VERSION,
-        "table": files.hash_file(run / "latents.json"),
+        "table": files.hash_file(table),
         "latents": described_latents,
         "fault": asked.fault,
     }
-    path = Path(run) / "interpretation.json"
+    path = run / "interpretation.json"
     files.write_json(path, described)
-    say_closing(started, f"{len(latents)} latents in {path}")
+    say_closing(started, f"{len(readout.features)} features in {path}")
     return described | {"text": summary(described)}
+
+
+class Opened(NamedTuple):
+    """What is interpreted."""
+
+    run: Path
+    readout: Readout
+    tokenizer: Any
+    table: Path
+    """File whose rows the features are."""
+
+
+def open_latents(settings: InterpretSettings) -> Opened:
+    """Read latents of a crosscoder's run on its cache."""
+    run, cache = open_run_and_cache(settings.run, settings.cache)
+    table = read_table(run)
+    ranked = table.nsmallest(32, "rank").index.tolist()
+    latents = require_latents(ranked if settings.latents is None else settings.latents, len(table))
+    crosscoder = load_crosscoder(run, device=str(choose_device(settings.device)))
+    require_fit(crosscoder, cache)
+    if against := run_reasons(run, table):
+        say(warning(against))
+    say(f"interpret {len(latents)} latents of {run} on {min(settings.n_tokens, len(cache)):,} tokens of {cache.path}")
+    readout = read_latents(crosscoder, cache, list(latents), settings.n_tokens)
+    return Opened(Path(run), readout, cache_tokenizer(cache), Path(run) / "latents.json")
+
+
+def open_directions(settings: InterpretSettings) -> Opened:
+    """Read directions of a TopKLoRA on its held-out documents; a feature is a row of directions.parquet."""
+    run = Path(settings.run)
+    setting, adapter = open_adapter(run, settings.device)
+    path = run / DIRECTIONS
+    table = pandas.read_parquet(path)
+    rows = list(require_latents(list(range(32)) if settings.latents is None else settings.latents, len(table)))
+    say(f"interpret {len(rows)} directions of {run} on {setting.rows.n_scored:,} held-out tokens")
+    chosen = list(table.loc[rows, ["site", "direction"]].itertuples(index=False, name=None))
+    columns = read_activations(setting, adapter, chosen)
+    return Opened(run, Readout(rows, *columns[:3], setting.rows.group_names, columns[3]), setting.tokenizer, path)
 
 
 def read_latents(crosscoder: Crosscoder, cache: ActivationCache, latents: list[int], n_tokens: int) -> Readout:

@@ -5,7 +5,7 @@ where there are more groups than `MAX_GROUPS` and this is none of the largest. T
 latent j in context c is sum_{n in c} f_nj / sum_n f_nj: activation mass, not counts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,10 @@ MAX_GROUPS = 12
 """Groups of documents with a context of their own: a column each, and a sum for each latent."""
 WINDOW = (16, 8)
 """Tokens of an example before its peak, and from the peak on."""
+
+
+Encode = Callable[[Float[Tensor, "batch n_models d_model"]], Float[Tensor, "batch chosen"]]
+"""Activations in the units of x -> a few latents, on the CPU."""
 
 
 class ContextSums:
@@ -92,16 +96,30 @@ def examples(
     Each example: document, group, position (of the peak in its document), value, tokens, values (one per token), peak
     (index into tokens). Tokens that are not cached, such as the beginning of sequence, are not shown.
     """
-    chosen = ChosenLatents(crosscoder, latents)
+    return strongest_examples(
+        ChosenLatents(crosscoder, latents).encode, cache, latents, tokenizer, n_examples=n_examples, n_tokens=n_tokens
+    )
+
+
+def strongest_examples(
+    encode: Encode,
+    cache: ActivationCache,
+    latents: list[int],
+    tokenizer: Any,
+    *,
+    n_examples: int,
+    n_tokens: int | None = None,
+) -> dict[str, list[dict[str, Any]]]:
+    """Return what `examples` returns, for latents that `encode` gives in the order of `latents`."""
     best = _Best(len(latents), 8 * n_examples)
     start = 0
     for tokens in cache.batches(4096, 0, n_tokens):
-        best.add(chosen.encode(tokens.activations), tokens.document_ids, start)
+        best.add(encode(tokens.activations), tokens.document_ids, start)
         start += len(tokens.token_ids)
     peaks = [(token, i) for i in range(len(latents)) for token in best.peaks(i, n_examples)]
     by_latent: dict[str, list[dict[str, Any]]] = {str(latent): [] for latent in latents}
     for token, i in sorted(peaks):  # in cache order, so that each shard is read once
-        by_latent[str(latents[i])].append(_example(chosen, cache, i, token, tokenizer))
+        by_latent[str(latents[i])].append(_example(encode, cache, i, token, tokenizer))
     return {latent: sorted(rows, key=lambda row: -row["value"]) for latent, rows in by_latent.items()}
 
 
@@ -145,7 +163,7 @@ class _Best:
         return list(by_document.values())[:n]
 
 
-def _example(chosen: ChosenLatents, cache: ActivationCache, i: int, token: int, tokenizer: Any) -> dict[str, Any]:
+def _example(encode: Encode, cache: ActivationCache, i: int, token: int, tokenizer: Any) -> dict[str, Any]:
     first = max(0, token - WINDOW[0] - MAX_BYTES)
     tokens = cache.read(first, min(len(cache), token + WINDOW[1] + MAX_BYTES))
     inside = (tokens.document_ids == tokens.document_ids[token - first]).nonzero().squeeze(1)
@@ -156,7 +174,7 @@ def _example(chosen: ChosenLatents, cache: ActivationCache, i: int, token: int, 
     while start and not texts[start]:  # a character is shown whole
         start -= 1
     tokens, texts, peak = tokens.slice(start, stop), texts[start:stop], peak - start
-    values = chosen.encode(tokens.activations)[:, i]
+    values = encode(tokens.activations)[:, i]
     return {
         "document": int(tokens.document_ids[peak]),
         "group": cache.manifest["groups"][int(tokens.groups[peak])],

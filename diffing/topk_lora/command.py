@@ -19,7 +19,7 @@ from crosscoders.common.results import result, row, say_closing
 from crosscoders.common.statistics import bootstrap_interval, resample
 from crosscoders.models.names import hash_model
 from crosscoders.text.settings import DataSource
-from diffing.topk_lora.distil import Faithfulness, distil, measure_faithfulness, open_setting
+from diffing.topk_lora.distil import Faithfulness, Setting, distil, measure_faithfulness, open_setting
 from diffing.topk_lora.readouts import read_directions
 from diffing.topk_lora.settings import DistilConfig, TopKEvalSettings, TopKFitSettings
 from sae_lora.lora.topk import TopKLoRA, n_directions
@@ -80,12 +80,17 @@ def read_config(run: Path, device: str) -> DistilConfig:
     return dataclasses.replace(DistilConfig(**saved), device=device)
 
 
-def _opened(config: DistilConfig, out: Path) -> tuple[Any, TopKLoRA]:
+def open_adapter(run: Path, device: str) -> tuple[Setting, TopKLoRA]:
+    """Load both models of a run, and its adapter on the base."""
+    return _opened(read_config(run, device), run)
+
+
+def _opened(config: DistilConfig, out: Path) -> tuple[Setting, TopKLoRA]:
     setting = open_setting(config)
     return setting, TopKLoRA.load(setting.base, out / ADAPTER)
 
 
-def _evaluated(setting: Any, adapter: TopKLoRA, out: Path, top: int) -> tuple[list[dict[str, Any]], str]:
+def _evaluated(setting: Setting, adapter: TopKLoRA, out: Path, top: int) -> tuple[list[dict[str, Any]], str]:
     measured = measure_faithfulness(setting, adapter)
     table = read_directions(setting, adapter)
     table.to_parquet(out / DIRECTIONS)

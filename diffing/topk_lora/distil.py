@@ -22,8 +22,9 @@ from crosscoders.common.errors import InputError
 from crosscoders.common.progress import Progress
 from crosscoders.models import hooks
 from crosscoders.models.pair import inspect_pair, load_pair
-from crosscoders.models.predictions import kl, log_probs
-from crosscoders.text.padding import Batch, padding_id
+from crosscoders.models.predictions import ce, kl, log_probs
+from crosscoders.text.chats import RESPONSE
+from crosscoders.text.padding import Batch, pad, padding_id
 from crosscoders.text.tokens import Rows, pad_rows, tokenize_documents
 from diffing.finetuning import Schedule, finetune
 from diffing.topk_lora.settings import DistilConfig
@@ -41,6 +42,7 @@ class Setting(NamedTuple):
     tokenizer: Any
     rows: Rows
     """Of the held-out documents."""
+    train_rows: Rows
     train: list[Batch]
     held_out: list[Batch]
 
@@ -78,7 +80,7 @@ def open_setting(config: DistilConfig) -> Setting:
     def batches(rows: Rows) -> list[Batch]:
         return [pad_rows(rows, numbers, pad_id) for numbers in rows.batches(config.batch_rows)]
 
-    rows = tokenize_documents(config.data_config(), info.tokenizer)
+    rows = train_rows = tokenize_documents(config.data_config(), info.tokenizer)
     train, eval_config = batches(rows), config.eval_config()
     if eval_config is not None:
         rows = tokenize_documents(eval_config, info.tokenizer)
@@ -91,7 +93,7 @@ def open_setting(config: DistilConfig) -> Setting:
     pair = load_pair(config.base, config.tuned, "blocks.0.hook_resid_post", device=config.device, info=info, whole=True)
     device = choose_device(config.device)
     moved = ([batch.to(device) for batch in part] for part in (train, held_out))
-    return Setting(*pair.models, info.tokenizer, rows, *moved)
+    return Setting(*pair.models, info.tokenizer, rows, train_rows, *moved)
 
 
 def predicted(batch: Batch) -> Bool[Tensor, "rows positions"]:
@@ -130,6 +132,20 @@ def _normalised_error(target: Tensor, x: Tensor, scored: Tensor) -> Float[Tensor
     return (a - b).square().sum() / (a - a.mean(dim=0)).square().sum()
 
 
+def sft_loss(setting: Setting, batch: Batch) -> Float[Tensor, ""]:
+    """Return the mean cross-entropy of the response tokens of a batch, nats per token; 0 where it has none."""
+    of_response = response_positions(setting.train_rows, batch)[:, 1:]
+    logits = setting.base(input_ids=batch.ids, attention_mask=batch.attention_mask, use_cache=False).logits[:, :-1]
+    losses = ce(log_probs(logits[of_response]), batch.ids[:, 1:][of_response])
+    return losses.sum() / max(1, len(losses))
+
+
+def response_positions(rows: Rows, batch: Batch) -> Bool[Tensor, "rows seq"]:
+    """Return which tokens of a batch stand in a response."""
+    roles = pad([rows.roles[rows.offsets[i] : rows.offsets[i + 1]] for i in batch.numbers], 0, torch.uint8)
+    return (roles == RESPONSE).to(batch.ids.device) & batch.scored
+
+
 def distil(setting: Setting, config: DistilConfig, *, name: str = "topk-lora") -> TopKLoRA:
     """Attach a fresh adapter to the base and train it; it is in evaluation mode afterwards.
 
@@ -150,9 +166,12 @@ def distil(setting: Setting, config: DistilConfig, *, name: str = "topk-lora") -
                 yield setting.train[number]
                 step += 1
 
+    def loss_of(batch: Batch) -> Float[Tensor, ""]:
+        return sft_loss(setting, batch) if config.objective == "sft" else distil_loss(setting, batch, config, generator)
+
     adapter.train()
     finetune(
-        setting.base, batches(), lambda batch: distil_loss(setting, batch, config, generator),
+        setting.base, batches(), loss_of,
         torch.optim.Adam(adapter.parameters(), lr=config.lr, betas=(0.9, 0.98)),
         Schedule(config.steps, config.lr, warmup_steps=WARMUP_STEPS),
         tokens_per_step=round(sum(int(batch.scored.sum()) for batch in setting.train) / len(setting.train)), name=name,

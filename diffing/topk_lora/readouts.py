@@ -3,9 +3,12 @@
 `read_directions` runs the adapted base over the held-out batches once and returns a table with a row per direction.
 """
 
+from typing import Any
+
 import numpy as np
 import pandas
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from crosscoders.text.padding import Batch
@@ -71,6 +74,45 @@ def read_directions(setting: Setting, adapter: TopKLoRA) -> pandas.DataFrame:
     table = pandas.concat(parts, ignore_index=True)
     table["write_share"] = table["written"] / max(float(table["written"].sum()), 1e-30)
     return table.drop(columns="written").sort_values("write_share", ascending=False, ignore_index=True)
+
+
+@torch.inference_mode()
+def read_activations(
+    setting: Setting, adapter: TopKLoRA, chosen: list[tuple[str, int]]
+) -> tuple[
+    Int[np.ndarray, " tokens"],
+    Int[np.ndarray, " tokens"],
+    Int[np.ndarray, " tokens"],
+    Float[np.ndarray, "tokens chosen"],
+]:
+    """Return ids, documents, labels and the activations of chosen directions (site, number).
+
+    On the held-out scored tokens, document by document.
+    """
+    by_site: dict[str, list[int]] = {}
+    for place, (name, _) in enumerate(chosen):
+        by_site.setdefault(name, []).append(place)
+    parts: list[tuple[np.ndarray[Any, Any], ...]] = []
+    for batch in setting.held_out:
+        values = torch.zeros(int(batch.scored.sum()), len(chosen))
+
+        def add(name: str, a: Tensor, batch: Batch = batch, values: Tensor = values) -> None:
+            if a.shape[:2] == batch.ids.shape:
+                places = by_site[name]
+                values[:, places] = a[batch.scored][:, [chosen[place][1] for place in places]].float().cpu()
+
+        try:
+            for name in by_site:
+                adapter.sites[name].observer = lambda a, name=name, add=add: add(name, a)
+            setting.base(input_ids=batch.ids, attention_mask=batch.attention_mask, use_cache=False)
+        finally:
+            for name in by_site:
+                adapter.sites[name].observer = None
+        documents = batch.numbers[batch.scored.nonzero()[:, 0].cpu().numpy()]
+        parts.append((batch.ids[batch.scored].cpu().numpy(), documents, setting.rows.groups[documents], values.numpy()))
+    ids, documents, labels, activations = (np.concatenate(column) for column in zip(*parts, strict=True))
+    order = np.argsort(documents, kind="stable")
+    return ids[order], documents[order], labels[order], activations[order]
 
 
 def _table(setting: Setting, site: SparseLoRA, sums: _SiteSums, n_tokens: int) -> pandas.DataFrame:

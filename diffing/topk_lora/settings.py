@@ -1,6 +1,7 @@
 """Settings of `diffing topk-lora`. Imports nothing heavy."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from crosscoders.common.checks import require_positive, require_range
 from crosscoders.common.errors import InputError
@@ -32,6 +33,9 @@ class DistilConfig(TopKLoRAConfig):
     """Documents in a step."""
     lr: float = 5e-3
     """Peak learning rate of Adam (0.9, 0.98), after 20 steps of warm-up, falling as a cosine. 1e-2 suits rank <= 8."""
+    objective: Literal["distil", "sft"] = "distil"
+    """distil: the tuned model's predictions. sft: the responses of the chats in `data`; the tuned model is then only
+    what the evaluation compares with."""
     hidden_weight: float = 0.0
     """Weight of the normalised squared error of the residual stream, mean over layers, beside the KL."""
     cutover_weight: float = 0.0
@@ -43,6 +47,8 @@ class DistilConfig(TopKLoRAConfig):
         super().__post_init__()
         require_positive(self, "n_tokens", "steps", "batch_rows", "lr", "context_length")
         require_range(self, 0, None, "hidden_weight", "cutover_weight")
+        if self.objective == "sft" and (self.hidden_weight or self.cutover_weight):
+            raise InputError("hidden_weight and cutover_weight have no effect with objective sft. Leave them out.")
         if not 0 < self.holdout_share < 1:
             raise InputError(f"holdout_share is {self.holdout_share}; give a share between 0 and 1, such as 0.1.")
 
@@ -76,6 +82,35 @@ class TopKEvalSettings:
     """Directions that are printed, those with the largest share of what the adapter writes."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopKSetsSettings:
+    """Smallest sets of directions without which a behaviour is gone and the others stay."""
+
+    run: str
+    """Run folder of `diffing topk-lora fit`."""
+    prompts: str | list[str | DataSource]
+    """Chats that the search reads; the first user message of each is a prompt, its `group` the behaviour."""
+    audit: str | list[str | DataSource]
+    """Other chats, on which what is left is counted."""
+    labels: list[str] | None = None
+    """Behaviours to look for; default: every group of the prompts."""
+    per_label: int = 48
+    """Prompts of each behaviour in the search."""
+    audit_per_label: int = 200
+    """And in the audit."""
+    max_directions: int = 64
+    """The search ends there."""
+    draws: int = 4
+    """Random sets that write as much, for each set."""
+    seed: int = 0
+    """Of those."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "per_label", "audit_per_label", "max_directions", "draws")
 
 
 PRESETS: dict[str, dict[str, object]] = {
