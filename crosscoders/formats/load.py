@@ -47,7 +47,7 @@ def load_crosscoder(
     if what is not None:
         raise InputError(
             f"{str(path_or_repo)!r} is {what}. Crosscoders of ours, of dictionary_learning, Gemma Scope 2 and "
-            "ckkissane are read."
+            "ckkissane are read here; sae_lora.load_dictionary reads SAEs."
         )
     config_path = next((folder / name for name in ("config.json", "cfg.json") if (folder / name).is_file()), None)
     if config_path is None:

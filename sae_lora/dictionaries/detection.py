@@ -18,12 +18,15 @@ READ = (
     "sae_weights.safetensors of SAELens, names RELEASE/ID of its list, and crosscoders."
 )
 
+CROSSCODERS = ("model.safetensors", "model_final.pt", "ae.pt", "cc_weights.pt")
+WEIGHTS = ("params.safetensors", "params.npz", "ae.pt", "sae.safetensors", "sae_weights.safetensors", "layer*.sae.pt")
+
 
 def layout_of(given: Path) -> Layout:
-    """Return the layout of what is there; a folder that nothing tells apart is taken for a crosscoder's.
+    """Return the layout of what is there.
 
     Raises:
-        InputError: a folder of another toolkit, by its name.
+        InputError: a folder of another toolkit, by its name; a folder without weights.
     """
     archive = given / "params.npz" if given.is_dir() else given
     if archive.suffix == ".npz" and archive.is_file():
@@ -46,7 +49,18 @@ def layout_of(given: Path) -> Layout:
     what = neighbour(given)
     if what is not None:
         raise InputError(f"{str(given)!r} is {what}. {READ}")
+    if given.is_dir() and not any((given / name).is_file() for name in CROSSCODERS):
+        raise InputError(f"{str(given)!r} holds no dictionary: {_contents(given)}. {READ}")
     return "crosscoder"
+
+
+def _contents(folder: Path) -> str:
+    """Return what a folder holds, in words: the first dictionary below it, or else its files."""
+    for depth in ("*", "*/*"):
+        for name in WEIGHTS:
+            if inner := sorted(folder.glob(f"{depth}/{name}")):
+                return f"it holds folders of them, such as {str(inner[0].parent)!r}"
+    return f"it holds {', '.join(sorted(os.listdir(folder))[:5]) or 'nothing'}"
 
 
 def _is_sae_of_dictionary_learning(given: Path) -> bool:

@@ -183,6 +183,12 @@ class SaeLens(FrozenDictionary):
         x_hat: Tensor = self.sae.decode(latents)
         return x_hat
 
+    def reconstruct(
+        self, x: Float[Tensor, "tokens d_model"]
+    ) -> tuple[Float[Tensor, "tokens dict_size"], Float[Tensor, "tokens d_model"]]:
+        latents, x_hat = super().reconstruct(x)
+        return latents, x_hat + x @ self.sae.W_skip.T if hasattr(self.sae, "W_skip") else x_hat
+
 
 class CrosscoderSide(FrozenDictionary):
     """A crosscoder where only one model runs: its activation stands in for every model in the encoder.

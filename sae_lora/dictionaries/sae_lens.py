@@ -12,7 +12,11 @@ from sae_lora.dictionaries.frozen import DictionaryInfo, FrozenDictionary, SaeLe
 from sae_lora.dictionaries.places import chosen_hook_point
 from sae_lora.dictionaries.tensors import Shape, require_shapes, shapes_of
 
-ARCHITECTURES = ("standard", "gated", "topk", "jumprelu")
+ARCHITECTURES = ("standard", "gated", "topk", "abstopk", "jumprelu", "matching_pursuit")
+TIED = "matching_pursuit"
+"""The encoder is the decoder."""
+TRANSCODERS = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder")
+"""These load, and are refused where they are spliced."""
 NORMALISATIONS = ("none", "layer_norm", "constant_norm_rescale")
 """What SAELens applies and undoes by itself. expected_average_only_in needs a factor that the folder does not hold."""
 _SAE_LENS_CHANGES_NOTHING = ("device", "dtype", "metadata", "architecture")
@@ -31,7 +35,7 @@ def inspect(folder: Path, hook_point: str | None, model_type: str | None) -> Dic
     config = files.read_model(folder / "cfg.json", SaeLensRecord)
     return described(
         config, str(folder), hook_point, model_type, NORMALISATIONS,
-        lambda: _require_shapes(folder, config["d_in"], config["d_sae"]),
+        lambda: _require_shapes(folder, config),
     )  # fmt: skip
 
 
@@ -53,11 +57,8 @@ def described(
     activation = config.get("activation_fn") or config.get("activation_fn_str") or "relu"
     if activation not in ("relu", "topk"):
         raise InputError(f"{path} has activation_fn {activation!r}, which SAELens reads as relu; relu or topk is read.")
-    # What SAELens takes where a folder from before these keys says nothing.
-    architecture = config.get("architecture") or ("topk" if activation == "topk" else "standard")
+    architecture = _architecture(config, activation, path)
     reshape = config.get("reshape_activations") or ("hook_z" if "hook_z" in str(place) else "none")
-    if architecture not in ARCHITECTURES:
-        raise InputError(f"{path} has architecture {architecture!r}; {', '.join(ARCHITECTURES)} can be spliced.")
     if not all(isinstance(config[key], int) and config[key] > 0 for key in ("d_in", "d_sae")):
         raise InputError(f"{path} has d_in {config['d_in']!r} and d_sae {config['d_sae']!r}; expected whole numbers.")
     normalisation = config.get("normalize_activations") or "none"
@@ -86,14 +87,34 @@ def described(
         dict_size=config["d_sae"],
         settings={"architecture": architecture, **settings},
         model_names=(str(name),) if name else (),
+        writes=str(known("hook_name_out") or "an output without a name") if architecture in TRANSCODERS else None,
     )
 
 
-def _require_shapes(folder: Path, d_in: int, d_sae: int) -> None:
+def _architecture(config: dict[str, Any], activation: str, path: str) -> str:
+    """Return the name of what SAELens makes of a folder, also of one from before it wrote that down."""
+    architecture = str(config.get("architecture") or ("topk" if activation == "topk" else "standard"))
+    if architecture not in (*ARCHITECTURES, *TRANSCODERS):
+        why = ", which reads whole sequences" if architecture == "temporal" else ""
+        raise InputError(f"{path} has architecture {architecture!r}{why}; {', '.join(ARCHITECTURES)} can be spliced.")
+    d_out = config.get("d_out", config["d_in"]) if architecture in TRANSCODERS else config["d_in"]
+    if d_out != config["d_in"]:
+        raise InputError(
+            f"{path} reads width {config['d_in']} and writes {d_out}; only transcoders of one width are read."
+        )
+    return architecture
+
+
+def _require_shapes(folder: Path, config: dict[str, Any]) -> None:
+    d_in, d_sae = config["d_in"], config["d_sae"]
     path = folder / "sae_weights.safetensors"
     if not path.is_file():
         raise InputError(f"{folder} has a cfg.json but no sae_weights.safetensors. Download or save the SAE again.")
     expected: dict[str, Shape] = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
+    if config.get("architecture") == TIED:
+        del expected["W_enc"]
+    if "skip" in str(config.get("architecture")):
+        expected["W_skip"] = (d_in, d_in)
     require_shapes(path, shapes_of(path), expected, "its cfg.json")
 
 

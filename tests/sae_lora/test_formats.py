@@ -12,6 +12,8 @@ from torch import Tensor
 from crosscoders import CrosscoderConfig, InputError, TrainConfig, load_crosscoder
 from crosscoders.formats.gemma_scope_2 import read_layers
 from sae_lora import inspect_dictionary, load_dictionary
+from sae_lora.dictionaries import sae_lens
+from sae_lora.dictionaries.controls import with_random_decoder
 from sae_lora.splicing import splice
 
 X = torch.tensor([[1.0, 2.0], [3.0, -1.0]])
@@ -299,3 +301,123 @@ def test_a_torn_crosscoder_over_layers_is_refused(tmp_path: Path) -> None:
         load_crosscoder(over_layers(tmp_path / "flat", flat))
     with pytest.raises(InputError, match="'jumprelu' is read, not trained"):
         TrainConfig(crosscoder=CrosscoderConfig(dict_size=2, activation="jumprelu"))
+
+
+# --------------------------------------------------------------------------------------------------------- SAELens
+
+LENS = {"W_enc": ENCODER, "b_enc": B_ENC, "W_dec": DECODER, "b_dec": SMALL_BIAS}
+LENS_CONFIG = {
+    "d_in": 2, "d_sae": 3, "dtype": "float32", "device": "cpu", "apply_b_dec_to_input": True,
+    "normalize_activations": "none", "reshape_activations": "none",
+}  # fmt: skip
+THRESHOLDS = {"threshold": GEMMA["threshold"]}
+AS_IT_IS = {"apply_b_dec_to_input": False}
+READS = {"hook_name": "blocks.3.mlp.hook_in", "hook_name_out": "blocks.3.hook_mlp_out", "sae_lens_version": "6.54.0"}
+
+
+def lens(folder: Path, architecture: str, tensors: dict[str, Tensor] = LENS, **changes: object) -> Path:
+    metadata = {"hook_name": "blocks.3.hook_resid_post", "sae_lens_version": "6.54.0"}
+    config = {**LENS_CONFIG, "architecture": architecture, "metadata": metadata, **changes}
+    return written(folder, tensors, "sae_weights.safetensors", config, "cfg.json")
+
+
+ROTATED = {"W_dec": torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]]), "b_dec": SMALL_BIAS}
+"""Of a matching pursuit: X - 1 = (0, 1) is latent 1 alone; (2, -2) is 2 of latent 0 and -2 of latent 1."""
+GATED_LENS = {"W_enc": ENCODER, "W_dec": DECODER, "b_dec": SMALL_BIAS, "b_gate": GATED["gate_bias"],
+              "r_mag": GATED["r_mag"], "b_mag": GATED["mag_bias"]}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "architecture, tensors, changes, latents",
+    [
+        ("standard", LENS, {}, [[0.5, 0.5, 0.0], [2.5, 0.0, 4.0]]),
+        ("gated", GATED_LENS, {}, [[0.5, 0.0, 0.0], [4.5, 0.0, 1.0]]),
+        ("topk", LENS, {"k": 1, **AS_IT_IS}, [[1.5, 0.0, 0.0], [0.0, 0.0, 4.0]]),
+        ("abstopk", LENS, {"k": 1}, [[0.0, 0.0, -1.0], [0.0, 0.0, 4.0]]),
+        ("jumprelu", {**LENS, **THRESHOLDS}, AS_IT_IS, [[0.0, 1.5, 0.0], [3.5, 0.0, 0.0]]),
+    ],
+)
+def test_every_architecture_of_sae_lens_that_can_be_spliced_encodes_as_it_says(
+    tmp_path: Path, architecture: str, tensors: dict[str, Tensor], changes: dict[str, Any], latents: list[list[float]]
+) -> None:
+    if architecture == "topk":  # the two largest of the first token are equal with B_ENC
+        tensors = {**tensors, "b_enc": torch.tensor([0.5, -0.75, 0.0])}
+    found = load_dictionary(lens(tmp_path / "sae", architecture, tensors, **changes))
+    wanted = torch.tensor(latents)
+    torch.testing.assert_close(found.encode(X), wanted)
+    by_hand = torch.stack([wanted[:, 0] + wanted[:, 2] + 1, 2 * wanted[:, 1] + wanted[:, 2] + 1], dim=1)
+    torch.testing.assert_close(found(X), by_hand)
+
+
+def test_a_matching_pursuit_of_sae_lens_is_read_though_its_encoder_is_its_decoder(tmp_path: Path) -> None:
+    settings = {"residual_threshold": 1e-3, "max_iterations": 4, "stop_on_duplicate_support": True}
+    found = load_dictionary(lens(tmp_path / "sae", "matching_pursuit", ROTATED, **settings))
+    latents = found.encode(X)
+    torch.testing.assert_close(latents[0], torch.tensor([0.0, 1.0, 0.0]))
+    with pytest.raises(InputError, match=r"would change the latents of .* a matching_pursuit SAE"):
+        with_random_decoder(found, 0)
+
+
+@pytest.mark.parametrize(
+    "architecture", ["transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder"]
+)
+def test_a_transcoder_of_sae_lens_computes_and_is_not_spliced(tmp_path: Path, architecture: str) -> None:
+    tensors = LENS | (THRESHOLDS if "jumprelu" in architecture else {})
+    if "skip" in architecture:
+        tensors = tensors | {"W_skip": SKIP.T.contiguous()}
+    folder = lens(tmp_path / "it", architecture, tensors, d_out=2, metadata=READS, **AS_IT_IS)
+    found = load_dictionary(folder)
+    wanted = torch.tensor([[1.5, 1.5, 0.0], [3.5, 0.0, 4.0]])
+    if "jumprelu" in architecture:
+        wanted = torch.tensor([[0.0, 1.5, 0.0], [3.5, 0.0, 0.0]])
+    torch.testing.assert_close(found.encode(X), wanted)
+    by_hand = torch.stack([wanted[:, 0] + wanted[:, 2] + 1, 2 * wanted[:, 1] + wanted[:, 2] + 1], dim=1)
+    torch.testing.assert_close(found(X), by_hand + (X @ SKIP if "skip" in architecture else 0))
+    with pytest.raises(InputError, match=r"is a transcoder: it reads 'blocks.3.mlp.hook_in' and computes"):
+        splice(torch.nn.Linear(2, 2), found).__enter__()
+
+
+def test_what_sae_lens_reads_and_cannot_be_spliced_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(
+        InputError, match=r"architecture 'temporal', which reads whole sequences; standard, gated, topk"
+    ):
+        inspect_dictionary(lens(tmp_path / "temporal", "temporal"))
+    with pytest.raises(InputError, match="'W_skip' has shape None"):
+        inspect_dictionary(lens(tmp_path / "torn", "skip_transcoder", d_out=2, metadata=READS))
+
+
+def test_every_architecture_that_sae_lens_reads_is_loaded_or_refused_by_name() -> None:
+    from sae_lens.registry import SAE_CLASS_REGISTRY
+
+    assert set(SAE_CLASS_REGISTRY) == {*sae_lens.ARCHITECTURES, *sae_lens.TRANSCODERS, "temporal"}
+
+
+# ------------------------------------------------------------------------------------------------- torn and unknown
+
+
+@pytest.mark.parametrize(
+    "weights, config, said",
+    [
+        ("notes.pt", None, "holds no dictionary: it holds notes.pt"),
+        (
+            "notes.pt",
+            {"type": "sae", "architecture": "jump_relu"},
+            "holds no dictionary: it holds config.json, notes.pt",
+        ),
+        (
+            "params_layer_1.safetensors",
+            {"type": "crosscoder"},
+            "holds no dictionary: it holds config.json, params_layer_1",
+        ),
+        ("resid_post/layer_12_width_16k_l0_small/params.safetensors", None, "folders of them, such as '.*l0_small'"),
+        ("resid_post_layer_3/trainer_1/ae.pt", None, "folders of them, such as '.*resid_post_layer_3/trainer_1'"),
+    ],
+)
+def test_a_torn_or_unknown_folder_says_what_would_load(
+    tmp_path: Path, weights: str, config: dict[str, Any] | None, said: str
+) -> None:
+    path = tmp_path / "it" / weights
+    written(path.parent, {"a": torch.zeros(2)}, path.name, config, "config.json")
+    with pytest.raises(InputError, match=said + r".* What is read: params.npz of Gemma Scope, ") as caught:
+        inspect_dictionary(tmp_path / "it", hook_point="blocks.1.hook_resid_post")
+    assert "\n" not in str(caught.value)
