@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 MAX_HEADER_BYTES = 10_000_000  # a safetensors header of 500,000 empty tensors took 17 s to parse
 _FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
+_TEMPORARY = re.compile(r"\..+\.tmp-\d+|\.tmp\w{6}")  # ours, and those that safetensors writes before ours
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
@@ -132,6 +133,13 @@ def link_or_copy(source: Path, path: Path, expected: Written) -> None:
         raise EnvironmentFault(f"cannot write {path}: {error.strerror}. Choose another folder.") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_temporary(folder: Path) -> None:
+    """Remove the temporary files of writers that were killed, from a folder that nobody else writes."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if _TEMPORARY.fullmatch(path.name) and path.is_file():
+            path.unlink()
 
 
 def _sync_folder(folder: Path) -> None:
@@ -264,6 +272,7 @@ def exclusive(folder: Path) -> Iterator[None]:
         raise EnvironmentFault(f"cannot write to {folder}: {cause}. Choose another folder.") from error
     try:
         path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        remove_temporary(folder)
         yield
     finally:
         lock.release()

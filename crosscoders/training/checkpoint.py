@@ -2,7 +2,7 @@
 
     RUN/run.json              resolved config, environment, hashes of the inputs; written first
     RUN/train.jsonl           one line of metrics per interval
-    RUN/step-00001000/        state to resume from: weights, Adam, counters; manifest last; the last two are kept
+    RUN/step-00001000/        state to resume from: weights, Adam, counters; manifest last; the newest two are kept
     RUN/model.safetensors, config.json, eval.json    the finished crosscoder; their presence means done
 
 A state holds everything that decides what follows: the stream's order is a pure function of (seed, step) and training
@@ -58,6 +58,7 @@ class Inputs(Record):
 class RunRecord(Record):
     """run.json"""
 
+    version = FORMAT_VERSION
     format_version: int
     command: str
     config: dict[str, Any]
@@ -68,6 +69,7 @@ class StateRecord(Record):
     """manifest.json of a state."""
 
     version = FORMAT_VERSION
+    again = "go on with the version that wrote it, or choose another --out"
     format_version: int
     step: int = Field(ge=0)
     state: FileRecord
@@ -156,23 +158,39 @@ def save_state(
     optimizer: torch.optim.Optimizer,
     others: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Publish the state of a step, with `others`; the manifest is written last, so a half-written one is never read."""
+    """Publish the state of a step, with `others`; the manifest is written last, so a half-written one is never read.
+
+    Of the others, the last whole one before it is kept. One of a later step is damaged: the run would have gone on from
+    it. Whether an earlier one is whole is judged by its size, and its checksum when it is read.
+    """
     tensors: dict[str, Tensor] = {f"model.{name}": value for name, value in model.state_dict().items()}
     for index, entry in optimizer.state_dict()["state"].items():
         for name, value in entry.items():
             tensors |= adam8.parts(f"adam.{index}.{name}", value)
     tensors |= others or {}
     target = folder / f"step-{step:08d}"
+    files.remove_temporary(target)
     written = files.write_tensors(target / "state.safetensors", tensors)
     files.write_json(
         target / "manifest.json", {"format_version": FORMAT_VERSION, "step": step, "state": written._asdict()}
     )
-    for old in _state_folders(folder)[:-2]:
-        shutil.rmtree(old)
+    earlier = [path for path in state_folders(folder) if path < target and _is_of_its_size(path)]
+    for other in folder.glob("step-*"):
+        if other.is_dir() and other != target and other not in earlier[-1:]:
+            shutil.rmtree(other)
 
 
-def _state_folders(folder: Path) -> list[Path]:
+def state_folders(folder: Path) -> list[Path]:
+    """Return the states of a run that were published, by step."""
     return sorted(path.parent for path in folder.glob("step-*/manifest.json"))
+
+
+def _is_of_its_size(path: Path) -> bool:
+    try:
+        n_bytes = files.read_model(path / "manifest.json", StateRecord)["state"]["n_bytes"]
+        return bool((path / "state.safetensors").stat().st_size == n_bytes)
+    except (CorruptData, FileNotFoundError):
+        return False
 
 
 def load_state(
@@ -181,13 +199,16 @@ def load_state(
     """Restore the newest whole state and return its step and other tensors; None where there is none.
 
     A state that fails its checksum is passed over, with a line that says so.
+
+    Raises:
+        InputError: a state has another format version.
     """
-    for path in reversed(_state_folders(folder)):
+    for path in reversed(state_folders(folder)):
         try:
             manifest = files.read_model(path / "manifest.json", StateRecord)
             expected = files.Written(manifest["state"]["n_bytes"], manifest["state"]["checksum"])
-            tensors = files.read_tensors(path / "state.safetensors", expected)
-        except (CorruptData, InputError) as error:
+            tensors = _tensors_of(path / "state.safetensors", expected)
+        except CorruptData as error:
             say(f"warning: {error} Going on from the state before it.")
             continue
         model.load_state_dict(
@@ -203,6 +224,12 @@ def load_state(
         others = {name: value for name, value in tensors.items() if not name.startswith(("model.", "adam."))}
         return int(manifest["step"]), others
     return None
+
+
+def _tensors_of(path: Path, expected: files.Written) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise CorruptData(f"{path} is missing.")
+    return files.read_tensors(path, expected)
 
 
 def cut_log(path: Path, step: int) -> None:

@@ -208,8 +208,8 @@ def _require_finite(loss: Tensor, terms: dict[str, Tensor], step: int, out: Path
     if torch.isfinite(loss):
         return
     bad = next((name for name, value in terms.items() if not torch.isfinite(value)), "sum")
-    states = sorted(path.name for path in out.glob("step-*"))
-    resume = f"The last state is {out / states[-1]}" if states else "No state was saved yet"
+    states = checkpoint.state_folders(out)
+    resume = f"The last state is {states[-1]}" if states else "No state was saved yet"
     raise CorruptData(
         f"loss term {bad!r} is {terms.get(bad, loss).item()} at step {step}. {resume}; lower lr, or check the cache."
     )
