@@ -153,3 +153,21 @@ def test_qwen_scope_and_dictionary_learning_load_by_name(hub: Path) -> None:
     (folder / "config.json").write_text(json.dumps({"trainer": trainer}))
     found = load_dictionary("sae_bench_gemma-2-2b_topk_width-2pow12_date-1109/blocks.12.hook_resid_post__trainer_0")
     assert ((found.encode(X) > 0).sum(dim=1) <= 3).all() and found.hook_point == "blocks.12.hook_resid_post"
+
+
+def test_a_crosscoder_over_layers_loads_by_its_folder_in_the_repository(
+    hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = "crosscoder/layer_5_9_width_65k_l0_medium"
+    folder = repository(hub, "google/gemma-scope-2-270m-pt", place)
+    for number in range(2):
+        tensors = {"b_enc": torch.zeros(F), "b_dec": torch.zeros(D)}
+        save_file(tensors, folder / f"params_layer_{number}.safetensors")
+
+    def snapshot(repo_id: str, allow_patterns: str) -> str:
+        assert allow_patterns == f"{place}/*"
+        return str(hub / f"models--{repo_id.replace('/', '--')}" / "snapshots" / "c0")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    info = inspect_dictionary(f"google/gemma-scope-2-270m-pt/{place}", hook_point="blocks.9.hook_resid_post")
+    assert (info.d_model, info.dict_size, info.hook_point) == (D, 2 * F, "blocks.9.hook_resid_post")
