@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from crosscoders.common import files
-from crosscoders.common.checks import to_dict
+from crosscoders.common.checks import LEAST_CHATS, to_dict
 from crosscoders.common.devices import choose_device
 from crosscoders.common.errors import InputError
 from crosscoders.common.progress import say
@@ -19,7 +19,7 @@ from crosscoders.text.tokens import read_template
 from diffing.causal.lens import logit_lens
 from diffing.causal.patching import DIRECTIONS, inspect_cached, load_whole, measure
 from diffing.causal.sets import choose_sets
-from diffing.causal.settings import LEAST_CHATS, CausalSettings, LensSettings, SteerSettings
+from diffing.causal.settings import CausalSettings, LensSettings, SteerSettings
 from diffing.causal.steering import answer, steered, steering_vector
 from diffing.causal.summary import causal_rows, causal_summary
 from diffing.latents.decoder_norms import decoder_difference

@@ -3,13 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from crosscoders.common.checks import require_range
+from crosscoders.common.checks import LEAST_CHATS, require_range
 from crosscoders.common.errors import InputError
-
-LEAST_CHATS, ENOUGH_CHATS = 20, 60
-"""Chats below which a measurement is refused, and below which its intervals are said to be too narrow: 95% ones covered
-.43 to .53 at 2 chats and .79 to .86 at 5."""
-FEW_CHATS = f"Fewer than {ENOUGH_CHATS} chats: the intervals are too narrow."
 
 
 @dataclass(frozen=True)

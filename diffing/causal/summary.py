@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from crosscoders.common.checks import ENOUGH_CHATS, FEW_CHATS
 from crosscoders.common.errors import InputError
 from crosscoders.common.results import row
 from crosscoders.common.statistics import bootstrap_interval, resample
 from diffing.causal.patching import DIRECTIONS, Measured
 from diffing.causal.sets import BASELINES
-from diffing.causal.settings import ENOUGH_CHATS, FEW_CHATS
 
 
 class _Resampled:

@@ -8,9 +8,9 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from crosscoders.common.checks import ENOUGH_CHATS, FEW_CHATS
 from crosscoders.common.errors import InputError
 from crosscoders.common.files import hash_file
-from diffing.causal.settings import ENOUGH_CHATS, FEW_CHATS
 from diffing.report.data import Run, read_object, read_rows
 from diffing.report.figures import BASE, TUNED, Figure, line_at, spec
 from diffing.report.text import NONE, number
