@@ -21,13 +21,14 @@ BENCHMARKS = {
     "chat-pair": "benchmarks.chat_pair",
     "demo-pair": "benchmarks.embedded_pair",
     "planted": "benchmarks.planted",
+    "real": "benchmarks.real",
     "sae-lora": "benchmarks.sae_lora_gap",
     "throughput": "benchmarks.throughput",
     "topk-lora": "benchmarks.topk_lora",
 }
-OPTIONS = {"throughput": ("only", "peers", "checkout"), "chat-pair": ("runs", "cache")}
+OPTIONS = {"throughput": ("only", "peers", "checkout"), "chat-pair": ("runs", "cache"), "real": ("only", "model")}
 """Flags that only some benchmarks take."""
-KEEPING = ("chat-pair", "sae-lora", "topk-lora")
+KEEPING = ("chat-pair", "real", "sae-lora", "topk-lora")
 """Benchmarks that keep what they train."""
 
 
@@ -46,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         action="extend",
         default=[],
         metavar="PART",
-        help="throughput: some parts, such as steps cache",
+        help="throughput: some parts, such as steps cache; real: some stages",
     )
     run.add_argument("--peers", action="store_true", help="throughput: also against other toolkits that are installed")
     run.add_argument(
@@ -66,6 +67,7 @@ def main(argv: list[str] | None = None) -> int:
         help="chat-pair: your own scaled runs, l1=RUN or batchtopk=RUN, several of one variant as its seeds",
     )
     run.add_argument("--cache", metavar="HELDOUT", help="chat-pair: with --runs, the cache whose chats are measured on")
+    run.add_argument("--model", metavar="FOLDER", help="real: another base model than Gemma 3 270M from its package")
     report = commands.add_parser("report", help="print the kept rows as Markdown tables")
     for command in (run, report):
         command.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="folder of the results")
@@ -104,8 +106,8 @@ def run_one(name: str, *, quick: bool, out: Path, options: dict[str, Any]) -> di
         )
     for option in options:
         if option not in OPTIONS.get(name, ()):
-            (owner,) = (other for other, names in OPTIONS.items() if option in names)
-            raise InputError(f"{name} takes no --{option}; only {owner} does. Leave it out.")
+            owners = " and ".join(other for other, names in OPTIONS.items() if option in names)
+            raise InputError(f"{name} takes no --{option}; only {owners} does. Leave it out.")
     work = {"work": out / name} if name in KEEPING else {}
     result = {
         "config": {"quick": quick, **options},

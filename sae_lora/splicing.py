@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from crosscoders.common.errors import InputError
 from crosscoders.models import hooks
 from crosscoders.models.hooks import core_model
-from sae_lora.dictionaries.frozen import FrozenDictionary
+from sae_lora.dictionaries.frozen import FrozenDictionary, require_spliceable
 
 Mode = Literal["replace", "error", "off"]
 Observe = Callable[[FrozenDictionary, Tensor, Tensor, Tensor], None]
@@ -93,12 +93,14 @@ def splice(
     or a TransformerBridge. Splices nest.
 
     Raises:
-        InputError: no such hook point; two dictionaries at one; a model called without ids; a hook point that was never
-            reached until the end of the block.
+        InputError: no such hook point; two dictionaries at one; a transcoder; a model called without ids; a hook point
+            that was never reached until the end of the block.
     """
     if mode not in ("replace", "error", "off"):
         raise InputError(f"mode {mode!r} is unknown. Use replace, error or off.")
     chosen = [dictionaries] if isinstance(dictionaries, FrozenDictionary) else list(dictionaries)
+    for dictionary in chosen:
+        require_spliceable(dictionary.info)
     names = [dictionary.hook_point for dictionary in chosen]
     if not names or len(set(names)) < len(names):
         raise InputError(f"splice needs one dictionary for each hook point; it got {', '.join(names) or 'none'}.")

@@ -96,7 +96,7 @@ def finished(pair: Pair, cache_folder: Path, tmp_path_factory: pytest.TempPathFa
     shutil.copytree(run, folder / "killed")
     for name in ("config.json", "model.safetensors", "eval.json"):
         (folder / "killed" / name).unlink()
-    assert diffing_cli.main(["causal", run, "--n-documents", "2", "--n-latents", "2", "--random-draws", "2"]) == 0
+    assert diffing_cli.main(["causal", run, "--n-documents", "20", "--n-latents", "2", "--random-draws", "2"]) == 0
     scaled = {kind: {0: read_scaled(folder / "run")} for kind in ("tuned", "placebo")}
     known = {"format_version": 1, "latents": files.hash_file(folder / "run" / "latents.json"), "n_tokens": 600}
     files.write_json(folder / "run" / "null.json", {**known, "seed": 0, "nulls": {}, **calibrate(scaled, [0.1])})

@@ -24,10 +24,11 @@ from crosscoders.common.results import ResultRecord
 from crosscoders.formats.load import load_crosscoder
 from crosscoders.text.chats import read_chats
 from diffing.causal.patching import inspect_cached, load_whole, measure
-from diffing.causal.sets import choose_sets
+from diffing.causal.sets import BASELINES, choose_sets
 from diffing.causal.summary import causal_rows
 from diffing.demo import model_folder
 from diffing.demo.command import HELDOUT_TOKENS, cache_config, train_config, train_on
+from diffing.latents.decoder_norms import decoder_difference
 from diffing.latents.table import read_table, require_fit, scale_run
 
 VARIANTS = ("l1", "batchtopk")
@@ -148,6 +149,7 @@ def measured_rows(run: Path, cache: ActivationCache, n_documents: int) -> list[d
         "n_documents": n_documents,
         "draws": DRAWS,
         "top": TOP,
+        "baselines": list(BASELINES),
     }
     path = run / f"chat-pair-{n_documents}.json"
     if path.is_file() and (known := files.read_model(path, CausalRecord))["asked"] == asked:
@@ -155,7 +157,8 @@ def measured_rows(run: Path, cache: ActivationCache, n_documents: int) -> list[d
     crosscoder = load_crosscoder(run)
     require_fit(crosscoder, cache)
     say(f"causal {run}")
-    sets = {"base_to_tuned": choose_sets(table, 1, n_latents=[TOP], draws=DRAWS, seed=0)}
+    difference = decoder_difference(crosscoder).cpu().numpy()
+    sets = {"base_to_tuned": choose_sets(table, 1, difference, n_latents=[TOP], draws=DRAWS, seed=0)}
     info = inspect_cached(cache)
     chats = read_chats(cache.config.data_config(), info.tokenizer, n_documents)
     pair = load_whole(info, cache.manifest["hook_point"], "auto", "auto")

@@ -23,9 +23,8 @@ from crosscoders.common import files
 from crosscoders.common.records import Record
 from crosscoders.common.results import row
 from crosscoders.formats.load import load_crosscoder
-from diffing.causal.sets import orders
 from diffing.latents.table import read_table
-from diffing.latents.verdict import VERDICTS, Thresholds, is_alive, verdicts
+from diffing.latents.verdict import VERDICTS, Thresholds, alive_latents, is_alive, verdicts
 from diffing.null.calibration import calibrated_row
 from diffing.null.rates import SCORES, effective_number, rate_interval
 from diffing.null.runs import Scaled
@@ -153,7 +152,8 @@ def rate_name(name: str, null: str) -> str:
 
 def ratios(table: pandas.DataFrame) -> Summary:
     """Return nu_<target>.<group>.{q05,...,q95,within_shared}; None where a group is empty."""
-    first = np.isin(np.arange(len(table)), orders(table, 1)["norm"][:TOP])
+    longest = table.iloc[alive_latents(table)].nlargest(TOP, "relative_decoder_norm").index
+    first = np.isin(np.arange(len(table)), longest)
     inside = groups(table)
     chosen = {"tuned-only": inside["tuned-only"], f"top_{TOP}_norm": first, "shared-norm": inside["shared-norm"]}
     measures: Summary = {}

@@ -39,7 +39,7 @@ class Crosscoder(nn.Module):
     """One dictionary of `dict_size` latents over `n_models` models; see the module's equations.
 
     `input_mean`, `input_scale` and `threshold` are saved with the weights. A threshold below 0 means that none was
-    tracked yet; the inference gate is then plain ReLU.
+    tracked yet; the inference gate is then plain ReLU. With activation jumprelu it is a vector, one for each latent.
     """
 
     input_scale: Tensor
@@ -60,7 +60,7 @@ class Crosscoder(nn.Module):
         self.b_dec = nn.Parameter(torch.zeros(n_models, d_model))
         self.register_buffer("input_scale", torch.ones(n_models))
         self.register_buffer("input_mean", torch.zeros(n_models, d_model))
-        self.register_buffer("threshold", torch.tensor(-1.0))
+        self.register_buffer("threshold", torch.full((dict_size,) * (config.activation == "jumprelu"), -1.0))
         self.register_buffer("is_folded", torch.tensor(False))
 
     @torch.no_grad()
@@ -109,16 +109,16 @@ class Crosscoder(nn.Module):
             if chosen is None:
                 raise InputError("gate 'batchtopk' needs k, and this crosscoder was trained without one. Pass k=....")
             return positive * batch_top_k((positive * self.code_norm).detach(), chosen)
-        if gate == "inference" and self.config.activation == "batchtopk":
+        if gate == "inference" and self.config.activation != "relu":
             return positive * (positive * self.code_norm > self.threshold)
         return positive
 
     def gate_at(self) -> Float[Tensor, " dict_size"]:
         """Return the inference gate as one number >= 0 per latent: latent j is active where pre_j > gate_at_j."""
-        if self.config.activation == "relu" or self.threshold < 0:
+        if self.config.activation == "relu" or bool((self.threshold < 0).all()):
             return torch.zeros_like(self.b_enc)
         c = self.code_norm
-        return torch.where(c > 0, self.threshold / c, torch.inf)
+        return torch.where(c > 0, self.threshold.clamp(min=0) / c, torch.inf)
 
     def _require_shape(self, x: Tensor) -> None:
         n_models, d_model, _ = self.W_enc.shape

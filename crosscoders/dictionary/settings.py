@@ -15,8 +15,9 @@ class CrosscoderConfig:
 
     dict_size: int = 16_384
     """Number of latents."""
-    activation: Literal["relu", "batchtopk"] = "batchtopk"
-    """relu: every positive latent is active. batchtopk: the k * batch largest of the batch are."""
+    activation: Literal["relu", "batchtopk", "jumprelu"] = "batchtopk"
+    """relu: every positive latent is active. batchtopk: the k * batch largest of the batch are. jumprelu: those above a
+    threshold of their own; read from others' files, not trained."""
     k: int | None = None
     """Active latents per token, batchtopk only."""
     code_norm: Literal["sum", "concat", "none"] = "sum"
@@ -42,6 +43,6 @@ class CrosscoderConfig:
                 )
         elif self.k is not None:
             raise InputError(
-                f"crosscoder.k = {self.k} has no effect with activation 'relu'. "
+                f"crosscoder.k = {self.k} has no effect with activation {self.activation!r}. "
                 "Set crosscoder.k to null, or use 'batchtopk'."
             )

@@ -3,6 +3,7 @@
 `load_crosscoder` finds out which layout a folder has and hands it to one reader:
     ours                   config.json with our format name + model.safetensors (run folders too)
     dictionary_learning    config.json + model.safetensors, or a state dict in model_final.pt / ae.pt
+    Gemma Scope 2          config.json + params_layer_{0..n-1}.safetensors, over layers of one model
     ckkissane              cfg.json + cc_weights.pt, inputs expected already scaled
 Layouts are described in docs/formats.md.
 """
@@ -15,6 +16,7 @@ from crosscoders.common.records import Record
 from crosscoders.dictionary.crosscoder import Crosscoder
 from crosscoders.formats.ckkissane import _read_ckkissane
 from crosscoders.formats.dictionary_learning import _read_dictionary_learning
+from crosscoders.formats.gemma_scope_2 import _read_gemma_scope_2, is_over_layers
 from crosscoders.formats.neighbours import neighbour
 from crosscoders.formats.ours import FORMAT, _read_ours
 
@@ -35,10 +37,17 @@ def load_crosscoder(
     weights = None
     if folder.is_file():
         weights, folder = folder, folder.parent
+    if weights is None and is_over_layers(folder):
+        if input_scale is not None:
+            raise InputError(
+                "input_scale is for the ckkissane layout; Gemma Scope 2 reads activations as they are. Leave it out."
+            )
+        return _read_gemma_scope_2(folder).to(device)
     what = neighbour(weights or folder)
     if what is not None:
         raise InputError(
-            f"{str(path_or_repo)!r} is {what}. Crosscoders of ours, of dictionary_learning and ckkissane are read."
+            f"{str(path_or_repo)!r} is {what}. Crosscoders of ours, of dictionary_learning, Gemma Scope 2 and "
+            "ckkissane are read here; sae_lora.load_dictionary reads SAEs."
         )
     config_path = next((folder / name for name in ("config.json", "cfg.json") if (folder / name).is_file()), None)
     if config_path is None:

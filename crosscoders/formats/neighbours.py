@@ -1,4 +1,4 @@
-"""Folders of other toolkits that hold nothing we read: what they are, in words."""
+"""Folders of other toolkits that hold no crosscoder that is read here: what they are, in words."""
 
 import re
 from pathlib import Path
@@ -6,8 +6,6 @@ from typing import Any
 
 from crosscoders.common import files
 from crosscoders.common.records import Record
-
-BY_NAME = "it is read by its name in SAELens's list (RELEASE/ID), if it is there"
 
 
 def neighbour(path: Path) -> str | None:
@@ -17,9 +15,9 @@ def neighbour(path: Path) -> str | None:
     if "sae.safetensors" in names:
         return _kind("sparsify", is_transcoder=config.get("transcode") is True)
     if any(re.fullmatch(r"layer\d+\.sae\.pt", name) for name in names):
-        return f"{_kind('Qwen Scope')}; {BY_NAME}"
+        return _kind("Qwen Scope")
     if "params.safetensors" in names:
-        return f"{_kind('Gemma Scope 2', is_transcoder='hf_hook_point_out' in config)}; {BY_NAME}"
+        return _kind("Gemma Scope 2", is_transcoder="hf_hook_point_out" in config)
     if "params.npz" in names:
         return _kind("Gemma Scope")
     if "sae_weights.safetensors" in names:
@@ -42,7 +40,7 @@ def neighbour(path: Path) -> str | None:
 
 def _kind(toolkit: str, *, is_transcoder: bool = False) -> str:
     if is_transcoder:
-        return f"a transcoder of {toolkit}, which computes the MLP's output from its input"
+        return f"a transcoder of {toolkit}"
     return f"an SAE of {toolkit}"
 
 

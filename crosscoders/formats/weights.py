@@ -12,8 +12,8 @@ from crosscoders.common.errors import CorruptData, InputError
 from crosscoders.dictionary.crosscoder import Crosscoder
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Return tensors of a safetensors or .pt file, in float32 where they are floats.
+def read_weights(path: Path, device: str = "cpu") -> dict[str, Tensor]:
+    """Return tensors of a safetensors or .pt file; of a .pt file on the device "meta" only their shapes.
 
     Raises:
         InputError: no such file, a git-lfs pointer, or a pickle that holds more than tensors.
@@ -24,7 +24,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise InputError(f"there is no {path}. Check the folder's name.")
     files.refuse_lfs_pointer(path)
     try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
+        tensors = torch.load(path, map_location=device, weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise InputError(
             f"{path} is refused: it needs unpickling of more than tensors, or is no checkpoint "

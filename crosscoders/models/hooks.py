@@ -1,9 +1,9 @@
 """Hook point name -> module; read and replace activations there, hooks always removed.
 
 Names are TransformerLens's. `blocks.L.hook_resid_post` and `blocks.L.hook_resid_pre` work on a Hugging Face decoder
-(the fast path), so do `hook_attn_out`, `hook_mlp_out` and `attn.hook_z` where `_PARTS` knows the architecture; every
-other name needs a TransformerBridge. `capture` reads, `replace` edits, `bypass` leaves layers out; all are context
-managers, so they nest and survive exceptions.
+(the fast path), so do `hook_attn_out`, `hook_mlp_out`, `attn.hook_z` and `mlp.hook_in` where `_PARTS` knows the
+architecture; every other name needs a TransformerBridge. `capture` reads, `replace` edits, `bypass` leaves layers out;
+all are context managers, so they nest and survive exceptions.
 """
 
 import contextlib
@@ -25,20 +25,27 @@ _LAYER = re.compile(
     r"|transformer\.blocks)\.(\d+)(?:\.([\w.]+))?"
 )
 """A decoder layer as transformers names it, and a module in it."""
-_ORDER = ("hook_resid_pre", "attn.hook_z", "hook_attn_out", "hook_mlp_out", "hook_resid_post")
+_ORDER = ("hook_resid_pre", "attn.hook_z", "hook_attn_out", "mlp.hook_in", "hook_mlp_out", "hook_resid_post")
+_INPUTS = ("attn.hook_z", "mlp.hook_in")
+"""Hook points that are what a module reads; the others are what it puts out."""
 _NORMED = {"attn.hook_z": "self_attn.o_proj", "hook_attn_out": "post_attention_layernorm",
-           "hook_mlp_out": "post_feedforward_layernorm"}  # fmt: skip
-_PLAIN = {"attn.hook_z": "self_attn.o_proj", "hook_attn_out": "self_attn", "hook_mlp_out": "mlp"}
+           "mlp.hook_in": "mlp", "hook_mlp_out": "post_feedforward_layernorm"}  # fmt: skip
+_PLAIN = {"attn.hook_z": "self_attn.o_proj", "hook_attn_out": "self_attn", "mlp.hook_in": "mlp", "hook_mlp_out": "mlp"}
 _PARTS = {
     **dict.fromkeys(("gemma2", "gemma3_text", "olmo2"), _NORMED),
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _PLAIN),
-    "gpt2": {"attn.hook_z": "attn.c_proj", "hook_attn_out": "attn", "hook_mlp_out": "mlp"},
-    "gpt_neox": {"attn.hook_z": "attention.dense", "hook_attn_out": "attention", "hook_mlp_out": "mlp"},
+    "gpt2": {"attn.hook_z": "attn.c_proj", "hook_attn_out": "attn", "mlp.hook_in": "mlp", "hook_mlp_out": "mlp"},
+    "gpt_neox": {
+        "attn.hook_z": "attention.dense",
+        "hook_attn_out": "attention",
+        "mlp.hook_in": "mlp",
+        "hook_mlp_out": "mlp",
+    },
 }
-"""Architecture -> hook point -> module of a layer; of `attn.hook_z` the input is meant, of the others the output.
+"""Architecture -> hook point -> module of a layer, whose input is meant by `_INPUTS`, whose output by the others.
 
-It is what is added to the residual stream, so after the norms that Gemma-2 and its like put behind attention and MLP.
-Tests hold each equal to the TransformerBridge; other architectures (some scale these outputs) need the bridge.
+The output is what is added to the residual stream, so after the norms that Gemma-2 and its like put behind attention
+and MLP. Tests hold each equal to the TransformerBridge; other architectures (some scale these outputs) need the bridge.
 """
 
 
@@ -77,8 +84,10 @@ def known_as(name: str, model_type: str | None = None) -> str | None:
     layer, part, is_input = match[1], match[2], name.endswith(".input")
     if part is None:
         return f"blocks.{layer}.hook_resid_{'pre' if is_input else 'post'}"
+    if part == "pre_feedforward_layernorm" and model_type in ("gemma2", "gemma3_text"):
+        part, is_input = "mlp", not is_input
     kinds = (kind for kind, module in _PARTS.get(str(model_type), {}).items() if module == part)
-    return next((f"blocks.{layer}.{kind}" for kind in kinds if (kind == "attn.hook_z") == is_input), None)
+    return next((f"blocks.{layer}.{kind}" for kind in kinds if (kind in _INPUTS) == is_input), None)
 
 
 def place(hook_point: str) -> tuple[int, int]:
@@ -163,7 +172,7 @@ def find_module(model: Any, hook_point: str) -> tuple[nn.Module, bool]:
             f"hook_point {hook_point!r} needs a TransformerBridge; {type(model).__name__} has hook_resid_pre, "
             f"hook_resid_post{also} without one."
         )
-    return layers[layer].get_submodule(name), name == _PARTS[str(kind)]["attn.hook_z"]
+    return layers[layer].get_submodule(name), hook_point.removeprefix(f"blocks.{layer}.") in _INPUTS
 
 
 def _as_tensor(value: Any) -> Tensor:

@@ -99,6 +99,8 @@ class TrainConfig:
                 )
         if self.k_aux is not None and self.k_aux < 1:
             raise InputError(f"k_aux is {self.k_aux}; give a number above 0, or aux_coefficient = 0 for no such term.")
+        if self.crosscoder.activation == "jumprelu":
+            raise InputError("crosscoder.activation 'jumprelu' is read, not trained. Use 'batchtopk' or 'relu'.")
         if self.crosscoder.activation == "batchtopk":
             if self.l1_coefficient or self.l1_warmup_steps:
                 raise InputError(

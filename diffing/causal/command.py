@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from crosscoders.common import files
-from crosscoders.common.checks import to_dict
+from crosscoders.common.checks import LEAST_CHATS, to_dict
 from crosscoders.common.devices import choose_device
+from crosscoders.common.errors import InputError
 from crosscoders.common.progress import say
 from crosscoders.common.results import result, say_closing
 from crosscoders.formats.load import load_crosscoder
@@ -21,6 +22,7 @@ from diffing.causal.sets import choose_sets
 from diffing.causal.settings import CausalSettings, LensSettings, SteerSettings
 from diffing.causal.steering import answer, steered, steering_vector
 from diffing.causal.summary import causal_rows, causal_summary
+from diffing.latents.decoder_norms import decoder_difference
 from diffing.latents.latent_scaling import MODELS
 from diffing.latents.runs import open_run_and_cache
 from diffing.latents.table import read_table, require_fit, require_latents
@@ -34,10 +36,12 @@ def causal(settings: CausalSettings) -> dict[str, Any]:
     table = read_table(run)
     crosscoder = load_crosscoder(run, device=str(choose_device(settings.device)))
     require_fit(crosscoder, cache)
+    difference = decoder_difference(crosscoder).cpu().numpy()
     sets = {
         direction: choose_sets(
             table,
             target,
+            difference,
             n_latents=settings.top(),
             draws=settings.random_draws,
             seed=settings.seed,
@@ -51,6 +55,11 @@ def causal(settings: CausalSettings) -> dict[str, Any]:
         config = replace(config, data=settings.data)
     info = inspect_cached(cache)
     chats = read_chats(config, info.tokenizer, settings.n_documents)
+    if len(chats) < LEAST_CHATS:
+        raise InputError(
+            f"{config.paths()} has {len(chats)} chats with a response; intervals over fewer than {LEAST_CHATS} say "
+            "nothing. Name more chats with --data."
+        )
     require_ids(np.concatenate([chat.ids for chat in chats]), info.n_ids, info.tokenizer, info.base)
     pair = load_whole(info, cache.manifest["hook_point"], settings.device, settings.model_dtype)
     measured = measure(

@@ -33,6 +33,8 @@ from diffing.latents.verdict import alive_latents
 
 Kind = Literal["none", "latents", "all", "bias", "error", "template", "reconstruction", "cross_reconstruction"]
 WHOLE: tuple[Kind, ...] = ("none", "all", "error", "bias", "template", "reconstruction", "cross_reconstruction")
+BASELINES = ("norm", "difference", "cosine", "random")
+"""What sets by Latent Scaling are compared with."""
 _CHUNK = 2048
 
 
@@ -138,20 +140,30 @@ def _towards(table: pandas.DataFrame, target: int) -> Float[np.ndarray, " latent
     return norm if target == 1 else 1 - norm
 
 
-def orders(table: pandas.DataFrame, target: int) -> dict[str, Int[np.ndarray, " alive"]]:
-    """Order the alive latents, most specific to model `target` first, by Latent Scaling and by norm.
+Order = Int[np.ndarray, " alive"]
+Lengths = Float[np.ndarray, " dict_size"]
+
+
+def orders(table: pandas.DataFrame, target: int, difference: Lengths) -> dict[str, Order]:
+    """Order the alive latents, most specific to model `target` or most different first, by each score.
+
+    difference: `decoder_difference` of every latent.
 
     scaling: rank by |nu_error| plus rank by |nu_reconstruction|, both of the target's own decoder (the mirror ratios
     for the base model), smallest sum first; latents that are weaker in the target (relative norm on the other side of
-    0.5) come after all others. norm: relative decoder norm towards the target. Ties go to the lower number.
-    Source: Minder et al. 2025, arXiv 2504.02922, who take both ranks within their tuned-only class.
+    0.5) come after all others. norm: relative decoder norm towards the target. difference: decoder difference, largest
+    first. cosine: decoder cosine, lowest first. The last two know of no target. Ties go to the lower number.
+    Source: Minder et al. 2025, arXiv 2504.02922, who take both ranks of `scaling` within their tuned-only class.
     """
     alive = alive_latents(table)
     rows, suffix = table.iloc[alive], "" if target == 1 else "_mirror"
     towards = _towards(rows, target)
     error, reconstruction = rows[f"nu_error{suffix}"].abs().rank(), rows[f"nu_reconstruction{suffix}"].abs().rank()
     scaling = np.lexsort(((error + reconstruction).to_numpy(), towards < 0.5))
-    return {"scaling": alive[scaling], "norm": alive[np.argsort(-towards, kind="stable")]}
+    smallest = {"norm": -towards, "difference": -difference[alive], "cosine": rows["decoder_cosine"].to_numpy()}
+    return {"scaling": alive[scaling]} | {
+        score: alive[np.argsort(values, kind="stable")] for score, values in smallest.items()
+    }
 
 
 def random_sets(
@@ -179,6 +191,7 @@ def random_sets(
 def choose_sets(
     table: pandas.DataFrame,
     target: int,
+    difference: Lengths,
     *,
     n_latents: list[int],
     draws: int,
@@ -188,14 +201,19 @@ def choose_sets(
 ) -> list[PatchSet]:
     """Return every set of one direction; the draws of one random set share a name.
 
+    difference: `decoder_difference` of every latent.
+
     Raises:
         InputError: a latent number out of range or twice, an empty list, more latents than are alive.
     """
     n_alive = len(alive_latents(table))
-    n_leaning = int((_towards(table.iloc[alive_latents(table)], target) >= 0.5).sum())  # the first ones of both orders
+    n_leaning = int(
+        (_towards(table.iloc[alive_latents(table)], target) >= 0.5).sum()
+    )  # the first ones by scaling and by norm
     sets = [PatchSet(kind, kind) for kind in WHOLE]
-    ordered = orders(table, target)
-    for score, order in ordered.items():
+    ordered = orders(table, target, difference)
+    for score in ("scaling", "norm"):  # the others do not put leaning latents first
+        order = ordered[score]
         best, worst = order[: n_leaning // 2], order[n_leaning // 2 : n_leaning]
         sets.append(PatchSet(f"best_half.{score}", "latents", tuple(best.tolist())))
         sets.append(PatchSet(f"worst_half.{score}", "latents", tuple(worst.tolist())))

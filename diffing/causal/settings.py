@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from crosscoders.common.checks import require_range
+from crosscoders.common.checks import LEAST_CHATS, require_range
 from crosscoders.common.errors import InputError
 
 
@@ -19,9 +19,9 @@ class CausalSettings:
     data: str | None = None
     """Other chats: file, folder or `datasets` id with a messages column."""
     n_documents: int = 512
-    """Chats with a response to measure on."""
+    """Chats with a response to measure on, at least 20; below 60 the intervals are too narrow."""
     n_latents: int | list[int] = 32
-    """Sizes of the sets by Latent Scaling, by norm and at random."""
+    """Sizes of the sets by Latent Scaling, by norm, decoder difference and cosine, and at random."""
     random_draws: int = 10
     """Random sets of each size, from latents that are alive."""
     match_frequency: bool = False
@@ -40,7 +40,8 @@ class CausalSettings:
     """Seed of random sets and of bootstrap resamples."""
 
     def __post_init__(self) -> None:
-        require_range(self, 1, None, "n_documents", "random_draws", "first_tokens", "batch_rows")
+        require_range(self, LEAST_CHATS, None, "n_documents")
+        require_range(self, 1, None, "random_draws", "first_tokens", "batch_rows")
         require_range(self, 0, 2**63 - 1, "seed")
 
     def top(self) -> list[int]:

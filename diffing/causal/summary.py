@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from crosscoders.common.checks import ENOUGH_CHATS, FEW_CHATS
 from crosscoders.common.errors import InputError
 from crosscoders.common.results import row
 from crosscoders.common.statistics import bootstrap_interval, resample
 from diffing.causal.patching import DIRECTIONS, Measured
+from diffing.causal.sets import BASELINES
 
 
 class _Resampled:
@@ -76,7 +78,7 @@ def _window_rows(start: str, suffix: str, resampled: _Resampled) -> list[dict[st
         if name not in ("none", "source_model"):
             entries.append(resampled.row(f"{start}.{name}{suffix}.share_closed", share[name], "fraction"))
     for top in dict.fromkeys(name.split(".")[0] for name in names if name.startswith("top_")):
-        for other in ("norm", "random"):
+        for other in BASELINES:
             gain = share[f"{top}.scaling"] - share[f"{top}.{other}"]
             entries.append(resampled.row(f"{start}.{top}.scaling_minus_{other}{suffix}.share_closed", gain, "fraction"))
         draws = [i for i, name in enumerate(resampled.measured.names) if name == f"{top}.random"]
@@ -104,6 +106,8 @@ def causal_summary(rows: list[dict[str, Any]], first_tokens: int) -> str:
             f"  {'patched in':<24}{'KL':>8}{'CE':>8}   {'share closed (95%)':<24}{f'first {first_tokens}: KL':>12}"
             "   share closed",
         ]
+        if values[f"{start}documents"]["value"] < ENOUGH_CHATS:
+            lines.insert(-1, f"  {FEW_CHATS}")
         names = [key[len(start) : -3] for key in values if key.startswith(start) and key.endswith(".kl")]
         lines += [_line(values, start + name, name, first) for name in names if not name.endswith(first)]
     return "\n".join(lines)

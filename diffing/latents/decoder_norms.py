@@ -1,8 +1,9 @@
-r"""What decoder norms and directions alone say about a latent: class and cosine.
+r"""What decoder norms and directions alone say about a latent: class, cosine and difference.
 
 relative_decoder_norm   `Crosscoder.relative_decoder_norm`
 norm_class              base-only [0, 0.1], shared [0.4, 0.6], tuned-only [0.9, 1], other
 decoder_cosine          cos(d_base, d_tuned)
+decoder_difference      ||D_tuned - D_base||, in the units of x
 """
 
 from collections.abc import Sequence
@@ -39,3 +40,10 @@ def decoder_cosine(crosscoder: Crosscoder) -> Float[Tensor, " dict_size"]:
     """
     base, tuned = crosscoder.decoder().unbind(dim=1)
     return torch.nn.functional.cosine_similarity(base, tuned, dim=1, eps=1e-12)
+
+
+def decoder_difference(crosscoder: Crosscoder) -> Float[Tensor, " dict_size"]:
+    """Return ||D_tuned - D_base|| of each latent, in the units of x: how far one unit of the latent moves an activation
+    when the models are exchanged. It needs no data."""
+    base, tuned = (crosscoder.decoder().detach() / crosscoder.input_scale[:, None]).unbind(dim=1)
+    return (tuned - base).norm(dim=1)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from crosscoders.dictionary.crosscoder import Crosscoder
 from diffing.latents.contexts import ChosenLatents
-from diffing.latents.verdict import is_alive, verdicts
+from diffing.latents.verdict import is_alive, ranks, verdicts
 
 OTHER_SIDE = 0.25
 """Largest relative decoder norm of a partner on the base side: its tuned norm is at most half of its base norm."""
@@ -90,4 +90,4 @@ def with_partners(
         for latent, (value, other) in zip(side.own, zip(*correlations.result().max(dim=1), strict=True), strict=True):
             partner[latent], correlation[latent] = side.others[int(other)], float(value)
     table = table.assign(partner=partner, partner_correlation=correlation)
-    return table.assign(verdict=verdicts(table))
+    return table.assign(verdict=verdicts(table), rank=ranks(table))

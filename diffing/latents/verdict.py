@@ -1,4 +1,4 @@
-r"""One word per latent, and a rank by how specific to the tuned model it looks.
+r"""One word per latent, and a rank: by that word, then by how specific to the tuned model the latent looks.
 
 The ratios of Latent Scaling are used only behind the decoder-norm gate: a rotated latent (both norms alive, unrelated
 directions) has ratios near 0 as well, without being new. Bounds are the published ones (Minder et al. 2025), but for
@@ -58,6 +58,9 @@ VERDICTS = {
     "dead": "Active on no token.",
 }
 """What each verdict says, in words for readers; the names in braces are fields of `Thresholds`."""
+
+RANKED = ("tuned-specific", "undetermined", "rotated", "decoupled", "shrunk", "shared")
+"""Verdicts of latents that lean to the tuned model, from the strongest sign of something new to the weakest."""
 
 
 class Thresholds(NamedTuple):
@@ -125,9 +128,11 @@ def specificity(table: pandas.DataFrame) -> np.ndarray:
 
 
 def ranks(table: pandas.DataFrame, thresholds: Thresholds | None = None) -> np.ndarray:
-    """Return ranks, 1 = most specific to the tuned model: by `specificity`, among latents that are alive and at least
-    as strong in the tuned model as in the base (relative norm >= 0.5); all others come after them."""
-    order = np.lexsort((-specificity(table), ~eligible(table, thresholds)))
+    """Return ranks, 1 = most specific to the tuned model: by verdict in the order of `RANKED`, then by `specificity`,
+    among latents that are alive and at least as strong in the tuned model as in the base (relative norm >= 0.5); all
+    others come after them."""
+    places = [RANKED.index(word) if word in RANKED else len(RANKED) for word in verdicts(table, thresholds)]
+    order = np.lexsort((-specificity(table), np.array(places), ~eligible(table, thresholds)))
     rank = np.empty(len(table), dtype=np.int64)
     rank[order] = np.arange(1, len(table) + 1)
     return rank

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from crosscoders.common.checks import ENOUGH_CHATS, FEW_CHATS
 from crosscoders.common.errors import InputError
 from crosscoders.common.files import hash_file
 from diffing.report.data import Run, read_object, read_rows
@@ -19,7 +20,7 @@ DIRECTIONS = {"base_to_tuned": ("base into tuned", TUNED), "tuned_to_base": ("tu
 _ROW = re.compile(
     r"causal\.(?P<direction>base_to_tuned|tuned_to_base)\."
     r"(?P<set>none|all|error|bias|template|reconstruction|cross_reconstruction|chosen|source_model"
-    r"|(?:best|worst)_half\.(?:scaling|norm)|top_\d{1,6}\.(?:scaling|norm|random))"
+    r"|(?:best|worst)_half\.(?:scaling|norm)|top_\d{1,6}\.(?:scaling|norm|difference|cosine|random))"
     r"(?:\.first_(?P<first>\d{1,6}))?\.(?P<what>kl|share_closed)"
 )
 NOTE = (
@@ -27,10 +28,12 @@ NOTE = (
     "the decoder differences of a set of latents; by nothing (none); by the difference of the reconstructions (all, or "
     "on template tokens alone), of what they miss (error), of the decoder biases (bias); or a reconstruction itself, "
     "the target's or the other model's (cross). source model: the other model, unpatched. by scaling: first by Latent "
-    "Scaling; by norm: first by relative decoder norm; at random: as many alive latents, mean over draws. KL is "
-    "KL(target || patched target), mean over response tokens, nats/token; share closed = 1 - KL(set) / KL(none). "
-    "Intervals are 95%, bootstrap over chats, of a random set over its draws too; they do not cover another training "
-    "of the crosscoder."
+    "Scaling; by norm: first by relative decoder norm; by difference: first by ||D_tuned - D_base||, the length of the "
+    "decoder difference; by cosine: lowest decoder cosine first, these two without data and the same in both "
+    "directions; at random: as many alive latents, mean over draws. Where difference closes as much as scaling does, "
+    "the share closed speaks of how much is exchanged and not for Latent Scaling. KL is KL(target || patched target), "
+    "mean over response tokens, nats/token; share closed = 1 - KL(set) / KL(none). Intervals are 95%, bootstrap over "
+    "chats, of a random set over its draws too; they do not cover another training of the crosscoder."
 )
 
 
@@ -98,7 +101,8 @@ def title(run: Run, direction: str) -> str:
     entry = run.causal[direction]
     n = entry["sets"][0].kl["n"] if entry["sets"] else 0
     chats = "" if entry["n_documents"] is None else f" of {number(entry['n_documents'])} chats"
-    return f"{DIRECTIONS[direction][0].capitalize()}: n = {number(n)} response tokens{chats}"
+    few = f". {FEW_CHATS}" if (entry["n_documents"] or ENOUGH_CHATS) < ENOUGH_CHATS else ""
+    return f"{DIRECTIONS[direction][0].capitalize()}: n = {number(n)} response tokens{chats}{few}"
 
 
 def first_title(run: Run, direction: str) -> str:

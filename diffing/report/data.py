@@ -129,6 +129,9 @@ class Run(NamedTuple):
     """null.json, by `nulls.read_nulls`; empty where there is none, or where it is about an earlier latent table."""
     causal: dict[str, Any] = {}  # noqa: RUF012
     """causal.json, by `causes.read_causal`; empty under the same conditions."""
+    say: dict[str, Any] = {}  # noqa: RUF012
+    replies: dict[str, Any] = {}  # noqa: RUF012
+    """say.json and replies.json, by `samples`; empty where there is none."""
 
     def look(self, *keys: str) -> Any:
         """Return the value under nested keys of run.json, or None."""

@@ -1,14 +1,15 @@
 """What each column of the report means, in a sentence. `definitions` fills in the run's thresholds, here and in the
 definitions of the verdicts."""
 
-from diffing.latents.verdict import VERDICTS
+from diffing.latents.verdict import RANKED, VERDICTS
 from diffing.report.data import Latents
 from diffing.report.text import number
 
 COLUMNS = {
     "rank": (
-        "Place in the order of specificity among alive latents that are at least as strong in the tuned model as in "
-        "the base model (relative_decoder_norm from 0.5); all others follow. 1 is the most specific to the tuned model."
+        "Place among alive latents that are at least as strong in the tuned model as in the base model "
+        f"(relative_decoder_norm from 0.5): by verdict ({', '.join(RANKED)}), then by specificity; all others follow. "
+        "1 is the strongest sign of something new in the tuned model."
     ),
     "latent": "Number of the latent in the dictionary.",
     "verdict": "What the evidence says; the words are explained below.",
@@ -20,7 +21,9 @@ COLUMNS = {
         "beta_base / beta_tuned, where beta_m = sum f (e_m . d) / (|d|^2 sum f^2) over tokens, f is the activation, d "
         "the tuned decoder, and e_m the error of model m with the latent's own part added back. Near 0: what the "
         "dictionary misses of the base model holds none of d. ± is one standard error, a jackknife over {n_blocks} "
-        "blocks of tokens, here and in every other column."
+        "blocks of tokens, here and in every other column: it covers the choice of tokens and not another training, "
+        "whose spread (diffing stability RUN RUN) is the error that matters. With BatchTopK nu_error is low by up to "
+        "0.02 on planted features of known gain, which ± does not cover."
     ),
     "nu_reconstruction": (
         "The same ratio with the reconstruction of model m, bias and the latent's own part included, in place of e_m. "

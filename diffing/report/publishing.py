@@ -11,6 +11,7 @@ from diffing.latents.nulls import read_nulls
 from diffing.report.causes import read_causal
 from diffing.report.data import read_run
 from diffing.report.render import render_html, render_json, table_rows
+from diffing.report.samples import read_replies, read_say
 
 
 class ReportFiles(NamedTuple):
@@ -30,7 +31,9 @@ def write_report(run: Path, *, html: Path | None = None, json: Path | None = Non
         CorruptData: a file of RUN is not JSON.
         EnvironmentFault: a file cannot be written.
     """
-    read = read_run(run)._replace(nulls=read_nulls(run), causal=read_causal(run))
+    read = read_run(run)._replace(
+        nulls=read_nulls(run), causal=read_causal(run), say=read_say(run), replies=read_replies(run)
+    )
     files = ReportFiles(html or run / "report.html", json or run / "report.json")
     rows = table_rows(read)
     write_bytes(files.html, render_html(read, rows))

@@ -18,7 +18,7 @@ from plotly.offline import get_plotlyjs
 from crosscoders.dictionary.health import warning
 from diffing.latents.nulls import NULL, counts_beside, kinds_of
 from diffing.latents.verdict import VERDICTS
-from diffing.report import causes, figures, nulls, summary
+from diffing.report import causes, figures, nulls, samples, summary
 from diffing.report.curves import training_figures
 from diffing.report.data import MADE_BY, Example, Run, command_for
 from diffing.report.definitions import COLUMNS, definitions
@@ -85,6 +85,8 @@ def render_json(run: Run, rows: list[Row]) -> dict[str, Any]:
         "nulls": run.nulls or None,
         "causal": [row for entry in run.causal.values() for patched in entry["sets"] for row in patched[1:] if row]
         or None,
+        "say": {key: run.say[key] for key in ("phrases", "top_samples")} if run.say else None,
+        "replies": run.replies.get("rows"),
         "latents": [{name: values[i] for name, values in columns.items()} for i in [row.place for row in rows]],
     }
 
@@ -123,6 +125,9 @@ def render_html(run: Run, rows: list[Row]) -> bytes:
         causes=causes,
         causal_figure=causal_figure,
         causal_command=causes.CAUSAL.format(run=run.path),
+        samples=samples,
+        say_command=samples.SAY.format(run=run.path),
+        replies_command=samples.REPLIES.format(run=run.path),
         null_command=NULL.format(run=run.path),
         table_columns=table_columns(run),
         rows=rows,

@@ -36,7 +36,7 @@ from diffing.sae.rates import Rates, compare_rates, in_both
 from diffing.sae.settings import SaeSettings
 from diffing.sae.summary import sae_summary
 from diffing.sae.thresholds import first, orders_of, threshold_rows, with_ranks
-from diffing.sae.twins import alignment, quality_rows, require_aligned, splice_rows
+from diffing.sae.twins import Alignment, alignment, quality_rows, require_aligned, splice_rows
 from sae_lora.dictionaries.frozen import DictionaryInfo, FrozenDictionary
 from sae_lora.dictionaries.loading import read_dictionary
 
@@ -74,20 +74,15 @@ def sae(settings: SaeSettings) -> dict[str, Any]:
     say(f"read {settings.sae} in both models at {inputs.info.hook_point}")
     rates = {"sae": compare_rates(dictionary, cache, seed=settings.seed)}
     table, entries = with_causes(inputs, dictionary, rates["sae"], settings.tuned, "sae")
+    if twin is not None and aligned is not None:
+        rates["tuned_sae"] = compare_rates(twin, cache, seed=settings.seed)
+        table, rows = with_twin(table, rates["tuned_sae"].table, aligned)
+        entries += rows
     null = read_null(inputs, dictionary, cache, out)
     entries += threshold_rows(table, None if null is None else null[0], settings.n_latents)
     if null is not None:
         entries += null[1]
         table = table.join(null[0][_shared_columns(null[0])].add_prefix("null_"))
-    if twin is not None and aligned is not None:
-        rates["tuned_sae"] = compare_rates(twin, cache, seed=settings.seed)
-        table["twin_cosine"] = aligned.cosine.numpy()
-        table["twin_rate_tuned"] = rates["tuned_sae"].table["rate_tuned"]
-        table["twin_rate_change"] = table["twin_rate_tuned"] - table["rate_base"]
-        n = len(table)
-        entries.append(row("sae.twins.aligned", aligned.aligned, "fraction", n))
-        entries.append(row("sae.twins.aligned_permuted", aligned.permuted, "fraction", n))
-        entries.append(row("sae.twins.cosine_median", float(aligned.cosine.median()), "cosine", n))
     entries += quality_rows(rates)
     if inputs.chats:
         both = {"sae": dictionary} | ({} if twin is None else {"tuned_sae": twin})
@@ -123,16 +118,24 @@ def inspect(settings: SaeSettings) -> Inputs:
         require_twins(info, twin)
     pair = inspect_pair(settings.base, settings.tuned, [info.hook_point])
     if settings.null is not None:
-        tokenizer = pair.tokenizer.name_or_path
-        inspect_pair(settings.base, settings.null, [info.hook_point], tokenizer=tokenizer)
-        if hash_model(settings.null) in (hash_model(settings.tuned), hash_model(settings.base)):
-            raise InputError(
-                f"null {settings.null!r} is the tuned model or the base itself. Give a model that was tuned without "
-                "the new behaviour."
-            )
+        require_null(settings, info.hook_point, pair.tokenizer.name_or_path)
     config = _cache_config(settings, info.hook_point)
     chats = read_chats(config.data_config(), pair.tokenizer, settings.n_documents) if settings.n_documents else []
     return Inputs(settings, info, twin, pair, chats)
+
+
+def require_null(settings: SaeSettings, hook_point: str, tokenizer: str) -> None:
+    """Raise InputError unless the null is another tune of the same base, as far as configurations say it."""
+    assert settings.null is not None
+    try:
+        inspect_pair(settings.base, settings.null, [hook_point], tokenizer=tokenizer)
+    except InputError as error:
+        raise InputError(f"null {settings.null!r} is no tune of this base: {error}") from None
+    if hash_model(settings.null) in (hash_model(settings.tuned), hash_model(settings.base)):
+        raise InputError(
+            f"null {settings.null!r} is the tuned model or the base itself. Give a model that was tuned without the "
+            "new behaviour."
+        )
 
 
 def _cache_config(settings: SaeSettings, hook_point: str) -> CacheConfig:
@@ -181,6 +184,21 @@ def with_causes(
         for key in ("none.kl", "all.share_closed", *(f"{group}.share_closed" for group in groups)):
             entries.append(rows[f"causal.{DIRECTION}.{key}"] | {"name": f"{name}.patched.{key}"})
     return with_ranks(table), entries
+
+
+def with_twin(
+    table: pandas.DataFrame, of_twin: pandas.DataFrame, aligned: Alignment
+) -> tuple[pandas.DataFrame, list[dict[str, Any]]]:
+    """Return the table with what the twin is at each number, and rows about both."""
+    cosine = aligned.cosine.numpy()
+    table = table.assign(twin_cosine=cosine, twin_turn=1 - cosine, twin_rate_tuned=of_twin["rate_tuned"])
+    table["twin_rate_change"] = table["twin_rate_tuned"] - table["rate_base"]
+    n = len(table)
+    return with_ranks(table), [
+        row("sae.twins.aligned", aligned.aligned, "fraction", n),
+        row("sae.twins.aligned_permuted", aligned.permuted, "fraction", n),
+        row("sae.twins.cosine_median", float(aligned.cosine.median()), "cosine", n),
+    ]
 
 
 def read_null(

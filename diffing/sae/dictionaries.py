@@ -7,7 +7,7 @@ from torch import Tensor
 from crosscoders.common.errors import InputError
 from crosscoders.models import hooks
 from crosscoders.models.names import hash_model, load_auto
-from sae_lora.dictionaries.frozen import DictionaryInfo, FrozenDictionary, require_fit
+from sae_lora.dictionaries.frozen import DictionaryInfo, FrozenDictionary, require_fit, require_spliceable
 from sae_lora.dictionaries.loading import inspect_dictionary, reads_two_models
 
 _PER_TOKEN = ("layer_norm", "constant_norm_rescale")
@@ -18,8 +18,8 @@ def inspect_sae(path: str, model: str, hook_point: str | None) -> DictionaryInfo
     """Check a dictionary against the model that it belongs to, by headers and configurations.
 
     Raises:
-        InputError: another width, layer or hook point, a record of another model, a crosscoder of two models, decoders
-            that are another for each token; as `inspect_dictionary`.
+        InputError: a transcoder, another width, layer or hook point, a record of another model, a crosscoder of two
+            models, decoders that are another for each token; as `inspect_dictionary`.
     """
     if reads_two_models(path):
         raise InputError(
@@ -27,6 +27,7 @@ def inspect_sae(path: str, model: str, hook_point: str | None) -> DictionaryInfo
         )
     config = load_auto(model, "config").get_text_config()
     info = inspect_dictionary(path, hook_point=hook_point, model_type=config.model_type)
+    require_spliceable(info)
     width = hooks.width(config, info.hook_point)
     require_fit(info, d_model=width, n_layers=config.num_hidden_layers, model_name=model, model_hash=hash_model(model))
     if (how := info.settings.get("normalize_activations")) in _PER_TOKEN:

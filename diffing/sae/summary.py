@@ -7,6 +7,7 @@ _WORDS = {
     "change": "by change of mean activation, up or down",
     "attribution": "by attribution: KL closed to first order",
     "kl": "by KL closed when patched alone",
+    "twin": "by how far the twin turned what they write",
 }
 _HEADER = f"  {'latent':>7}{'change':>9}{'rate base':>11}{'tuned':>8}{'attrib.':>9}{'KL closed':>11}   where, strongest"
 

@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from crosscoders.common.errors import InputError
 from sae_lora.dictionaries.frozen import FrozenDictionary
 from sae_lora.dictionaries.settings import WITHOUT_LATENTS, ControlKind
 
@@ -96,7 +97,16 @@ def decoder_of(dictionary: FrozenDictionary) -> Float[Tensor, "dict_size *models
 
 
 def with_random_decoder(dictionary: FrozenDictionary, seed: int) -> FrozenDictionary:
-    """Return a copy whose decoder rows have random directions, isotropic, and the norms that they had."""
+    """Return a copy whose decoder rows have random directions, isotropic, and the norms that they had.
+
+    Raises:
+        InputError: the encoder is the decoder.
+    """
+    if dictionary.info.settings.get("architecture") == "matching_pursuit":
+        raise InputError(
+            f"control random-decoder would change the latents of {dictionary.info.path!r}, a matching_pursuit SAE, "
+            "whose encoder is its decoder. Use shuffled-decoder."
+        )
     copied = copy.deepcopy(dictionary)
     W_dec = decoder_of(copied)
     drawn = torch.randn(W_dec.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(

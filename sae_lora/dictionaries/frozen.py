@@ -3,9 +3,9 @@ r"""A frozen dictionary at one hook point of one model: encode, decode, and what
     f     = encode(x)       latents, (tokens, dict_size)
     x_hat = decode(f)       units of x, (tokens, d_model)
 
-`JumpReLU` holds Gemma Scope's weights, `SaeLens` an SAE of SAELens, `CrosscoderSide` one of our crosscoders seen from
-one model, `PairSide` the same with both models at work, `Constant` the ablations that a dictionary is compared with.
-`loading` makes them from files.
+`Sae` holds plain weights such as Gemma Scope's, `SaeLens` an SAE of SAELens, `CrosscoderSide` one of our crosscoders
+seen from one model, `PairSide` the same with both models at work, `Constant` the ablations that a dictionary is
+compared with. `loading` makes them from files.
 """
 
 import hashlib
@@ -25,11 +25,24 @@ Side = Literal["base", "tuned", "both"]
 SIDES: tuple[Side, ...] = ("base", "tuned", "both")
 
 
+Layout = Literal[
+    "gemma-scope",
+    "gemma-scope-2",
+    "dictionary-learning",
+    "qwen-scope",
+    "sparsify",
+    "sae-lens",
+    "crosscoder",
+    "layer-crosscoder",
+    "constant",
+]
+
+
 @dataclass(frozen=True)
 class DictionaryInfo:
     """What is known of a dictionary before its weights load."""
 
-    layout: Literal["gemma-scope", "sae-lens", "crosscoder", "constant"]
+    layout: Layout
     path: str
     """Where it was read from; no part of its identity."""
     hook_point: str
@@ -43,6 +56,8 @@ class DictionaryInfo:
     """Models that it was trained on, as far as its files say."""
     model_hashes: tuple[str, ...] = ()
     """The same, as `crosscoders.models.names.hash_model` names them."""
+    writes: str | None = None
+    """Hook point of what it reconstructs; None: what it reads, as all but transcoders do."""
 
 
 class FrozenDictionary(nn.Module):
@@ -107,11 +122,13 @@ class FrozenDictionary(nn.Module):
         }
 
 
-class JumpReLU(FrozenDictionary):
-    r"""f = ReLU(pre) where pre > threshold, pre = x W_enc + b_enc; x_hat = f W_dec + b_dec.
+class Sae(FrozenDictionary):
+    r"""f = gate(ReLU(pre)), pre = x W_enc + b_enc; x_hat = f W_dec + b_dec (+ x W_skip in a transcoder).
 
-    The decoder bias is not subtracted from the input. Source: Rajamanoharan et al. 2024, arXiv 2407.14435; Gemma Scope,
-    Lieberum et al. 2024, arXiv 2408.05147.
+    Settings: gate "relu"; "jumprelu", f_j = 0 where pre_j <= threshold_j; or "topk", all but the k largest of a token
+    are 0; or "gated", f = ReLU(scale pre + shift) where pre > 0. apply_b_dec_to_input: pre reads x - b_dec. Source:
+    Rajamanoharan et al. 2024, arXiv 2407.14435 and 2404.16014; Lieberum et al. 2024, arXiv 2408.05147; Gao et al. 2024,
+    arXiv 2406.04093.
     """
 
     W_enc: Tensor
@@ -119,6 +136,9 @@ class JumpReLU(FrozenDictionary):
     W_dec: Tensor
     b_dec: Tensor
     threshold: Tensor
+    scale: Tensor
+    shift: Tensor
+    W_skip: Tensor
 
     def __init__(self, info: DictionaryInfo, tensors: dict[str, Tensor]) -> None:
         super().__init__(info)
@@ -126,11 +146,26 @@ class JumpReLU(FrozenDictionary):
             self.register_parameter(name, nn.Parameter(value, requires_grad=False))
 
     def encode(self, x: Float[Tensor, "tokens d_model"]) -> Float[Tensor, "tokens dict_size"]:
-        pre = torch.addmm(self.b_enc, x, self.W_enc)
-        return torch.relu(pre) * (pre > self.threshold)
+        settings = self.info.settings
+        pre = torch.addmm(self.b_enc, x - self.b_dec if settings["apply_b_dec_to_input"] else x, self.W_enc)
+        if settings["gate"] == "gated":
+            return torch.relu(pre * self.scale + self.shift) * (pre > 0)
+        positive = torch.relu(pre)
+        if settings["gate"] == "jumprelu":
+            return positive * (pre > self.threshold)
+        if settings["gate"] == "topk":
+            values, indices = positive.topk(settings["k"], dim=1, sorted=False)
+            return torch.zeros_like(positive).scatter(1, indices, values)
+        return positive
 
     def decode(self, latents: Float[Tensor, "tokens dict_size"]) -> Float[Tensor, "tokens d_model"]:
         return torch.addmm(self.b_dec, latents, self.W_dec)
+
+    def reconstruct(
+        self, x: Float[Tensor, "tokens d_model"]
+    ) -> tuple[Float[Tensor, "tokens dict_size"], Float[Tensor, "tokens d_model"]]:
+        latents, x_hat = super().reconstruct(x)
+        return latents, x_hat + x @ self.W_skip if hasattr(self, "W_skip") else x_hat
 
 
 class SaeLens(FrozenDictionary):
@@ -147,6 +182,12 @@ class SaeLens(FrozenDictionary):
     def decode(self, latents: Float[Tensor, "tokens dict_size"]) -> Float[Tensor, "tokens d_model"]:
         x_hat: Tensor = self.sae.decode(latents)
         return x_hat
+
+    def reconstruct(
+        self, x: Float[Tensor, "tokens d_model"]
+    ) -> tuple[Float[Tensor, "tokens dict_size"], Float[Tensor, "tokens d_model"]]:
+        latents, x_hat = super().reconstruct(x)
+        return latents, x_hat + x @ self.sae.W_skip.T if hasattr(self.sae, "W_skip") else x_hat
 
 
 class CrosscoderSide(FrozenDictionary):
@@ -180,19 +221,33 @@ class PairSide(CrosscoderSide):
         self.beside: Tensor | None = None
 
     def begin(self, ids: Int[Tensor, "rows seq"], attention_mask: Tensor | None) -> None:
-        if attention_mask is None:
-            attention_mask = torch.ones_like(ids)
-        if attention_mask.shape != ids.shape:
-            raise InputError(
-                "the other model of the crosscoder keeps no key-value cache. Generate with use_cache=False."
-            )
-        activation = hooks.run_to(self.others[0], [self.hook_point], ids, attention_mask)[self.hook_point]
-        self.beside = activation.clone().flatten(0, 1).to(self.dtype)  # a clone is no inference tensor
+        self.beside = run_beside(self.others[0], [self.hook_point], ids, attention_mask, self.dtype)[self.hook_point]
 
     def encode(self, x: Float[Tensor, "tokens d_model"]) -> Float[Tensor, "tokens dict_size"]:
         assert self.beside is not None and self.beside.shape == x.shape
         pair = (x, self.beside) if self.info.side == "base" else (self.beside, x)
         return self.crosscoder.encode(torch.stack(pair, dim=1))
+
+
+def run_beside(
+    model: nn.Module,
+    hook_points: list[str],
+    ids: Int[Tensor, "rows seq"],
+    attention_mask: Tensor | None,
+    dtype: torch.dtype,
+) -> dict[str, Float[Tensor, "tokens d_model"]]:
+    """Return the activations of a model that runs beside the spliced one, on the same ids.
+
+    Raises:
+        InputError: a pass that continues a key-value cache, which the model beside does not have.
+    """
+    if attention_mask is None:
+        attention_mask = torch.ones_like(ids)
+    if attention_mask.shape != ids.shape:
+        raise InputError("the other model of the crosscoder keeps no key-value cache. Generate with use_cache=False.")
+    activations = hooks.run_to(model, hook_points, ids, attention_mask)
+    # a clone is no inference tensor
+    return {name: value.clone().flatten(0, 1).to(dtype) for name, value in activations.items()}
 
 
 class Constant(FrozenDictionary):
@@ -209,6 +264,15 @@ class Constant(FrozenDictionary):
 
     def decode(self, latents: Float[Tensor, "tokens dict_size"]) -> Float[Tensor, "tokens d_model"]:
         return self.value.expand(len(latents), -1)
+
+
+def require_spliceable(info: DictionaryInfo) -> None:
+    """Raise InputError for a transcoder, whose output is no reconstruction of what it reads."""
+    if info.writes not in (None, info.hook_point):
+        raise InputError(
+            f"dictionary {info.path!r} is a transcoder: it reads {info.hook_point!r} and computes {info.writes!r}, "
+            "so it cannot be spliced. Give an SAE."
+        )
 
 
 def require_fit(info: DictionaryInfo, *, d_model: int, n_layers: int, model_name: str, model_hash: str | None) -> None:

@@ -5,6 +5,7 @@ archive that declares more than it holds, or inflates to far more than its size,
 """
 
 import math
+import re
 import zipfile
 import zlib
 from pathlib import Path
@@ -16,6 +17,9 @@ from torch import Tensor
 
 from crosscoders.common import files
 from crosscoders.common.errors import CorruptData, InputError
+from crosscoders.models import hooks
+from sae_lora.dictionaries.frozen import DictionaryInfo, FrozenDictionary, Sae
+from sae_lora.dictionaries.places import chosen_hook_point
 
 NAMES = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
 MAX_RATIO = 50
@@ -23,6 +27,34 @@ MAX_RATIO = 50
 at 1,032."""
 _MAX_MEMBERS = 100
 _FREE_BYTES = 1 << 20  # small files may be mostly zeros
+_SITES = {"res": "hook_resid_post", "mlp": "hook_mlp_out", "att": "attn.hook_z"}
+"""Where the releases of Gemma Scope sit, as SAELens has it."""
+
+
+def inspect(path: Path, hook_point: str | None, model_type: str | None) -> DictionaryInfo:
+    path = _archive_of(path)
+    shapes = read_shapes(path)
+    # Published as <release>/layer_20/width_16k/average_l0_71/params.npz; in the hub's cache models--google-- precedes.
+    where = path.absolute().as_posix()
+    layer = re.search(r"/layer_(\d+)/width_\w+/", where)
+    site = re.search(r"gemma-scope-\w+-\w+-(res|mlp|att|transcoders)(-canonical)?/", where)
+    if site and site[1] == "transcoders":
+        raise InputError(f"{str(path)!r} is a transcoder, which computes the MLP's output from its input; give an SAE.")
+    named = f"blocks.{layer[1]}.{_SITES[site[1]]}" if layer and site else None
+    settings = {"gate": "jumprelu", "apply_b_dec_to_input": False}
+    chosen = chosen_hook_point(named, hook_point, path, model_type)
+    if layer and hooks.layer_of(chosen) != int(layer[1]):
+        raise InputError(f"{str(path)!r} is of layer {layer[1]}, not at {chosen!r}. Give a hook point of that layer.")
+    return DictionaryInfo("gemma-scope", str(path), chosen, shapes.d_model, shapes.dict_size, settings)
+
+
+def read(info: DictionaryInfo, path: Path) -> FrozenDictionary:
+    """Read the weights of an inspected dictionary."""
+    return Sae(info, read_arrays(_archive_of(path))).requires_grad_(False)
+
+
+def _archive_of(path: Path) -> Path:
+    return path / "params.npz" if path.is_dir() else path
 
 
 class Shapes(NamedTuple):

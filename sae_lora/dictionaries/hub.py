@@ -1,7 +1,7 @@
 """The name of a published dictionary -> local files, or what SAELens converts.
 
     <release>/<id>                  a release of SAELens's list, such as gemma-scope-2b-pt-res/layer_12/...
-    <owner>/<repository>/<folder>   any repository of the hub with SAELens or Gemma Scope folders
+    <owner>/<repository>/<folder>   any repository of the hub with folders that are read here
 
 Files are fetched where the layout is one that `loading` reads itself; releases in other layouts (Llama Scope and more)
 are left to SAELens (`Converted`). Nothing here is asked for a path that exists.
@@ -10,12 +10,16 @@ are left to SAELens (`Converted`). Nothing here is asked for a path that exists.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 from crosscoders.common.errors import InputError, nearest
 
-_SAE_LENS = ("cfg.json", "sae_weights.safetensors")
-_GEMMA_SCOPE = ("params.npz",)
+_FILES = {"sae_weights.safetensors": "cfg.json", "params.npz": None, "params.safetensors": "config.json",
+          "ae.pt": "config.json", "sae.safetensors": "cfg.json"}  # fmt: skip
+"""Weights of a folder that `loading` reads, and the settings beside them."""
+_MAY_LACK_SETTINGS = ("params.safetensors",)
+_READ_HERE = {"gemma_2": "params.npz", "gemma_3": "params.safetensors", "dictionary_learning_1": "ae.pt"}
+"""Releases of SAELens's list, by its name of their layout, that are read here from their own files."""
 
 
 class Converted(NamedTuple):
@@ -28,7 +32,7 @@ class Converted(NamedTuple):
 
 
 def fetch(name: str) -> Path | Converted:
-    """Return the folder of a published dictionary, its files downloaded or in the hub's cache; or say who converts it.
+    """Return where the files of a published dictionary are, downloaded or in the hub's cache; or say who converts it.
 
     Raises:
         InputError: it can only be a path, and nothing is there; an unknown release or id; it cannot be fetched.
@@ -51,10 +55,14 @@ def fetch(name: str) -> Path | Converted:
             f"{len(known.saes_map)}, for example {next(iter(known.saes_map))!r}."
         )
     scale = known.norm_scaling_factor.get(sae_id)
-    if known.conversion_func == "gemma_2":
-        return _files(name, known.repo_id, known.saes_map[sae_id], _GEMMA_SCOPE)
+    folder = known.saes_map[sae_id]
+    if known.conversion_func == "qwen_scope":
+        return _file(name, known.repo_id, folder)
+    weights = _READ_HERE.get(str(known.conversion_func))
     if known.conversion_func is None and scale is None and set(known.config_overrides or ()) <= {"dataset_path"}:
-        return _files(name, known.repo_id, known.saes_map[sae_id], _SAE_LENS)
+        weights = "sae_weights.safetensors"
+    if weights is not None and not folder.startswith("clt"):
+        return _files(name, known.repo_id, folder, weights)
     return Converted(release, sae_id, scale)
 
 
@@ -91,34 +99,62 @@ def _folder(name: str, releases: list[str]) -> Path:
             f"there is no dictionary {name!r}: no such path, and SAELens knows no release {owner!r}"
             f"{nearest(owner, releases)}. Check the name, or give OWNER/REPOSITORY/FOLDER of the hub."
         )
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
     repo_id = f"{owner}/{repository}"
-    try:
-        return _files(name, repo_id, folder, _SAE_LENS)
-    except InputError as error:
-        cause = error.__cause__
-        if isinstance(cause, EntryNotFoundError) and not isinstance(cause, LocalEntryNotFoundError):
-            also = f"It has no {_SAE_LENS[0]} with {_SAE_LENS[1]} either. "
-            return _files(name, repo_id, folder, _GEMMA_SCOPE, also)
-        raise
+    if folder.endswith(".sae.pt"):
+        return _file(name, repo_id, folder)
+    if folder.startswith("crosscoder/"):
+        import huggingface_hub
+
+        with _one_line(name):
+            return Path(huggingface_hub.snapshot_download(repo_id, allow_patterns=f"{folder}/*")) / folder
+    for weights in _FILES:
+        if (path := _files(name, repo_id, folder, weights, may_lack=True)) is not None:
+            return path
+    raise InputError(
+        f"{folder!r} of the hub's repository {repo_id!r} holds none of {', '.join(_FILES)}. Give the folder of one SAE."
+    )
 
 
-def _files(name: str, repo_id: str, folder: str, files: tuple[str, ...], also: str = "") -> Path:
+def _file(name: str, repo_id: str, file: str) -> Path:
     import huggingface_hub
 
     with _one_line(name):
-        paths = [Path(huggingface_hub.hf_hub_download(repo_id, f"{folder}/{file}")) for file in files]
-    return paths[0].parent
+        return Path(huggingface_hub.hf_hub_download(repo_id, file))
+
+
+@overload
+def _files(name: str, repo_id: str, folder: str, weights: str) -> Path: ...
+@overload
+def _files(name: str, repo_id: str, folder: str, weights: str, *, may_lack: bool) -> Path | None: ...
+def _files(name: str, repo_id: str, folder: str, weights: str, *, may_lack: bool = False) -> Path | None:
+    """Return the folder that the files were fetched to; None where it may lack these weights, and does."""
+    settings = _FILES[weights]
+    with _one_line(name):
+        path = _fetched(repo_id, f"{folder}/{weights}", may_lack=may_lack)
+        if path is not None and settings is not None:
+            _fetched(repo_id, f"{folder}/{settings}", may_lack=weights in _MAY_LACK_SETTINGS)
+    return path and path.parent
+
+
+def _fetched(repo_id: str, file: str, *, may_lack: bool) -> Path | None:
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        return Path(huggingface_hub.hf_hub_download(repo_id, file))
+    except EntryNotFoundError as error:
+        if isinstance(error, LocalEntryNotFoundError) or not may_lack:
+            raise
+        return None
 
 
 @contextmanager
-def _one_line(name: str, also: str = "") -> Iterator[None]:
+def _one_line(name: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError) as error:
         cause = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"dictionary {name!r} is no local path and cannot be fetched from the hub: {cause} {also}Check the name "
+            f"dictionary {name!r} is no local path and cannot be fetched from the hub: {cause} Check the name "
             "and the connection (HF_TOKEN for gated repositories), or download its folder and give the path."
         ) from error

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from crosscoders.common.errors import InputError
-from sae_lora.dictionaries.frozen import CrosscoderSide, DictionaryInfo, FrozenDictionary, JumpReLU, SaeLens
+from sae_lora.dictionaries.frozen import CrosscoderSide, DictionaryInfo, FrozenDictionary, Sae, SaeLens
 
 _NAMES = {"W_enc", "b_enc", "W_dec", "b_dec", "threshold"}
 
@@ -40,7 +40,10 @@ def _wrapped(info: DictionaryInfo, sae: Any) -> SaeLens:
 
 
 def _tensors(dictionary: FrozenDictionary) -> dict[str, Tensor] | None:
-    if isinstance(dictionary, JumpReLU):
+    if isinstance(dictionary, Sae):
+        settings = dictionary.info.settings
+        if settings["gate"] != "jumprelu" or settings.get("apply_b_dec_to_input"):
+            return None
         tensors: dict[str, Tensor] = dict(dictionary.named_parameters())
         return tensors if tensors.keys() == _NAMES else None
     if isinstance(dictionary, CrosscoderSide) and dictionary.crosscoder.config.n_models == 1:

@@ -17,7 +17,7 @@ from crosscoders.models.skeleton import skeleton
 from crosscoders.text.packing import separated
 from crosscoders.text.padding import Batch, padding_id
 from crosscoders.text.tokens import Rows, pad_rows, tokenize_documents
-from sae_lora.dictionaries.frozen import DictionaryInfo, FrozenDictionary, Side, require_fit
+from sae_lora.dictionaries.frozen import DictionaryInfo, FrozenDictionary, Side, require_fit, require_spliceable
 from sae_lora.dictionaries.loading import inspect_dictionary, read_dictionary
 from sae_lora.fitting.settings import TextConfig
 from sae_lora.splicing import special_ids
@@ -87,6 +87,7 @@ def make_plan(
         )
     modules = skeleton(model)
     for info in infos:
+        require_spliceable(info)
         known = {"d_model": hooks.width(text, info.hook_point), "n_layers": text.num_hidden_layers}
         require_fit(info, **known, model_name=model, model_hash=None if foreign else model_hash)
         hooks.find_module(modules, info.hook_point)
@@ -131,6 +132,9 @@ def load_dictionaries(plan: Plan, config: TextConfig, device: torch.device) -> l
     if plan.other is not None:
         n_layers = hooks.layer_of(plan.infos[0].hook_point) + 1
         other = _pretrained(plan.other["name"], config, device, n_layers)
+    read = [point for info in plan.infos for point in info.settings.get("hook_points", ())]  # over layers of the model
+    if read:
+        other = _pretrained(plan.model, config, device, 1 + max(hooks.layer_of(point) for point in read))
     return [read_dictionary(info, other).to(device) for info in plan.infos]
 
 

@@ -16,6 +16,7 @@ from benchmarks.planted import interval, over_seeds
 from crosscoders import ActivationCache, CacheConfig, CrosscoderConfig, InputError, TrainConfig, cache_activations
 from crosscoders.common.checks import to_dict
 from crosscoders.common.results import row
+from diffing.causal.sets import BASELINES
 from diffing.demo.command import train_on
 from diffing.latents.table import scale_run
 from diffing.null.runs import Scaled
@@ -221,7 +222,7 @@ def test_own_runs_are_compared_end_to_end(
     found = {entry["name"]: entry for entry in json.loads(capsys.readouterr().out)["rows"]}
     for variant, folders in scaled_runs.items():
         start, n = f"chat-pair.{variant}", len(folders)
-        for order in ("scaling", "norm", "random"):
+        for order in ("scaling", *BASELINES):
             entry = found[f"{start}.top_32.{order}"]
             assert entry["n"] == n
             assert entry["low"] is None if n == 1 else entry["low"] <= entry["value"] <= entry["high"]

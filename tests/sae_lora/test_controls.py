@@ -19,7 +19,7 @@ from crosscoders.training.loop import StopRequested
 from sae_lora import FitConfig, fit, load_adapter, load_corrector, load_dictionary, splice
 from sae_lora.cli import main
 from sae_lora.dictionaries.controls import Control, decoder_of, unit_noise, with_control
-from sae_lora.dictionaries.frozen import CrosscoderSide, DictionaryInfo, FrozenDictionary, JumpReLU
+from sae_lora.dictionaries.frozen import CrosscoderSide, DictionaryInfo, FrozenDictionary, Sae
 from sae_lora.dictionaries.settings import ControlKind
 from sae_lora.fitting import loop, objective
 from sae_lora.fitting.correctors import start, trainable_copy
@@ -49,8 +49,8 @@ def scope(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def jump_relu() -> FrozenDictionary:
-    info = DictionaryInfo("gemma-scope", "here", POINT, D, F, {})
-    return JumpReLU(info, {name: torch.from_numpy(value) for name, value in arrays().items()})
+    info = DictionaryInfo("gemma-scope", "here", POINT, D, F, {"gate": "jumprelu", "apply_b_dec_to_input": False})
+    return Sae(info, {name: torch.from_numpy(value) for name, value in arrays().items()})
 
 
 def config(pair: Any, scope: Path, **changes: object) -> FitConfig:
@@ -173,7 +173,7 @@ def test_an_affine_map_after_a_decoder_is_another_decoder(pair: Any, scope: Path
         scaled.shift.fill_(2.0)  # type: ignore[union-attr,operator]
         grown: Tensor = torch.eye(D) + affine.W  # type: ignore[operator]
         decoder = {"W_dec": w["W_dec"] @ grown, "b_dec": w["b_dec"] @ grown + affine.shift}
-        torch.testing.assert_close(affine(X), JumpReLU(dictionary.info, {**w, **decoder})(X), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(affine(X), Sae(dictionary.info, {**w, **decoder})(X), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(scaled(X), 1.5 * dictionary(X) + 2)
 
 

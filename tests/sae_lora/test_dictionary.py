@@ -106,7 +106,7 @@ def test_the_hash_is_of_the_content_not_of_the_place(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "changes, said",
     [
-        ({"architecture": "transcoder"}, "architecture 'transcoder'"),
+        ({"architecture": "temporal"}, "architecture 'temporal'"),
         ({"normalize_activations": "expected_average_only_in"}, "normalize_activations 'expected_average_only_in'"),
         ({"reshape_activations": "hook_z"}, "attention heads"),
         ({"metadata": {"sae_lens_version": "6.54.0"}}, "does not say its hook point"),

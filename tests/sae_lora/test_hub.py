@@ -61,6 +61,22 @@ def test_gemma_scope_loads_by_release_and_id_and_by_its_alias(hub: Path, tmp_pat
         assert found.hook_point == POINT and found.info.path == name  # what a sidecar records, good on other machines
 
 
+def test_gemma_scope_2_loads_by_release_and_by_repository_without_its_settings_too(hub: Path, tmp_path: Path) -> None:
+    folder = repository(hub, "google/gemma-scope-2-270m-pt", "resid_post/layer_12_width_16k_l0_big")
+    names = {"W_enc": "w_enc", "W_dec": "w_dec"}
+    save_file({names.get(k, k): torch.from_numpy(v) for k, v in arrays().items()}, folder / "params.safetensors")
+    for name in (
+        "gemma-scope-2-270m-pt-res/layer_12_width_16k_l0_big",
+        "google/gemma-scope-2-270m-pt/resid_post/layer_12_width_16k_l0_big",
+    ):
+        found = load_dictionary(name, d_model=D)
+        assert found.hook_point == "blocks.12.hook_resid_post" and found.info.path == name
+        w = arrays()
+        pre = X.numpy() @ w["W_enc"] + w["b_enc"]
+        latents = np.where(pre > w["threshold"], pre, 0)
+        np.testing.assert_allclose(found(X).numpy(), latents @ w["W_dec"] + w["b_dec"], rtol=1e-4, atol=1e-5)
+
+
 def test_sae_lens_releases_keep_their_hook_name_without_a_version(hub: Path, tmp_path: Path) -> None:
     from sae_lens import SAE
 
@@ -112,7 +128,7 @@ def test_what_cannot_be_had_is_one_line_with_the_mend(hub: Path, tmp_path: Path)
         ("gemma-scope-2b-pt-rse/layer_1/width_16k/average_l0_102", "Cannot reach the hub"),
         ("gemma-scope-2b-pt-rse/x", "did you mean 'gemma-scope-2b-pt-res'"),
         ("llama_scope_lxr_8x/l0r_8x", "Cannot reach the hub"),
-        ("someone/saes/none", r"404: no none/params\.npz"),
+        ("someone/saes/none", r"'none' of the hub's repository 'someone/saes' holds none of sae_weights.safetensors"),
         ("someone/saes/centred", r"TransformerLens changed \(center_unembed\)"),
         (str(tmp_path / "none"), "there is no dictionary"),
         ("none.npz", "there is no dictionary"),
@@ -120,3 +136,38 @@ def test_what_cannot_be_had_is_one_line_with_the_mend(hub: Path, tmp_path: Path)
         with pytest.raises(InputError, match=said) as caught:
             inspect_dictionary(name)
         assert "\n" not in str(caught.value)
+
+
+def test_qwen_scope_and_dictionary_learning_load_by_name(hub: Path) -> None:
+    w = {name: torch.from_numpy(value) for name, value in arrays().items()}
+    turned = {"W_enc": w["W_enc"].T, "W_dec": w["W_dec"].T, "b_enc": w["b_enc"], "b_dec": w["b_dec"]}
+    folder = repository(hub, "Qwen/SAE-Res-Qwen3-1.7B-Base-W32K-L0_50", "")
+    torch.save({name: value.contiguous() for name, value in turned.items()}, folder / "layer0.sae.pt")
+    for name in ("qwen-scope-3-1.7b-base-w32k-l50/layer0", "Qwen/SAE-Res-Qwen3-1.7B-Base-W32K-L0_50/layer0.sae.pt"):
+        info = inspect_dictionary(name)
+        assert (info.hook_point, info.settings["k"], info.d_model) == ("blocks.0.hook_resid_post", 50, D)
+    path = "gemma-2-2b_topk_width-2pow12_date-1109/resid_post_layer_12/trainer_0"
+    folder = repository(hub, "canrager/saebench_gemma-2-2b_width-2pow12_date-1109", path)
+    torch.save({**w, "k": torch.tensor(3)}, folder / "ae.pt")
+    trainer = {"dict_class": "AutoEncoderTopK", "k": 3, "submodule_name": "resid_post_layer_12"}
+    (folder / "config.json").write_text(json.dumps({"trainer": trainer}))
+    found = load_dictionary("sae_bench_gemma-2-2b_topk_width-2pow12_date-1109/blocks.12.hook_resid_post__trainer_0")
+    assert ((found.encode(X) > 0).sum(dim=1) <= 3).all() and found.hook_point == "blocks.12.hook_resid_post"
+
+
+def test_a_crosscoder_over_layers_loads_by_its_folder_in_the_repository(
+    hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = "crosscoder/layer_5_9_width_65k_l0_medium"
+    folder = repository(hub, "google/gemma-scope-2-270m-pt", place)
+    for number in range(2):
+        tensors = {"b_enc": torch.zeros(F), "b_dec": torch.zeros(D)}
+        save_file(tensors, folder / f"params_layer_{number}.safetensors")
+
+    def snapshot(repo_id: str, allow_patterns: str) -> str:
+        assert allow_patterns == f"{place}/*"
+        return str(hub / f"models--{repo_id.replace('/', '--')}" / "snapshots" / "c0")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    info = inspect_dictionary(f"google/gemma-scope-2-270m-pt/{place}", hook_point="blocks.9.hook_resid_post")
+    assert (info.d_model, info.dict_size, info.hook_point) == (D, 2 * F, "blocks.9.hook_resid_post")

@@ -7,14 +7,15 @@ from typing import Any
 import pytest
 import torch
 from fits import POINT, D, F, archive, fit_config, pair_crosscoder
+from safetensors.torch import save_file
 from splices import BOS, EOS, IDS, MASK, Shift
 from transformers import AutoModelForCausalLM
 
-from crosscoders import Crosscoder, CrosscoderConfig, InputError
+from crosscoders import Crosscoder, CrosscoderConfig, InputError, load_crosscoder
 from crosscoders.common import memory
 from crosscoders.models import hooks, resume
 from crosscoders.models.names import hash_model
-from sae_lora import FitConfig, fit, load_dictionary, splice
+from sae_lora import FitConfig, fit, inspect_dictionary, load_dictionary, splice
 from sae_lora.cli import main
 from sae_lora.dictionaries.frozen import PairSide
 from sae_lora.fitting import objective
@@ -121,6 +122,42 @@ def test_a_side_with_the_other_model_beside_it_has_the_latents_of_the_pair(pair:
     assert alone.content_hash() != dictionary.content_hash()
     with pytest.raises(InputError, match="use_cache=False"), splice(models[number], dictionary):
         models[number](input_ids=IDS[:, :2], attention_mask=MASK)
+
+
+def test_a_crosscoder_over_layers_is_spliced_at_one_and_reads_the_others_of_the_model(
+    pair: Any, tmp_path: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(pair.tuned, dtype=torch.float32).eval()
+    d_model, draw = model.config.hidden_size, torch.Generator().manual_seed(0)
+    for layer in range(2):
+        shapes = {
+            "w_enc": (d_model, 5),
+            "w_dec": (5, 2, d_model),
+            "b_enc": (5,),
+            "threshold": (5,),
+            "b_dec": (d_model,),
+        }
+        part = {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()}
+        save_file({**part, "threshold": part["threshold"].abs()}, tmp_path / f"params_layer_{layer}.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"hf_hook_point_in": "model.layers.{0,1}.output"}))
+    points = ["blocks.0.hook_resid_post", "blocks.1.hook_resid_post"]
+    settings = config(pair, tmp_path)
+    plan = make_plan(settings, pair.tuned, [(str(tmp_path), points[1])])
+    (dictionary,) = load_dictionaries(plan, settings, CPU)
+    x = torch.stack([hooks.run_to(model, points, IDS, MASK)[point] for point in points], dim=2)
+    wanted = load_crosscoder(tmp_path)(x.flatten(0, 1)).view_as(x)[:, :, 1]
+    kept = torch.isin(IDS, torch.tensor([BOS, EOS])) | (MASK == 0)
+    with splice(model, dictionary, keep_ids=[BOS, EOS]), hooks.capture(model, [points[1]]) as seen:
+        model(input_ids=IDS, attention_mask=MASK)
+    torch.testing.assert_close(seen[points[1]][~kept], wanted[~kept])
+    with pytest.raises(InputError, match=r"reads several layers. Choose one: --hook-point blocks.0.hook_resid_post or"):
+        inspect_dictionary(tmp_path)
+    with pytest.raises(InputError, match=r"not 'blocks.2.hook_resid_post'. Choose one of them"):
+        inspect_dictionary(tmp_path, hook_point="blocks.2.hook_resid_post")
+    with pytest.raises(
+        InputError, match=r"is a crosscoder over layers, whose latents need .* load_crosscoder, or splice"
+    ):
+        load_dictionary(tmp_path, hook_point=points[0])
 
 
 def test_a_fit_with_both_models_names_the_other_and_needs_it(

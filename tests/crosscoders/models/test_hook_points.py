@@ -86,7 +86,7 @@ def test_an_architecture_that_scales_its_outputs_needs_the_bridge() -> None:
 
 
 def test_points_sort_in_the_order_in_which_a_pass_reaches_them() -> None:
-    points = ["hook_resid_pre", "attn.hook_z", "hook_attn_out", "hook_mlp_out", "hook_resid_post"]
+    points = ["hook_resid_pre", "attn.hook_z", "hook_attn_out", "mlp.hook_in", "hook_mlp_out", "hook_resid_post"]
     names = [f"blocks.{layer}.{point}" for layer in (2, 10) for point in points]
     assert sorted(reversed(names), key=hooks.place) == names
     assert hooks.entry_point("blocks.2.hook_mlp_out") == "blocks.2.hook_resid_pre"

@@ -17,7 +17,7 @@ from diffing.latents.table import latent_table, scale_cache, write_table
 
 SETS = (
     "none all error bias template reconstruction cross_reconstruction chosen source_model best_half.norm "
-    "worst_half.scaling top_2.scaling top_4.norm top_4.random"
+    "worst_half.scaling top_2.scaling top_4.norm top_4.random top_4.difference top_2.cosine"
 ).split()
 
 
@@ -27,11 +27,13 @@ def crosscoder(cache_folder: Path) -> Crosscoder:
 
 
 def made_up(n_documents: int = 40) -> Measured:
-    """Documents of 10 tokens; KL 2 with none, 1 with top_4.scaling, 1.8 or 2 with the two random draws."""
+    """Documents of 10 tokens; KL 2 with none, 1 with top_4.scaling, .9 with top_4.difference, 1.8 or 2 with the two
+    random draws."""
     generator = np.random.default_rng(0)
     level = generator.uniform(0.5, 1.5, n_documents) * 10
-    names = ["none", "top_4.scaling", "top_4.norm", "top_4.random", "top_4.random", "source_model"]
-    kl = np.stack([factor * level for factor in (2, 1, 1.5, 1.8, 2.0, 3.0)])
+    kls = {"none": 2, "scaling": 1, "norm": 1.5, "difference": 0.9, "cosine": 1.2, "source_model": 3.0}
+    names = [name if name in ("none", "source_model") else f"top_4.{name}" for name in kls] + ["top_4.random"] * 2
+    kl = np.stack([factor * level for factor in (*kls.values(), 1.8, 2.0)])
     tokens = np.full((2, n_documents), 10)
     return Measured(names, np.stack([kl, kl]), np.stack([kl, kl]), np.stack([level, level]), tokens)
 
@@ -50,6 +52,8 @@ def test_rows_are_ratios_of_sums_with_paired_intervals() -> None:
     assert [random[key] for key in ("value", "low", "high")] == pytest.approx([0.05, 0.0, 0.1])  # over draws too
     assert found[f"{start}.top_4.random_largest.share_closed"]["value"] == pytest.approx(0.1)
     assert found[f"{start}.top_4.scaling_minus_norm.share_closed"]["value"] == pytest.approx(0.25)
+    assert found[f"{start}.top_4.scaling_minus_difference.share_closed"]["value"] == pytest.approx(-0.05)
+    assert found[f"{start}.top_4.scaling_minus_cosine.share_closed"]["value"] == pytest.approx(0.1)
     assert found[f"{start}.top_4.scaling_minus_random.first_5.share_closed"]["value"] == pytest.approx(0.45)
     assert f"{start}.none.share_closed" not in found
     text = causal_summary(list(found.values()), 5)
@@ -89,7 +93,7 @@ def run(crosscoder: Crosscoder, cache_folder: Path, tmp_path_factory: pytest.Tem
 def test_the_command_writes_rows_that_stay_and_a_table(
     run: Path, cache_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    argv = ["causal", str(run), "--cache", str(cache_folder), "--n-documents", "6", "--n-latents", "[2,4]"]
+    argv = ["causal", str(run), "--cache", str(cache_folder), "--n-documents", "20", "--n-latents", "[2,4]"]
     argv += ["--random-draws", "3", "--latents", "[1,2]", "--match-frequency", "true"]
     assert cli.main([*argv, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -100,7 +104,21 @@ def test_the_command_writes_rows_that_stay_and_a_table(
             assert {f"causal.{direction}.{name}{window}.kl" for window in ("", ".first_9")} <= names
         assert f"causal.{direction}.top_4.scaling.share_closed" in names and f"causal.{direction}.unpatched.ce" in names
     assert cli.main(argv) == 0
-    assert "tuned to base: " in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "tuned to base: " in shown and "Fewer than 60 chats: the intervals are too narrow." in shown
+
+
+def test_few_chats_are_said_below_60_only() -> None:
+    for n, few in ((59, True), (60, False)):
+        text = causal_summary(causal_rows({"base_to_tuned": made_up(n)}), 9)
+        assert ("Fewer than 60 chats: the intervals are too narrow." in text) is few
+
+
+def few_chats(folder: Path) -> str:
+    """Return the path of a file of three chats."""
+    chat = {"messages": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A path."}]}
+    (folder / "few.jsonl").write_text(3 * (json.dumps(chat) + "\n"))
+    return str(folder / "few.jsonl")
 
 
 def test_wrong_runs_caches_and_lists_are_one_line(
@@ -131,7 +149,12 @@ def test_wrong_runs_caches_and_lists_are_one_line(
         ),
         ([str(run), *cached, "--n-latents", "2", "--latents", "[]"], 2, "latents is an empty list"),
         ([str(run), *cached, "--n-latents", "9999"], 2, "n_latents is 9999; give a number from 1 to"),
-        ([str(run), *cached, "--n-documents", "0"], 2, "n_documents is 0"),
+        ([str(run), *cached, "--n-documents", "19"], 2, "n_documents is 19; give a number from 20."),
+        (
+            [str(run), *cached, "--n-latents", "2", "--data", few_chats(tmp_path)],
+            2,
+            "few.jsonl has 3 chats with a response; intervals over fewer than 20 say nothing. Name more chats with",
+        ),
         ([str(run), *cached, "--n-latents", "2", "--data", str(tmp_path / "no.jsonl")], 2, "no.jsonl' does not exist"),
     ]:
         assert cli.main(["causal", *argv]) == status

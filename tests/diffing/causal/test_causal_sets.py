@@ -13,7 +13,7 @@ from diffing.causal.sets import choose_sets, orders, random_sets
 def table_of(**columns: list[float]) -> pandas.DataFrame:
     n = len(columns["n_active"])
     ratios = {f"nu_{kind}{side}": [0.0] * n for kind in ("error", "reconstruction") for side in ("", "_mirror")}
-    return pandas.DataFrame({**ratios, "relative_decoder_norm": [0.5] * n, **columns})
+    return pandas.DataFrame({**ratios, "relative_decoder_norm": [0.5] * n, "decoder_cosine": [0.0] * n, **columns})
 
 
 def test_orders_are_those_of_a_worked_example_and_mirror_when_the_models_swap() -> None:
@@ -25,20 +25,24 @@ def test_orders_are_those_of_a_worked_example_and_mirror_when_the_models_swap() 
         # ranks: 0 -> 2, 1 -> 1, 2 -> 3, 3 -> 4
         nu_reconstruction=[0.2, 0.1, 0.3, -0.9, 0.0],
     )
-    found = orders(table, 1)
+    table["decoder_cosine"] = [0.4, 0.9, -0.5, 0.4, -1.0]
+    difference = np.array([0.3, 0.1, 0.2, 0.8, 9.0])
+    found = orders(table, 1, difference)
     assert found["scaling"].tolist() == [0, 1, 3, 2]  # sums 4, 5, 7; latent 2 (sum 4) leans to the base model
     assert found["norm"].tolist() == [1, 3, 0, 2]  # latent 4 is not alive
+    assert found["difference"].tolist() == [3, 0, 2, 1]
+    assert found["cosine"].tolist() == [2, 0, 3, 1]
     swapped = table.rename(columns=lambda name: name.removesuffix("_mirror") if "mirror" in name else
                            f"{name}_mirror" if name.startswith("nu_") else name)  # fmt: skip
     swapped["relative_decoder_norm"] = 1 - swapped["relative_decoder_norm"]
-    for score, order in orders(swapped, 0).items():
+    for score, order in orders(swapped, 0, difference).items():
         assert order.tolist() == found[score].tolist()
 
 
 def test_halves_are_those_of_the_latents_that_lean_to_the_target() -> None:
     norm = [0.9, 0.8, 0.7, 0.6, 0.3, 0.2]
     table = table_of(n_active=[99.0] * 6, relative_decoder_norm=norm, nu_error=[0.9, 0.1, 0.8, 0.2, 0.0, 0.0])
-    sets = {s.name: set(s.latents) for s in choose_sets(table, 1, n_latents=[1], draws=1, seed=0)}
+    sets = {s.name: set(s.latents) for s in choose_sets(table, 1, np.zeros(6), n_latents=[1], draws=1, seed=0)}
     assert sets["best_half.norm"] == {0, 1} and sets["worst_half.norm"] == {2, 3}
     assert sets["best_half.scaling"] == {1, 3} and sets["worst_half.scaling"] == {0, 2}
 
@@ -66,4 +70,6 @@ def test_random_sets_are_alive_distinct_seeded_and_as_frequent_as_asked() -> Non
 )
 def test_sets_that_cannot_be_are_refused(settings: dict[str, Any], match: str) -> None:
     with pytest.raises(InputError, match=match):
-        choose_sets(table_of(n_active=[99.0] * 24), 1, **{"n_latents": [4], "draws": 2, "seed": 0, **settings})
+        choose_sets(
+            table_of(n_active=[99.0] * 24), 1, np.zeros(24), **{"n_latents": [4], "draws": 2, "seed": 0, **settings}
+        )

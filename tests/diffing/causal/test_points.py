@@ -176,7 +176,7 @@ def test_causal_runs_at_a_point_of_the_bridge_in_another_architecture(
     table = latent_table(made, scales, contexts)
     table.to_parquet(tmp_path / "run" / "latents.parquet")
     write_table(tmp_path / "run", table, scales, cache)
-    argv = ["causal", str(tmp_path / "run"), "--cache", str(tmp_path / "cache"), "--n-documents", "4"]
+    argv = ["causal", str(tmp_path / "run"), "--cache", str(tmp_path / "cache"), "--n-documents", "20"]
     argv += ["--n-latents", "2", "--random-draws", "2", "--json"]
     found = []
     for rows_at_once in ("1", "4"):

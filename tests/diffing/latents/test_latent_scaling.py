@@ -12,7 +12,7 @@ from small_crosscoders import PARITY, make, sample
 
 from crosscoders import Crosscoder, CrosscoderConfig, InputError, load_crosscoder
 from diffing import Thresholds, latent_table, scale_latents
-from diffing.latents.decoder_norms import decoder_cosine, norm_class
+from diffing.latents.decoder_norms import decoder_cosine, decoder_difference, norm_class
 from diffing.latents.latent_scaling import TARGETS
 from diffing.latents.verdict import ranks, specificity, verdicts
 
@@ -206,6 +206,24 @@ def test_ranks_put_latents_that_are_dead_or_stronger_in_base_last() -> None:
     assert np.allclose(specificity(row(nu_reconstruction=0.4, decoder_cosine=0.5)), 0.6 * 0.25)
 
 
+def test_a_rank_goes_by_verdict_before_specificity() -> None:
+    weak = {"decoder_cosine": 0.9, "nu_reconstruction": 0.3}  # a low specificity, behind the gate by its norm
+    strong = {"decoder_cosine": -0.9, "nu_reconstruction": 0.0}
+    table = pandas.concat(
+        [
+            row(**strong, relative_decoder_norm=0.6),  # rotated
+            row(**weak),  # tuned-specific
+            row(**strong, partner_correlation=0.8),  # decoupled, as specific as the first
+            row(**weak, nu_error=0.4),  # shrunk
+            row(relative_decoder_norm=0.6, decoder_cosine=0.6),  # shared
+            row(decoder_cosine=-1.0, nu_error=0.19),  # undetermined
+            row(decoder_cosine=-0.5),  # tuned-specific
+        ],
+        ignore_index=True,
+    )
+    assert ranks(table).tolist() == [4, 2, 5, 6, 7, 3, 1]
+
+
 def test_norm_classes_and_cosines_on_paper() -> None:
     assert norm_class([0.0, 0.1, 0.3, 0.4, 0.6, 0.75, 0.9, 1.0]) == [
         "base-only", "base-only", "other", "shared", "shared", "other", "tuned-only", "tuned-only",
@@ -216,6 +234,16 @@ def test_norm_classes_and_cosines_on_paper() -> None:
     cc.W_dec[1, 0, 0], cc.W_dec[1, 1, 1] = 1.0, 1.0
     cc.W_dec[2, 0, 0], cc.W_dec[2, 1, 0] = 1.0, -3.0
     assert decoder_cosine(cc)[:4].tolist() == [1.0, 0.0, -1.0, 0.0]
+
+
+def test_a_decoder_difference_is_in_the_units_of_x_folded_or_not() -> None:
+    cc = make()
+    cc.W_dec.zero_()
+    cc.input_scale.copy_(torch.tensor([2.0, 0.5]))
+    cc.W_dec[0, :, 0] = torch.tensor([4.0, 1.0])  # 2 in both models in the units of x
+    cc.W_dec[1, 0, 0], cc.W_dec[1, 1, 1] = 6.0, 2.0  # 3 along one axis, 4 along another
+    for known in (cc, cc.fold()):
+        assert decoder_difference(known)[:3].tolist() == [0.0, 5.0, 0.0]
 
 
 def test_thresholds_are_the_published_ones_and_ours() -> None:

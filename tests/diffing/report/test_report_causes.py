@@ -26,6 +26,10 @@ def with_causal(folder: Path, *more: dict[str, Any], latents: str | None = None)
         row(f"{start}.top_32.scaling.share_closed", 0.4, "fraction", 1234, 0.35, 0.47),
         row(f"{start}.top_32.scaling.first_9.share_closed", 0.25, "fraction", 55, 0.2, 0.3),
         row(f"{start}.top_32.scaling_minus_norm.share_closed", 0.125, "fraction", 1234, 0.1, 0.2),
+        row(f"{start}.top_32.difference.kl", 1.3, "nats/token", 1234, 1.2, 1.4),
+        row(f"{start}.top_32.difference.share_closed", 0.35, "fraction", 1234, 0.3, 0.42),
+        row(f"{start}.top_32.cosine.kl", 1.4, "nats/token", 1234, 1.3, 1.5),
+        row(f"{start}.top_32.cosine.share_closed", 0.3, "fraction", 1234, 0.25, 0.37),
         row("causal.tuned_to_base.none.kl", 1.0, "nats/token", 1234),
         row("causal.tuned_to_base.all.kl", 0.5, "nats/token", 1234),
         row("causal.tuned_to_base.all.share_closed", 0.5, "fraction", 1234),
@@ -39,15 +43,17 @@ def with_causal(folder: Path, *more: dict[str, Any], latents: str | None = None)
 def test_the_page_has_each_set_with_n_and_interval(tmp_path: Path) -> None:
     run = with_causal(tmp_path / "run")
     text = page_of(run).text
-    assert "Base into tuned: n = 1,234 response tokens of 7 chats" in text
+    assert "Base into tuned: n = 1,234 response tokens of 7 chats. Fewer than 60 chats: the intervals are" in text
     assert "top 32, by scaling" in text and "40.0% (35.0% to 47.0%)" in text and "25.0% (20.0% to 30.0%)" in text
     assert "first 9 tokens of a response (n = 55)" in text and "share closed = 1 - KL(set) / KL(none)" in text
+    assert "top 32, by difference" in text and "35.0% (30.0% to 42.0%)" in text and "top 32, by cosine" in text
     assert "12.5%" not in text  # a difference of sets is none
     figure = causal_figure(read_run(run)._replace(causal=read_causal(run))).spec
     points = {trace["name"]: trace for trace in figure["data"]}
     tuned = points["base into tuned"]
-    assert tuned["x"] == [0.4] and tuned["y"] == ["top 32, by scaling"]
-    assert tuned["error_x"]["array"] == [0.07] and tuned["error_x"]["arrayminus"] == [0.05]
+    assert tuned["x"] == [0.4, 0.35, 0.3]
+    assert tuned["y"] == ["top 32, by scaling", "top 32, by difference", "top 32, by cosine"]
+    assert tuned["error_x"]["array"] == [0.07] * 3 and tuned["error_x"]["arrayminus"] == [0.05] * 3
     assert points["tuned into base"]["error_x"]["array"] == [0]  # no interval
     kept = json.loads((run / "report.json").read_text())["causal"]
     assert {entry["name"] for entry in kept} >= {"causal.base_to_tuned.top_32.scaling.share_closed"}

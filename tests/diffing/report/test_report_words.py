@@ -124,6 +124,12 @@ def test_extra_columns_stand_at_the_end_of_the_table(run: Path) -> None:
 def test_every_column_and_verdict_is_defined() -> None:
     inside = {"nu_error_stderr", "nu_reconstruction_stderr", "main_context_share"}
     assert set(DEFINED) | inside == set(COLUMNS)
+
+
+def test_the_page_names_what_its_standard_errors_leave_out(tmp_path: Path) -> None:
+    text = page_of(write_run(tmp_path / "run")).text
+    assert "not another training, whose spread (diffing stability RUN RUN) is the error that matters" in text
+    assert "With BatchTopK nu_error is low by up to 0.02 on planted features of known gain" in text
     for words in VERDICTS.values():
         assert "{" not in words.format(**Thresholds()._asdict())
 

