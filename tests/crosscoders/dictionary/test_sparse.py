@@ -103,6 +103,7 @@ def setting(
         crosscoder=shape, n_tokens=6400, batch_size=64, reconstruction=reconstruction, lr_warmup_steps=10,
         threshold_start_step=5,
         aux_coefficient=0.0 if shape.k is None else 0.5, k_aux=None if shape.k is None else 2,
+        l1_coefficient=1.0 if shape.k is None else 0.0,
     )  # type: ignore[arg-type]  # fmt: skip
     model = Crosscoder(shape)
     model.init_weights_(norm=0.5, generator=torch.Generator().manual_seed(1))

@@ -19,6 +19,7 @@ from crosscoders.text.chats import batches, read_chats, response_places
 from diffing.causal.patching import DIRECTIONS, measure
 from diffing.causal.sets import Exchange, PatchSet, orders
 from diffing.causal.summary import causal_rows
+from diffing.latents.decoder_norms import decoder_difference
 from diffing.latents.table import latent_table, scale_cache
 
 
@@ -209,7 +210,9 @@ def test_the_latent_that_holds_the_only_difference_closes_the_kl_and_random_ones
     share = {row["name"].removeprefix("causal.base_to_tuned."): row for row in found}
     assert share["5.share_closed"]["value"] > 0.95 and share["5.share_closed"]["low"] > 0.9
     assert max(abs(share[f"{j}.share_closed"]["value"]) for j in range(12) if j != 5) < 0.1
-    assert orders(table, 1)["norm"][0] == 5 and orders(table, 0)["norm"][-1] == 5
+    tuned_first, base_first = (orders(table, target, decoder_difference(made).numpy()) for target in (1, 0))
+    assert tuned_first["norm"][0] == 5 and base_first["norm"][-1] == 5
+    assert tuned_first["difference"][0] == base_first["difference"][0] == 5
 
 
 def test_a_crosscoder_of_one_model_is_refused() -> None:
