@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.real.models import make_placebo, prepare_base, tune
-from benchmarks.real.stages import FULL, HOOK_POINT, QUICK, Sizes, commands, run_stage
+from benchmarks.real.stages import FULL, HOOK_POINT, QUICK, Sizes, StageRecord, commands, run_stage
 from crosscoders.common import files
 from crosscoders.common.errors import InputError, nearest
 from crosscoders.common.results import row
@@ -70,7 +70,7 @@ def page(work: Path, lines: dict[str, list[str]]) -> str:
         folder = work / "stages" / name
         if not (folder / "done.json").is_file():
             continue
-        record = run_stage(name, [], work)
+        record = files.read_model(folder / "done.json", StageRecord)
         text += [f"## {name}", "", f"{record['seconds']:.0f} s, {record['peak_gib']:.2f} GiB at most so far", ""]
         for command, log in zip(record["commands"], sorted(folder.glob("*.txt")), strict=True):
             text += ["```text", f"$ {command}", log.read_text().replace("\r", "\n").strip(), "```", ""]

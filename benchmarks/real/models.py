@@ -5,25 +5,28 @@ WORK/tuned       adapter, with the chat template of the embedded pair
 WORK/placebo     adapter
 """
 
-import hashlib
 import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from benchmarks.embedded_pair.training import dialogue_documents
 from crosscoders.common import files
 from crosscoders.common.errors import CorruptData, EnvironmentFault
 from crosscoders.common.progress import say
+from crosscoders.models import hooks
 from crosscoders.models.loading import load_model
 from crosscoders.models.names import load_auto, quiet_transformers
-from crosscoders.text.padding import pad
+from crosscoders.text.padding import Batch, make_batch, padding_id
 from diffing.demo import document_file, model_folder, read_rows
 from diffing.finetuning import Schedule, finetune
 from diffing.null.models import Placebo, train_placebo
+from sae_lora.lora.adapter import add_lora
 
 GGUF_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 CONTEXT, RANK, LR, ROWS = 128, 16, 3e-4, 8
@@ -57,8 +60,7 @@ def prepare_base(work: Path, model: str | None) -> str:
 
 def require_gguf(path: Path) -> None:
     """Raise CorruptData unless the file is the one that the figures are of."""
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = files.hash_file(path)
     if found != GGUF_SHA256:
         raise CorruptData(f"{path} has sha256 {found[:12]}, not {GGUF_SHA256[:12]}. Remove it and install anew.")
 
@@ -79,25 +81,18 @@ def convert(path: Path, out: Path) -> None:
 
 def tune(base: str, out: Path, steps: int, seed: int = 0) -> Path:
     """Tune LoRA (rank 16, all linear maps) on the embedded corpus's dialogues, response tokens only."""
-    import peft
-
     if (out / "made.json").is_file():
         return out
     tokenizer = load_auto(base, "tokenizer")
     tokenizer.chat_template = (model_folder("tuned") / "chat_template.jinja").read_text()
     model = load_model(base, "float32", attention="eager")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        settings = peft.LoraConfig(
-            r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM", bias="none"
-        )
-        tuned = peft.get_peft_model(model, settings)
+    tuned = add_lora(model, range(len(hooks.decoder_layers(model))), rank=RANK, alpha=2 * RANK, seed=seed)
     inner = tuned.get_base_model()
 
-    def loss_of(batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        ids, mask, scored = batch
-        hidden = inner.model(input_ids=ids, attention_mask=mask, use_cache=False)[0]
-        return cross_entropy(inner.lm_head(hidden[:, :-1][scored[:, 1:]]), ids[:, 1:][scored[:, 1:]])
+    def loss_of(batch: Batch) -> Tensor:
+        hidden = inner.model(input_ids=batch.ids, attention_mask=batch.attention_mask, use_cache=False)[0]
+        scored = batch.scored[:, 1:]
+        return cross_entropy(inner.lm_head(hidden[:, :-1][scored]), batch.ids[:, 1:][scored])
 
     weights = [weight for weight in tuned.parameters() if weight.requires_grad]
     finetune(
@@ -111,24 +106,15 @@ def tune(base: str, out: Path, steps: int, seed: int = 0) -> Path:
     return out
 
 
-def chat_batches(tokenizer: Any, seed: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield ids, attention mask and scored positions of 8 dialogues, without end."""
+def chat_batches(tokenizer: Any, seed: int) -> Iterator[Batch]:
+    """Yield batches of 8 dialogues without end; the answers are scored."""
     rows = read_rows("dialogues_train")
     random.Random(seed).shuffle(rows)
     while True:
         for start in range(0, len(rows) - ROWS, ROWS):
-            pairs = [_ids(tokenizer, row["messages"]) for row in rows[start : start + ROWS]]
-            arrays = [torch.tensor([*prompt, *reply]).numpy() for prompt, reply in pairs]
-            scored = [torch.tensor([False] * len(p) + [True] * len(r)).numpy() for p, r in pairs]
-            ids = pad(arrays, 0, torch.int64)
-            yield ids, pad([a * 0 + 1 for a in arrays], 0, torch.int64), pad(scored, 0, torch.bool)
-
-
-def _ids(tokenizer: Any, messages: list[dict[str, str]]) -> tuple[list[int], list[int]]:
-    prompt = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, tokenize=False)
-    reply = f"{messages[1]['content']}<end_of_turn>"
-    ids = tokenizer([prompt, reply], add_special_tokens=False)["input_ids"]
-    return ids[0], ids[1]
+            documents = dialogue_documents(tokenizer, [row["messages"] for row in rows[start : start + ROWS]])
+            ids, scored = ([np.array(part) for part in parts] for parts in zip(*documents, strict=True))
+            yield make_batch(ids, scored, np.arange(start, start + ROWS), padding_id(tokenizer))
 
 
 def make_placebo(base: str, out: Path, steps: int) -> Path:

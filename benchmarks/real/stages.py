@@ -113,7 +113,7 @@ def run_stage(name: str, lines: list[str], work: Path) -> dict[str, Any]:
     record = {
         "seconds": time.perf_counter() - started,
         "peak_gib": peak,
-        "commands": [" ".join(line) for line in lines],
+        "commands": lines,
     }
     files.write_json(done, record)
     return record
