@@ -60,7 +60,12 @@ def dpo_loss(model: Any, adapter: TopKLoRA, batch: Preferences, beta: float) -> 
 
 
 def train_preferences(
-    model: Any, adapter: TopKLoRA, batches: Iterator[Preferences], schedule: Schedule, *, beta: float = 0.2
+    model: Any,
+    adapter: TopKLoRA,
+    batches: Iterator[Preferences],
+    schedule: Schedule,
+    *,
+    beta: float = PUBLISHED["beta"],
 ) -> None:
     """Train an attached adapter on preferences; k falls as its settings say.
 

@@ -3,6 +3,7 @@
 `read_directions` runs the adapted base over the held-out batches once and returns a table with a row per direction.
 """
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -61,15 +62,12 @@ def read_directions(setting: Setting, adapter: TopKLoRA) -> pandas.DataFrame:
     labels = torch.from_numpy(setting.rows.groups)
     sums = {name: _SiteSums(site, len(setting.rows.group_names)) for name, site in adapter.sites.items()}
     n_tokens = 0
-    try:
-        for batch in setting.held_out:
-            for name, site in adapter.sites.items():
-                site.observer = lambda a, name=name, batch=batch: sums[name].add(a, batch, labels)
+    for batch in setting.held_out:
+        with adapter.observed(
+            {name: functools.partial(of.add, batch=batch, labels=labels) for name, of in sums.items()}
+        ):
             setting.base(input_ids=batch.ids, attention_mask=batch.attention_mask, use_cache=False)
-            n_tokens += int(batch.scored.sum())
-    finally:
-        for site in adapter.sites.values():
-            site.observer = None
+        n_tokens += int(batch.scored.sum())
     parts = [_table(setting, adapter.sites[name], of_site, n_tokens) for name, of_site in sums.items()]
     table = pandas.concat(parts, ignore_index=True)
     table["write_share"] = table["written"] / max(float(table["written"].sum()), 1e-30)
@@ -101,13 +99,8 @@ def read_activations(
                 places = by_site[name]
                 values[:, places] = a[batch.scored][:, [chosen[place][1] for place in places]].float().cpu()
 
-        try:
-            for name in by_site:
-                adapter.sites[name].observer = lambda a, name=name, add=add: add(name, a)
+        with adapter.observed({name: functools.partial(add, name) for name in by_site}):
             setting.base(input_ids=batch.ids, attention_mask=batch.attention_mask, use_cache=False)
-        finally:
-            for name in by_site:
-                adapter.sites[name].observer = None
         documents = batch.numbers[batch.scored.nonzero()[:, 0].cpu().numpy()]
         parts.append((batch.ids[batch.scored].cpu().numpy(), documents, setting.rows.groups[documents], values.numpy()))
     ids, documents, labels, activations = (np.concatenate(column) for column in zip(*parts, strict=True))

@@ -6,6 +6,7 @@ behaviour is gone, each direction is put back that is not needed (elimination). 
 the upper bound of what a count cannot exclude. `matched` draws random sets that write as much.
 """
 
+import functools
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -73,13 +74,8 @@ class Directions:
             if a.shape[:2] == inside.shape:
                 sums[name] += a[inside].abs().double().sum(dim=0).cpu()
 
-        try:
-            for name, site in self.adapter.sites.items():
-                site.observer = lambda a, name=name: add(name, a)
+        with self.adapter.observed({name: functools.partial(add, name) for name in sums}):
             model(input_ids=prompts.ids, attention_mask=prompts.attention_mask, use_cache=False)
-        finally:
-            for site in self.adapter.sites.values():
-                site.observer = None
         norms = [site.scale * site.W_out.detach().norm(dim=1).double().cpu() for site in self.adapter.sites.values()]
         return torch.cat([total * norm for total, norm in zip(sums.values(), norms, strict=True)]).numpy()
 

@@ -8,7 +8,7 @@ The model's own modules and weights are not touched: deltas are added by forward
 one model and add up. It cannot be merged, since what it adds is no matrix.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -28,7 +28,6 @@ from sae_lora.lora.targets import find_targets
 
 FORMAT, FORMAT_VERSION = "model-diffing/topk-lora", 1
 CONFIG, WEIGHTS = "topk_lora.json", "topk_lora.safetensors"
-DEAD_AFTER_TOKENS = 100_000
 
 
 class SiteRecord(Record):
@@ -135,9 +134,16 @@ class TopKLoRA(nn.Module):
             for name, old in before.items():
                 self.sites[name].multiplier = old
 
-    def n_dead(self, n_tokens: int = DEAD_AFTER_TOKENS) -> int:
-        """Return the number of directions that did not fire on the last tokens of training."""
-        return sum(int(site.dead(n_tokens).sum()) for site in self.sites.values())
+    @contextmanager
+    def observed(self, observers: dict[str, Callable[[Tensor], None]]) -> Iterator[None]:
+        """Hand the post-gate activations of some sites to functions inside the block."""
+        try:
+            for name, observer in observers.items():
+                self.sites[name].observer = observer
+            yield
+        finally:
+            for name in observers:
+                self.sites[name].observer = None
 
     def save(self, folder: str | Path) -> None:
         """Write topk_lora.safetensors and, last, topk_lora.json; plain PEFT finds no adapter there."""
