@@ -39,12 +39,12 @@ ARMS = {
     "topk-64-8": _arm("TopKLoRA, 8 of 64 directions", rank=64, k=8),
     "dense-8": _arm("dense LoRA of equal active rank", rank=8, k=None, gate="none"),
     "dense-64": _arm("dense LoRA of equal parameters", rank=64, k=None, gate="none"),
+    "topk-64-8-no-embedding": _arm("TopKLoRA without the embedding", embedding=False, rank=64, k=8),
+    "mlp-448-56": _arm("sparse branch beside each MLP, as many features", rank=448, k=56, modules=["mlp"]),
     "topk-64-4": _arm("TopKLoRA, 4 of 64 directions", rank=64, k=4),
     "dense-4": _arm("dense LoRA of its active rank", rank=4, k=None, gate="none"),
-    "topk-64-8-no-embedding": _arm("TopKLoRA without the embedding", embedding=False, rank=64, k=8),
-    "topk-64-8-hidden": _arm("TopKLoRA, residual stream in the loss", rank=64, k=8, hidden_weight=1.0),
     "relu-64": _arm("ReLU alone, 64 directions", rank=64, k=None, gate="relu"),
-    "mlp-448-56": _arm("sparse branch beside each MLP, as many features", rank=448, k=56, modules=["mlp"]),
+    "topk-64-8-hidden": _arm("TopKLoRA, residual stream in the loss", rank=64, k=8, hidden_weight=1.0),
     "topk-64-8-straight-through": _arm("TopKLoRA, straight-through", rank=64, k=8, estimator="straight-through"),
 }
 
