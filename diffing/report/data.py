@@ -132,6 +132,8 @@ class Run(NamedTuple):
     say: dict[str, Any] = {}  # noqa: RUF012
     replies: dict[str, Any] = {}  # noqa: RUF012
     """say.json and replies.json, by `samples`; empty where there is none."""
+    sections: Any = ()
+    """Of other methods, by `sections.read_sections`."""
 
     def look(self, *keys: str) -> Any:
         """Return the value under nested keys of run.json, or None."""

@@ -23,7 +23,9 @@
 
 // Table: sort by a heading, filter by text and verdict, follow a row to its examples.
 (() => {
-  const table = document.getElementById("table"), body = table.tBodies[0];
+  const table = document.getElementById("table");
+  if (table === null) return;
+  const body = table.tBodies[0];
   const heads = [...table.tHead.rows[0].cells];
   const rows = [...body.rows];
   const filter = document.getElementById("filter"), verdict = document.getElementById("verdict");

@@ -22,6 +22,7 @@ from diffing.report import causes, figures, nulls, samples, summary
 from diffing.report.curves import training_figures
 from diffing.report.data import MADE_BY, Example, Run, command_for
 from diffing.report.definitions import COLUMNS, definitions
+from diffing.report.sections import Section, absent
 from diffing.report.text import NONE, Part, clip, fixed, flat, highlight, html_length, number, numbers, visible
 
 HERE = Path(__file__).parent
@@ -102,11 +103,12 @@ def render_html(run: Run, rows: list[Row]) -> bytes:
     cards, cards_sentence = shown_examples(run)
     linked = {card.latent for card in cards}
     base, tuned = summary.pair_names(run)
+    of_sections = [figure for section in run.sections for figure in section.figures]
     page = page_template().render(
         style=Markup((HERE / "style.css").read_text(encoding="utf-8")),
         script=Markup((HERE / "page.js").read_text(encoding="utf-8")),
         plotly=Markup(get_plotlyjs()),
-        specs=figure_json([*curves, *norms, nu, *null_figure, *causal_figure]),
+        specs=figure_json([*curves, *norms, nu, *null_figure, *causal_figure, *of_sections]),
         base=base,
         tuned=tuned,
         summary=summary,
@@ -125,6 +127,8 @@ def render_html(run: Run, rows: list[Row]) -> bytes:
         causes=causes,
         causal_figure=causal_figure,
         causal_command=causes.CAUSAL.format(run=run.path),
+        sections=run.sections,
+        absent_methods=absent(run.path, run.sections),
         samples=samples,
         say_command=samples.SAY.format(run=run.path),
         replies_command=samples.REPLIES.format(run=run.path),
@@ -143,9 +147,24 @@ def render_html(run: Run, rows: list[Row]) -> bytes:
     return page.encode()
 
 
+def render_methods(sections: list[Section]) -> bytes:
+    """Return the page of a folder without a crosscoder: the sections of other methods alone."""
+    base, tuned = sections[0].pair
+    page = page_template("methods.html.j2").render(
+        style=Markup((HERE / "style.css").read_text(encoding="utf-8")),
+        script=Markup((HERE / "page.js").read_text(encoding="utf-8")),
+        plotly=Markup(get_plotlyjs()),
+        specs=figure_json([figure for section in sections for figure in section.figures]),
+        base=base,
+        tuned=tuned,
+        sections=sections,
+    )
+    return page.encode()
+
+
 @cache
-def page_template() -> Template:
-    """Return the template, compiled once: every expression is escaped, an unknown name is an error."""
+def page_template(name: str = "template.html.j2") -> Template:
+    """Return a template, compiled once: every expression is escaped, an unknown name is an error."""
     environment = Environment(
         loader=FileSystemLoader(HERE),
         autoescape=True,
@@ -154,7 +173,7 @@ def page_template() -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("template.html.j2")
+    return environment.get_template(name)
 
 
 def figure_json(shown: list[figures.Figure]) -> Markup:
