@@ -93,7 +93,7 @@ def _sets(record: dict[str, Any]) -> Table:
             label, str(len(directions)), f"{left['value']:.2f} (up to {left['high']:.2f}) of {left['n']}",
             f"{kept['value']:.2f} {kept['unit'].removeprefix('smallest share of prompts ')}", chance,
         ])  # fmt: skip
-    note = "Found on one half of the prompts, counted on others. Random sets write as much."
+    note = "Found on the prompts of the search, counted on others. Random sets write as much."
     header = ["behaviour", "directions", "left when ablated", "others kept, worst", "random sets: left, kept"]
     return Table("Smallest sets behind each behaviour", header, cells, note)
 
