@@ -14,8 +14,8 @@ from crosscoders.common.errors import InputError
 from crosscoders.common.results import row
 from crosscoders.common.statistics import bootstrap_interval, resample
 from crosscoders.text.documents import read_source
-from crosscoders.text.settings import TEMPLATE_DATE, DataSource
-from crosscoders.text.templates import Message, renderer
+from crosscoders.text.settings import DataSource
+from crosscoders.text.templates import Message
 from crosscoders.text.tokens import tokenize_prompt, tokenize_text
 from diffing.samples.phrases import words
 from diffing.samples.prompts import PROMPTS
@@ -76,12 +76,9 @@ def _conversations(path: str, n_prompts: int) -> list[list[Message]]:
 
 def _prompt(messages: list[Message], tokenizer: Any, template: str | None) -> Prompt:
     text = messages[-1]["content"]
-    if len(messages) == 1:
-        return Prompt(text, tokenize_prompt(tokenizer, text, template))
-    if template is None and not tokenizer.chat_template:
+    if len(messages) > 1 and template is None and not tokenizer.chat_template:
         return Prompt(text, tokenize_text(tokenizer, "\n".join(message["content"] for message in messages))[0])
-    rendered = renderer(tokenizer, template, date=TEMPLATE_DATE, is_prompt=True)(messages)
-    return Prompt(text, list(tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"]))
+    return Prompt(text, tokenize_prompt(tokenizer, text if len(messages) == 1 else messages, template))
 
 
 def _other_script(text: str) -> bool:
