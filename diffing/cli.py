@@ -4,6 +4,7 @@ from crosscoders.common.command_line import Command
 from crosscoders.common.command_line import main as run_main
 from diffing.causal.settings import CausalSettings, LensSettings, SteerSettings
 from diffing.demo.settings import DemoSettings
+from diffing.explorer.settings import ExploreSettings
 from diffing.interpretation.settings import InterpretSettings
 from diffing.latents.settings import ScaleSettings, StabilitySettings
 from diffing.null.settings import NullSettings
@@ -85,6 +86,13 @@ COMMANDS = [
         "One self-contained HTML page and one JSON file about a run.",
         ReportSettings,
         "diffing.report.command:report",
+        "run",
+    ),
+    Command(
+        "explore",
+        "A local page with both models live: prompts, latents, answers.",
+        ExploreSettings,
+        "diffing.explorer.command:explore",
         "run",
     ),
     Command(

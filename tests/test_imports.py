@@ -33,7 +33,7 @@ FLOORS = [
         "diffing.sae_gap",
         "diffing.samples",
     ],
-    ["diffing.demo", "diffing.sae"],
+    ["diffing.demo", "diffing.explorer", "diffing.sae"],
     ["diffing"],
     ["benchmarks"],
 ]
@@ -52,8 +52,8 @@ PUBLIC = {
         "special_ids splice with_control"
     ),
     "diffing": (
-        "LatentScales Thresholds choose_sets latent_table logit_lens measure read_chats scale_latents scale_run "
-        "steered steering_vector twin_pairs with_partners write_report"
+        "LatentScales Session Thresholds choose_sets latent_table logit_lens measure read_chats scale_latents "
+        "scale_run steered steering_vector twin_pairs with_partners write_report"
     ),
 }
 UNSAFE = [

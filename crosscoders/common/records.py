@@ -44,7 +44,7 @@ class Record(BaseModel):
         try:
             cls.model_validate_json(data)
         except ValidationError as error:
-            raise CorruptData(f"{name} {_first_fault(error)}, so it is damaged. Restore it, or {cls.again}.") from None
+            raise CorruptData(f"{name} {first_fault(error)}, so it is damaged. Restore it, or {cls.again}.") from None
         return dict(value)
 
 
@@ -62,7 +62,7 @@ class Named(Record):
     hash: str
 
 
-def _first_fault(error: ValidationError) -> str:
+def first_fault(error: ValidationError) -> str:
     """Return what is wrong, and where, of the first fault that was found."""
     fault = error.errors(include_url=False)[0]
     where = ".".join(map(str, fault["loc"]))
