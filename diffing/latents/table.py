@@ -111,7 +111,8 @@ def scale_cache(
     """Return Latent Scaling, context shares and shares by `response_positions.PLACES`, over the first `n_tokens` of a
     cache (default: all), in one pass."""
     n_tokens = min(n_tokens or len(cache), len(cache))
-    batch_size = max(1, min(batch_size, math.ceil(n_tokens / 32)))  # at least 32 batches, the blocks of the jackknife
+    # At least 32 batches, the blocks of the jackknife; and pre-activations of 256 MiB at most.
+    batch_size = max(1, min(batch_size, math.ceil(n_tokens / 32), 2**26 // crosscoder.config.dict_size))
     scaling = ScalingSums(crosscoder)
     groups = cache.manifest["groups"]
     contexts = ContextSums(crosscoder.config.dict_size, groups, group_tokens(cache, n_tokens))
