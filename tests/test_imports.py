@@ -34,6 +34,8 @@ FLOORS = [
         "diffing.samples",
     ],
     ["diffing.demo", "diffing.sae"],
+    ["diffing.baselines"],
+    ["diffing.comparison"],
     ["diffing"],
     ["benchmarks"],
 ]
