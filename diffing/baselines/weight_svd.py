@@ -60,7 +60,7 @@ def weight_delta(base: Any, tuned: Any) -> Delta:
             matrices[name] = Factors(*torch.linalg.svd(difference, full_matrices=False))
     if not matrices:
         raise InputError("base and tuned differ in no matrix of their layers, so no rank can be cut.")
-    return Delta(*weights, matrices)
+    return Delta(weights[0], weights[1], matrices)
 
 
 def random_delta(delta: Delta, generator: torch.Generator) -> Delta:
