@@ -3,6 +3,7 @@
 from crosscoders.common.command_line import Command
 from crosscoders.common.command_line import main as run_main
 from diffing.causal.settings import CausalSettings, LensSettings, SteerSettings
+from diffing.comparison.settings import CompareSettings
 from diffing.demo.settings import DemoSettings
 from diffing.explorer.settings import ExploreSettings
 from diffing.interpretation.settings import InterpretSettings
@@ -32,6 +33,12 @@ COMMANDS = [
         "One SAE in both models: which latents changed, and which cause the difference.",
         SaeSettings,
         "diffing.sae.command:sae",
+    ),
+    Command(
+        "compare",
+        "Every method on one table, beside a null model and random: directions, scores per token, texts.",
+        CompareSettings,
+        "diffing.comparison.command:compare",
     ),
     Command(
         "sae-gap",

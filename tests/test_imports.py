@@ -34,6 +34,8 @@ FLOORS = [
         "diffing.samples",
     ],
     ["diffing.demo", "diffing.explorer", "diffing.sae"],
+    ["diffing.baselines"],
+    ["diffing.comparison"],
     ["diffing"],
     ["benchmarks"],
 ]
