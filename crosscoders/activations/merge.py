@@ -8,7 +8,7 @@ from typing import Any
 
 from crosscoders.activations.settings import Part, parse_part
 from crosscoders.activations.shards import FINAL, PartRecord, build_manifest, first_difference, shard_name
-from crosscoders.activations.sums import read_sums
+from crosscoders.activations.sums import read_sums, sums_name
 from crosscoders.common.errors import CorruptData, InputError
 from crosscoders.common.files import Written
 from crosscoders.common.folders import Folder, open_folder
@@ -67,7 +67,15 @@ def merge_point(parts: list[Folder], folder: Folder, out: str) -> None:
     entries = _in_order(entries)
     first = entries[0][1]
     shape = first["n_models"], first["d_model"]
-    shards = [read_sums(part, shard["name"], shape) for part, entry in entries for shard in entry["shards"]]
+    shards = []
+    for part, entry in entries:
+        for shard in entry["shards"]:
+            shards.append(read_sums(part, shard["name"], shape))
+            if any(shards[-1][key] != value for key, value in shard.items()):
+                raise CorruptData(
+                    f"{part}/part.json and {sums_name(shard['name'])} describe two different shards. Remove {part} and "
+                    "make this part again."
+                )
     _require_whole(shards, first)
     for part, entry in entries:
         there = part.sizes()
