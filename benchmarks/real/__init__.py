@@ -71,7 +71,7 @@ def page(work: Path, lines: dict[str, list[str]]) -> str:
         if not (folder / "done.json").is_file():
             continue
         record = files.read_model(folder / "done.json", StageRecord)
-        text += [f"## {name}", "", f"{record['seconds']:.0f} s, {record['peak_gib']:.2f} GiB at most so far", ""]
+        text += [f"## {name}", "", f"{record['seconds']:.0f} s, {record['peak_gib']:.2f} GiB", ""]
         for command, log in zip(record["commands"], sorted(folder.glob("*.txt")), strict=True):
             text += ["```text", f"$ {command}", log.read_text().replace("\r", "\n").strip(), "```", ""]
     return "\n".join(text)
