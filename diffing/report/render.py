@@ -18,7 +18,7 @@ from plotly.offline import get_plotlyjs
 from crosscoders.dictionary.health import warning
 from diffing.latents.nulls import NULL, counts_beside, kinds_of
 from diffing.latents.verdict import VERDICTS
-from diffing.report import causes, figures, nulls, samples, summary
+from diffing.report import causes, figures, findings, nulls, samples, summary
 from diffing.report.curves import training_figures
 from diffing.report.data import MADE_BY, Example, Run, command_for
 from diffing.report.definitions import COLUMNS, definitions
@@ -30,7 +30,7 @@ FIXED = ("nu_", "beta_", "share_", "template_share", "specificity", "decoder_cos
 """Beginnings of columns that are read with three decimals."""
 TABLE_ROWS = 2_000
 TABLE_CHARACTERS = 2_000_000
-BEST_LATENTS = 10
+BEST_LATENTS, NEAREST_LATENTS = 12, 5
 EXAMPLES_OF_A_LATENT = 10
 EXAMPLE_CHARACTERS = 900_000
 # The two budgets are of HTML and keep the page below 8 MB beside plotly.js, which has 4.8 MB.
@@ -115,7 +115,9 @@ def render_html(run: Run, rows: list[Row]) -> bytes:
         warning=warning(against) if (against := summary.reasons_against(run)) else "",
         run=run,
         missing={name: command_for(name, run.path) for name in MADE_BY if not (run.path / name).is_file()},
+        findings=findings,
         best=best_latents(run),
+        nearest=nearest_latents(run),
         curves=curves,
         curves_caption=curves_caption,
         norms=norms,
@@ -230,9 +232,16 @@ def cells(run: Run, name: str, indices: list[int]) -> list[str]:
 
 
 def best_latents(run: Run) -> list[Card]:
-    """Return cards of the first alive latents by rank, with one context each."""
+    """Return cards of the first latents that are specific to a model, with one context each."""
+    return [card(run, i, 1) for i in findings.specific_latents(run)[:BEST_LATENTS]]
+
+
+def nearest_latents(run: Run) -> list[Card]:
+    """Return cards of the best-ranked latents that are not specific, where none is."""
+    if findings.specific_latents(run):
+        return []
     ranked = [i for i in run.latents.order if run.latents.alive[i] and run.latents.columns["rank"][i] is not None]
-    return [card(run, i, 1) for i in ranked[:BEST_LATENTS]]
+    return [card(run, i, 1) for i in ranked[:NEAREST_LATENTS]]
 
 
 def shown_examples(run: Run) -> tuple[list[Card], str]:

@@ -12,6 +12,7 @@ import pandas
 from crosscoders.common.files import read_model
 from crosscoders.common.results import ResultRecord
 from diffing.report.figures import Figure, spec
+from diffing.report.findings import plain
 from diffing.report.sections import Section, SetsRecord, Table, TopKRun, pair_of, with_interval
 from diffing.report.text import NONE, clip, number
 
@@ -127,6 +128,6 @@ def _lines(label: str, points: list[tuple[int, float, float]], colour: str) -> l
     sizes, own, random = (list(values) for values in zip(*sorted(points), strict=True))
     shared = {"type": "scatter", "mode": "lines+markers", "x": sizes}
     return [
-        {**shared, "name": re.sub(r"[^\w .-]", "", label)[:30], "y": own, "line": {"color": colour}},
+        {**shared, "name": plain(label), "y": own, "line": {"color": colour}},
         {**shared, "y": random, "line": {"color": colour, "dash": "dot"}, "showlegend": False, "hoverinfo": "skip"},
     ]
