@@ -39,7 +39,7 @@ class TokenReading(NamedTuple):
     kl: float
     """KL(tuned || base) of what follows this token, nats."""
     latents: list[int]
-    """Latents that fire on it, by the length of what they write in the model where that is longer, longest first."""
+    """Latents that fire on it, by the length of what they write differently in the two models, longest first."""
     activations: list[float]
     base: list[Guess]
     """What the base model expects next."""
@@ -73,7 +73,8 @@ def read_tokens(
     ids: Int[np.ndarray, " seq"],
     scored: Bool[np.ndarray, " seq"],
 ) -> list[TokenReading]:
-    """Return one reading per token; models: base and tuned, whole. lengths: of each latent's longer decoder."""
+    """Return one reading per token; models: base and tuned, whole. lengths: of each latent's decoder
+    difference."""
     batch = make_batch([ids], [scored], np.arange(1), 0).to(models[0].device)
     states = [model.run(batch) for model in models]
     fired = _firing(exchange, lengths, torch.stack([state.activation[batch.scored] for state in states], dim=1))

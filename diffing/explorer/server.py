@@ -4,7 +4,7 @@ It listens on 127.0.0.1 only, and every address begins with a random token; a re
 request has a thread, and the session lets one of them at a time use the models, between two tokens of an answer too. A
 browser that goes away, or reads nothing for `PATIENCE` seconds, ends its own request.
 
-    GET  /TOKEN/                       the page (page.css, page.js)
+    GET  /TOKEN/                       the page, and the files beside it
     GET  /TOKEN/api/run                what the run is
     GET  /TOKEN/api/table              columns of the list of latents
     GET  /TOKEN/api/latent/NUMBER      what is known of a latent
@@ -32,11 +32,12 @@ PATIENCE = 30.0
 LONGEST = 1 << 20
 """Bytes of a request's body."""
 PAGE = Path(__file__).parent / "page"
-STATIC = {
-    "": ("page.html", "text/html; charset=utf-8"),
-    "page.css": ("page.css", "text/css; charset=utf-8"),
-    "page.js": ("page.js", "text/javascript; charset=utf-8"),
+KINDS = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
 }
+STATIC = {file.name: KINDS[file.suffix] for file in PAGE.iterdir()}
 HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
@@ -137,9 +138,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def _get(self, path: str) -> None:
         session = self.server.session
-        if path in STATIC:
-            name, kind = STATIC[path]
-            self._send((PAGE / name).read_bytes(), kind)
+        name = path or "page.html"
+        if name in STATIC:
+            self._send((PAGE / name).read_bytes(), STATIC[name])
         elif path == "api/run":
             self._send_json(run_view(session))
         elif path == "api/table":

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Int
 
 from crosscoders.common.devices import choose_device
@@ -58,7 +59,11 @@ class Session:
         self.crosscoder = load_crosscoder(self.run, device=str(choose_device(device)))
         require_fit(self.crosscoder, self.cache)
         self.exchange, self.folded = Exchange(self.crosscoder), self.crosscoder.fold()
-        self.lengths = self.folded.W_dec.detach().norm(dim=2).amax(dim=1)
+        self.lengths = torch.column_stack(
+            [self.folded.W_dec.detach().norm(dim=2), self.exchange.difference.norm(dim=1)]
+        )
+        """Per latent the length, at activation 1, of what it writes in the base, in the tuned model, and differently in
+        the two; units of x."""
         self.template = read_template(self.cache.config.chat_template)
         self.hook_point: str = self.cache.manifest["hook_point"]
         self.info = inspect_cached(self.cache)
@@ -80,7 +85,7 @@ class Session:
         """
         ids, scored = self._tokens(prompt, is_plain)
         with self.lock:
-            return read_tokens(self.models, self.exchange, self.lengths, self.texts, ids, scored)
+            return read_tokens(self.models, self.exchange, self.lengths[:, 2], self.texts, ids, scored)
 
     def latent(self, latent: int) -> dict[str, Any]:
         """Return what is known of a latent, as plain data: values, verdict and why, examples, histogram of activations,

@@ -16,7 +16,7 @@ from diffing.report.text import visible
 
 COLUMNS = (
     "latent", "rank", "verdict", "relative_decoder_norm", "decoder_cosine", "nu_error", "nu_reconstruction",
-    "n_active", "max_activation", "main_context", "main_context_share", "decoder_norm_base", "decoder_norm_tuned",
+    "n_active", "max_activation", "main_context", "main_context_share",
 )  # fmt: skip
 """Columns of the table that the page lists."""
 CONTEXT = 12
@@ -96,9 +96,12 @@ def run_view(session: Session) -> dict[str, Any]:
 
 
 def table_view(session: Session) -> dict[str, Any]:
-    """Return the columns of the list of latents, best rank first, with names and the text before each peak."""
+    """Return the columns of the list of latents, best rank first, with names, the text around each peak, and
+    `Session.lengths`."""
     run, interpreted = session.evidence.run, session.evidence.interpreted
     columns: dict[str, Any] = {name: [run.latents.columns[name][i] for i in run.latents.order] for name in COLUMNS}
+    for name, lengths in zip(("length_base", "length_tuned", "length_difference"), session.lengths.T, strict=True):
+        columns[name] = lengths[columns["latent"]].tolist()
     columns["text"] = [_peak(run.examples.get(latent, [])) for latent in columns["latent"]]
     columns["name"] = [interpreted.get(str(latent), {}).get("name") for latent in columns["latent"]]
     return dict(shown(columns))

@@ -52,11 +52,11 @@ def test_each_token_lists_the_latents_that_fire_on_it(session: Session) -> None:
         torch.testing.assert_close(torch.tensor(reading.activations), row[reading.latents], rtol=1e-4, atol=1e-5)
 
 
-def test_latents_are_listed_by_the_longer_of_what_they_write(session: Session) -> None:
-    lengths = session.crosscoder.W_dec / session.crosscoder.input_scale[:, None]
-    longest = lengths.norm(dim=2).amax(dim=1)
+def test_latents_are_listed_by_how_differently_they_write(session: Session) -> None:
+    decoder = session.crosscoder.W_dec / session.crosscoder.input_scale[:, None]
+    lengths = (decoder[:, 1] - decoder[:, 0]).norm(dim=1)
     for reading in session.latents(PROMPT):
-        written = [f * float(longest[j]) for j, f in zip(reading.latents, reading.activations, strict=True)]
+        written = [f * float(lengths[j]) for j, f in zip(reading.latents, reading.activations, strict=True)]
         assert written == sorted(written, reverse=True)
 
 
