@@ -39,9 +39,10 @@ def merge_parts(parts: list[str], out: str) -> list[str]:
         target = f"{out.rstrip('/')}/{name}" if name else out
         folder = open_folder(target)
         with folder.exclusive():
-            published = [file for file in (*FINAL, "progress.json") if file in folder.sizes()]
+            published = [file for file in (*FINAL, "progress.json", "run.json") if file in folder.sizes()]
             if published:
-                raise InputError(f"{target} holds a cache already ({published[0]}). Choose another --out.")
+                what = "run" if published[0] == "run.json" else "cache"
+                raise InputError(f"{target} holds a {what} already ({published[0]}). Choose another --out.")
             merge_point([folders[name] for folders in points], folder, target)
         targets.append(target)
     return targets

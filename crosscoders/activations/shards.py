@@ -22,8 +22,9 @@ from crosscoders.activations.scored import DTYPES, Tokens
 from crosscoders.activations.settings import CacheConfig, Part
 from crosscoders.activations.sums import Shard, is_sums, read_sums, shard_sums, sums_name, write_sums
 from crosscoders.common.checks import to_dict
-from crosscoders.common.errors import InputError
-from crosscoders.common.folders import Folder
+from crosscoders.common.errors import CorruptData, InputError
+from crosscoders.common.folders import Folder, RemoteFolder
+from crosscoders.common.progress import say
 from crosscoders.common.records import Named, Record
 from crosscoders.models.names import identity
 
@@ -138,9 +139,11 @@ class ShardWriter:
     def resume(self) -> None:
         """Find what an earlier run has left."""
         there = self.folder.sizes()
+        if "run.json" in there:
+            raise InputError(f"{self.folder} holds a run (run.json), no cache. Choose another --out.")
         wanted = self._identity()
         for name, model in RECORDS.items():
-            if name in there:
+            if name in there and not self._is_torn(name, there):
                 recorded = self.folder.read_model(name, model)
                 key = first_difference(recorded, wanted)
                 if key:
@@ -154,11 +157,25 @@ class ShardWriter:
         for name in filter(is_sums, there):
             self.folder.remove(name)  # of a run whose progress.json is gone
 
+    def _is_torn(self, name: str, there: dict[str, int]) -> bool:
+        """Return whether an upload of a file was cut off, which then counts as not there: behind a URL no file is put
+        in its place as a whole. A manifest that is damaged later has no progress.json beside it."""
+        if not isinstance(self.folder, RemoteFolder) or (name in FINAL and "progress.json" not in there):
+            return False
+        try:
+            self.folder.read_model(name, Record)
+        except CorruptData:
+            say(f"{self.folder}/{name} was cut off and is written again")
+            return True
+        return False
+
     def _finished(self, there: dict[str, int]) -> list[dict[str, Any]]:
         """Read the sums of shards up to the first one that is missing or cut."""
         shards: list[dict[str, Any]] = []
         for name in map(shard_name, self.numbers):
             if sums_name(name) not in there:
+                break
+            if self._is_torn(sums_name(name), there):
                 break
             shard = read_sums(self.folder, name, (self.plan.shared["n_models"], self.plan.shared["d_model"]))
             if there.get(name) != shard["n_bytes"]:

@@ -74,5 +74,7 @@ def _filled(model: Crosscoder, tensors: Mapping[str, Tensor], source: Path) -> C
             raise CorruptData(
                 f"{source}: {name!r} has shape {tuple(tensors[name].shape)}, expected {tuple(value.shape)}."
             )
+        if not torch.isfinite(tensors[name]).all() and name != "threshold":
+            raise CorruptData(f"{source}: {name!r} holds numbers that are not finite. Download or train it again.")
     model.load_state_dict({name: tensors[name].to(value.dtype) for name, value in wanted.items()})
     return model.requires_grad_(False)

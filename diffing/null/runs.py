@@ -24,7 +24,8 @@ from crosscoders.text.settings import DataSource
 from crosscoders.training.checkpoint import RunRecord
 from crosscoders.training.command import train_run
 from crosscoders.training.settings import TrainConfig, TrainSettings
-from diffing.latents.table import LatentRecord, cache_table, cache_tokenizer, write_table
+from diffing.latents.records import LatentRecord
+from diffing.latents.table import cache_table, cache_tokenizer, write_table
 from diffing.null.rates import effective_number
 
 
