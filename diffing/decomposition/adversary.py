@@ -53,9 +53,9 @@ class Adversary:
         self.t = int(state["t"])
 
 
-def gradients_of(loss: Tensor, sources: Mapping[str, Tensor], *, keep: bool = False) -> dict[str, Tensor]:
-    """Return the gradient of the loss with respect to the sources; keep: the loss is used again."""
-    return dict(zip(sources, torch.autograd.grad(loss, list(sources.values()), retain_graph=keep), strict=True))
+def gradients_of(loss: Tensor, sources: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the gradient of the loss with respect to the sources."""
+    return dict(zip(sources, torch.autograd.grad(loss, list(sources.values())), strict=True))
 
 
 def attack(

@@ -118,7 +118,8 @@ def linear_maps(model: nn.Module) -> dict[str, nn.Module]:
     no embedding and not what gives the logits, which language models often tie to it."""
     from transformers.pytorch_utils import Conv1D
 
-    head: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head_of: Any = getattr(model, "get_output_embeddings", None)
+    head = head_of() if head_of else None
     maps: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{parent}.") for parent in maps)
