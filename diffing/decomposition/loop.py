@@ -80,7 +80,7 @@ def left_out(problem: Problem) -> Float[Tensor, ""]:
 def warm_up_(problem: Problem, config: DecompositionConfig) -> None:
     """Fit the pieces to the change alone."""
     pieces, _ = problem.decomposition.pieces_and_networks()
-    optimizer = torch.optim.Adam(pieces, lr=config.warmup_lr)
+    optimizer = torch.optim.Adam(pieces, lr=config.warmup_lr, fused=True)
     for _ in range(config.warmup_steps):
         optimizer.zero_grad(set_to_none=True)
         left_out(problem).backward()
@@ -96,7 +96,7 @@ def train(problem: Problem, config: DecompositionConfig, out: Path | None = None
     """
     decomposition = problem.decomposition
     pieces, networks = decomposition.pieces_and_networks()
-    optimizer = torch.optim.Adam([*pieces, *networks], lr=config.lr)
+    optimizer = torch.optim.Adam([*pieces, *networks], lr=config.lr, fused=True)
     adversary = fresh_adversary(problem, config)
     state = checkpoint.load_state(out, decomposition, optimizer) if out else None
     start = state[0] if state else 0
