@@ -3,6 +3,7 @@
 from crosscoders.common.command_line import Command
 from crosscoders.common.command_line import main as run_main
 from diffing.causal.settings import CausalSettings, LensSettings, SteerSettings
+from diffing.decomposition.settings import VPD_PAPER, DecomposeSettings
 from diffing.demo.settings import DemoSettings
 from diffing.interpretation.settings import InterpretSettings
 from diffing.latents.settings import ScaleSettings, StabilitySettings
@@ -120,6 +121,13 @@ COMMANDS = [
         TopKSetsSettings,
         "diffing.topk_lora.sets_command:find_sets",
         "run",
+    ),
+    Command(
+        "decompose",
+        "What a fine-tune changed in the weights, as rank-one pieces with a causal importance per token.",
+        DecomposeSettings,
+        "diffing.decomposition.command:decompose",
+        presets={"vpd-paper": VPD_PAPER},
     ),
 ]
 

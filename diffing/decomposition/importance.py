@@ -5,6 +5,7 @@ at mean square 1. Source: SPD (2506.20790), section 2.4, and VPD (2026).
 """
 
 import os
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
