@@ -4,12 +4,13 @@
 at mean square 1. Source: SPD (2506.20790), section 2.4, and VPD (2026).
 """
 
-import os
-
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
+
+START = 0.5
+"""Importance at the start, before what the input adds: every piece can rise and fall."""
 
 
 class ScalarNetwork(nn.Module):
@@ -20,7 +21,7 @@ class ScalarNetwork(nn.Module):
         self.w1 = nn.Parameter(torch.randn(n_components, hidden, generator=generator))
         self.b1 = nn.Parameter(torch.zeros(n_components, hidden))
         self.w2 = nn.Parameter(torch.randn(n_components, hidden, generator=generator) / hidden**0.5)
-        self.b2 = nn.Parameter(torch.full((n_components,), float(os.environ.get("B2", 0))))
+        self.b2 = nn.Parameter(torch.full((n_components,), START))
 
     def forward(
         self, x: Float[Tensor, "*positions d_in"], h: Float[Tensor, "*positions components"]
@@ -36,7 +37,7 @@ class SharedNetwork(nn.Module):
         self.w1 = nn.Parameter(torch.randn(d_in, hidden, generator=generator) / d_in**0.5)
         self.b1 = nn.Parameter(torch.zeros(hidden))
         self.w2 = nn.Parameter(torch.randn(hidden, n_components, generator=generator) / hidden**0.5)
-        self.b2 = nn.Parameter(torch.full((n_components,), float(os.environ.get("B2", 0))))
+        self.b2 = nn.Parameter(torch.full((n_components,), START))
 
     def forward(
         self, x: Float[Tensor, "*positions d_in"], h: Float[Tensor, "*positions components"]

@@ -9,7 +9,7 @@ from crosscoders.common.progress import Progress
 from crosscoders.common.results import row
 from diffing.decomposition import baselines
 from diffing.decomposition.curves import Point, by_site, curve, ranked, robust, written
-from diffing.decomposition.evaluation import Explained, attacked, explained
+from diffing.decomposition.evaluation import Explained, attacked, explained, reference_of
 from diffing.decomposition.language import Kept, LanguageTask
 from diffing.decomposition.loop import generator_of
 from diffing.decomposition.model import Decomposition
@@ -19,8 +19,10 @@ from diffing.decomposition.similarity import chosen_pieces, clusters, similarity
 from diffing.decomposition.sites import Delta
 from diffing.topk_lora.distil import Setting
 
-SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-EFFECT_BATCHES, ATTACK_STEPS = 8, (0, 20, 80)
+SIZES = (1, 4, 16, 64, 256)
+CURVE_BATCHES, EFFECT_BATCHES = 4, 8
+"""Held-out batches that curves and effects are measured on."""
+ATTACK_STEPS = (0, 20, 80)
 
 
 class Report(NamedTuple):
@@ -80,6 +82,7 @@ def all_curves(
 ) -> dict[str, list[Point]]:
     """Return the curves of the pieces and of the baselines, each ranked by what its pieces write."""
     task, batches = LanguageTask(), setting.held_out
+    reference = reference_of(decomposition, task, batches[:CURVE_BATCHES])
     bases = {
         "svd": baselines.svd(deltas), "weighted_svd": baselines.weighted_svd(deltas, moments(setting, decomposition)),
         "rotation": baselines.rotation(deltas, 0), "lora": baselines.lora(setting.tuned, list(deltas)),
@@ -97,7 +100,7 @@ def all_curves(
             continue
         order = ranked(written(one, task, batches, weights))
         sizes = [size for size in SIZES if size < len(order)] + [len(order)]
-        found[name] = curve(one, task, batches, order, sizes, measured.reference)
+        found[name] = curve(one, task, batches[:CURVE_BATCHES], order, sizes, reference)
         progress.update(1)
     progress.close()
     return found
