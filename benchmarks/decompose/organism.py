@@ -104,7 +104,7 @@ def selective(setting: Setting, decomposition: Decomposition, weights: Any) -> d
 def matrix_rows(
     setting: Setting, decomposition: Decomposition, prompts: Prompts, name: str, weights: Any
 ) -> dict[str, Any]:
-    """Return the shares of each behaviour that are left with a set removed from the tuned model, or alone on the base."""
+    """Return each behaviour's share of prompts with a set removed from the tuned model, and alone on the base."""
     values: dict[str, Any] = {}
     orders = selective(setting, decomposition, weights)
     for size in SIZES:

@@ -8,14 +8,18 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from crosscoders.common import files
 from crosscoders.common.checks import config_of, to_dict
 from crosscoders.common.progress import say
 from crosscoders.common.provenance import environment
 from crosscoders.common.results import result, say_closing
 from crosscoders.models.names import hash_model
+from crosscoders.text.tokens import tokenize_prompt
 from crosscoders.training.checkpoint import start_run
 from diffing.decomposition.build import fresh
+from diffing.decomposition.graph import prompt_graph, write_graph
 from diffing.decomposition.language import Kept, deltas_of, kept, problem_of
 from diffing.decomposition.loop import train
 from diffing.decomposition.model import Decomposition
@@ -25,7 +29,7 @@ from diffing.decomposition.settings import DecomposeSettings, DecompositionConfi
 from diffing.decomposition.sites import Delta
 from diffing.topk_lora.distil import Setting, open_setting
 
-READOUT_ONLY = ("out", "compare", "top", "device")
+READOUT_ONLY = ("out", "compare", "top", "device", "prompt")
 """Settings that may differ when a run goes on."""
 
 
@@ -37,11 +41,10 @@ def decompose(settings: DecomposeSettings) -> dict[str, Any]:
     config = config_of(DecompositionConfig, settings)
     setting = open_setting(settings)
     deltas = deltas_of(setting.base, setting.tuned, settings.sites)
+    device = next(setting.tuned.parameters()).device
     with files.exclusive(out):
         start_run(out, settings, _inputs(settings), environment(settings.device), "decompose", READOUT_ONLY)
-        decomposition = fresh(setting.tuned, deltas, config, is_relative=True).to(
-            next(setting.tuned.parameters()).device
-        )
+        decomposition = fresh(setting.tuned, deltas, config, is_relative=True).to(device)
         of_rest = kept(setting, decomposition)
         say(kept_line(of_rest, len(deltas)))
         if (out / DESCRIPTION).is_file():
@@ -54,6 +57,10 @@ def decompose(settings: DecomposeSettings) -> dict[str, Any]:
         read = report(setting, decomposition, deltas, of_rest, others, settings)
         read.table.to_parquet(out / "pieces.parquet")
         files.write_json(out / "eval.json", {"rows": read.rows, "pieces": read.pieces})
+        if settings.prompt is not None:
+            ids = torch.tensor([tokenize_prompt(setting.tokenizer, settings.prompt)]).to(device)
+            graph = prompt_graph(decomposition, ids, setting.tokenizer)
+            write_graph(graph, decomposition.names, out / "graph.html")
     say_closing(started, f"pieces in {out / DESCRIPTION}, read-outs in {out / 'eval.json'}")
     return result("decompose", to_dict(settings), read.rows) | {"pieces": read.pieces, "text": summary(read)}
 

@@ -53,12 +53,12 @@ class Decomposition(nn.Module):
         return list(self.all_sites.parameters()), list(self.networks.parameters())
 
     @contextlib.contextmanager
-    def reading(self) -> Iterator[dict[str, Tensor]]:
-        """Collect the inputs of the sites while the model runs."""
+    def reading(self, *, with_graph: bool = False) -> Iterator[dict[str, Tensor]]:
+        """Collect the inputs of the sites while the model runs; with_graph: to be differentiated through."""
         inputs: dict[str, Tensor] = {}
 
         def keep(name: str) -> Any:
-            return lambda _module, args: inputs.__setitem__(name, args[0].detach())
+            return lambda _module, args: inputs.__setitem__(name, args[0] if with_graph else args[0].detach())
 
         handles = [self.model.get_submodule(name).register_forward_pre_hook(keep(name)) for name in self.names]
         try:

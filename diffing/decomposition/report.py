@@ -61,7 +61,7 @@ def report(
     first = first[: settings.top]
     effects = read_effects(setting, decomposition, first, batches[:EFFECT_BATCHES])
     pieces = [
-        entry | effect._asdict()
+        {str(key): value for key, value in entry.items()} | effect._asdict()
         for entry, effect in zip(table.head(settings.top).to_dict("records"), effects, strict=True)
     ]
     of_curves = all_curves(setting, decomposition, deltas, measured)

@@ -102,6 +102,8 @@ class DecomposeSettings(DecompositionConfig):
     """Documents in a step."""
     compare: list[str] = field(default_factory=list)
     """Finished runs of the same sites with other seeds, whose pieces are looked for."""
+    prompt: str | None = None
+    """A question whose graph of pieces is drawn, as graph.html."""
     top: int = 10
     """Pieces whose effect on the predictions is measured and printed."""
     device: str = "auto"
