@@ -128,12 +128,17 @@ def play_process(words: list[str], *, interrupt_after: float | None = None, **ch
     process = subprocess.Popen(
         [sys.executable, "-m", "crosscoders", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         errors="replace", env={name: value for name, value in {**os.environ, **changes}.items() if value},
+        preexec_fn=_hears_ctrl_c,
     )  # fmt: skip
     if interrupt_after is not None:
         time.sleep(interrupt_after)
         process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=600)
     return Seen(process.returncode, output)
+
+
+def _hears_ctrl_c() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # what a shell starts in the background ignores it
 
 
 def limits(world: World, folder: Path) -> Named:

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -70,7 +71,11 @@ def play(
     before: is called in the fork before the command. meanwhile: is called here with the id of its process.
     """
     with tempfile.TemporaryFile() as printed:
-        process = os.fork()
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore", DeprecationWarning
+            )  # Python 3.12 warns of threads, which wait for work here
+            process = os.fork()
         if process == 0:
             _run(line, printed.fileno(), before)
         if meanwhile is not None:
