@@ -19,6 +19,7 @@ from crosscoders.common.results import ResultRecord
 
 BENCHMARKS = {
     "chat-pair": "benchmarks.chat_pair",
+    "decompose": "benchmarks.decompose",
     "demo-pair": "benchmarks.embedded_pair",
     "planted": "benchmarks.planted",
     "real": "benchmarks.real",

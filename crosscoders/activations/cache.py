@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from crosscoders.activations.scored import Moments, Tokens, concatenate
+from crosscoders.activations.scored import Moments, Tokens, concatenate, fault_in
 from crosscoders.activations.settings import CacheConfig
 from crosscoders.activations.shards import Manifest
 from crosscoders.common import files
@@ -92,8 +92,10 @@ class ActivationCache:
             entry = self.manifest["shards"][number]
             expected = files.Written(entry["n_bytes"], entry["checksum"])
             self._held = held = None  # free the old shard before the next one is read
-            held = number, Tokens(**self.folder.read_tensors(entry["name"], expected))
-            self._held = held
+            tensors = self.folder.read_tensors(entry["name"], expected)
+            if fault := fault_in(tensors, self.manifest, entry["n_tokens"]):
+                raise CorruptData(f"{self.folder}/{entry['name']} {fault}. Remove {self.folder} and cache again.")
+            self._held = held = (number, Tokens(**tensors))
         return held[1]  # not what another thread may have put there
 
     def read(self, start: int, stop: int) -> Tokens:

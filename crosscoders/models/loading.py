@@ -16,6 +16,7 @@ import torch
 from crosscoders.common.errors import CorruptData, EnvironmentFault, InputError
 from crosscoders.common.progress import say
 from crosscoders.models import hooks
+from crosscoders.models.broken import require_json, require_tensors
 from crosscoders.models.names import is_adapter, load_auto, quiet_transformers
 
 _WRAPPERS = {r"^module\.": "", r"_orig_mod\.": ""}
@@ -147,13 +148,15 @@ def one_line_errors(name: str) -> Iterator[None]:
 
     try:
         yield
-    except (InputError, EnvironmentFault, CorruptData):
+    except (InputError, EnvironmentFault, CorruptData, MemoryError, torch.OutOfMemoryError):
         raise
     except SafetensorError as error:
         raise CorruptData(f"the weights of {name!r} are damaged ({error}). Download or copy them again.") from None
     except ImportError as error:
         raise EnvironmentFault(f"the weights of {name!r} need a package: {_reason(error)} Install it.") from error
-    except (OSError, ValueError, RuntimeError, AttributeError, KeyError, TypeError) as error:
+    except Exception as error:  # what a damaged file raises is as it may be
+        require_json(name)
+        require_tensors(name, error)
         raise InputError(f"the weights of {name!r} do not load: {_reason(error)} Check the folder's files.") from error
 
 

@@ -37,6 +37,7 @@ from crosscoders.training.log import (
     evaluation_rows,
     heldout_columns,
     last_line,
+    log_entry,
     metric_columns,
     write_line,
 )
@@ -132,7 +133,7 @@ def _take_steps_(
 
         # ---- once in a while: log, evaluate, save
         if state.step % config.log_every == 0 or is_last:
-            seconds, since = time.perf_counter() - logged[0], logged[1]
+            seconds, since = max(time.perf_counter() - logged[0], 1e-9), logged[1]
             rate = {"tokens_per_second": round((state.step - since) * config.batch_size / seconds)}
             write_line(out, step_line(config, model, result, x, dead, state.step) | rate, log)
             logged = time.perf_counter(), state.step
@@ -161,7 +162,7 @@ def _conclude_(
         return
     evaluation = _measure_(model, config, holdout)
     write_line(out, eval_line(config.n_steps, evaluation), log)
-    files.write_json(out / "eval.json", {"name": "eval", "rows": evaluation_rows(evaluation)})
+    files.write_json(out / "eval.json", {"name": "eval", "rows": evaluation_rows(evaluation), **log_entry(out)})
     reasons = complaints(heldout_columns(evaluation), k=config.crosscoder.k, training=last_line(out))
     if reasons:
         say(warning(reasons))
