@@ -11,6 +11,7 @@ from benchmarks.timing import interleaved, ratio_row
 from crosscoders import ActivationCache, cached_stream
 from crosscoders.activations.scored import moments_of
 from crosscoders.activations.settings import CacheConfig
+from crosscoders.activations.shards import shard_name
 from crosscoders.common.checks import to_dict
 from crosscoders.common.files import write_json, write_tensors
 
@@ -59,8 +60,8 @@ def write_plain_cache(folder: Path, x: torch.Tensor) -> ActivationCache:
     """Write a finished cache with given activations and no documents."""
     zeros = torch.zeros(len(x), dtype=torch.int32)
     columns = {name: zeros.clone() for name in ("token_ids", "positions", "document_ids", "groups")}
-    written = write_tensors(folder / "shard.safetensors", {"activations": x, **columns, "roles": zeros.to(torch.uint8)})
-    entry = {"name": "shard.safetensors", "n_tokens": len(x), **written._asdict()}
+    written = write_tensors(folder / shard_name(0), {"activations": x, **columns, "roles": zeros.to(torch.uint8)})
+    entry = {"name": shard_name(0), "n_tokens": len(x), **written._asdict()}
     n_tokens, n_models, d_model = x.shape
     moments = moments_of(x)
     config = CacheConfig(base="none", tuned="none", hook_point="blocks.0.hook_resid_post", data="none", out=str(folder))
