@@ -69,7 +69,7 @@ def write_plain_cache(folder: Path, x: torch.Tensor) -> ActivationCache:
         "format_version": 1, **{key: {"name": "none", "hash": "none"} for key in ("base", "tuned")},
         **dict.fromkeys(("tokenizer_hash", "template_hash", "token_hash"), "none"), "hook_point": config.hook_point,
         "n_models": n_models, "d_model": d_model, "dtype": "bfloat16", "n_tokens": n_tokens, "drop_bos": True,
-        "groups": [], "counts": {}, "config": to_dict(config), "shards": [entry],
+        "groups": ["none"], "counts": {}, "config": to_dict(config), "shards": [entry],
         "statistics": {
             "n_tokens": n_tokens, "mean": moments.mean, "mean_norm": moments.norm, "mean_squared_norm": moments.square,
         },
