@@ -203,12 +203,15 @@ def models(world: World, folder: Path) -> Named:
     weights = {name: value.clone() for name, value in load_file(model / "model.safetensors").items()}
     weights["model.layers.1.mlp.down_proj.weight"][0, 0] = float("nan")
     save_file(weights, model / "model.safetensors", {"format": "pt"})
-    yield "12 activations that are not finite", refused(cache_line(str(folder / "c"), base=model), "non-finite")
+    yield (
+        "12 activations that are not finite",
+        refused(cache_line(str(folder / "c"), base=model), "non-finite .* NaN in its weights"),
+    )
     line = fit_line(world.at("run"), str(folder / "f"), model=model, foreign_dictionary="true")
     yield "15 NaN weights in sae-lora fit", refused(line, "not finite")
     seen = play(cache_line(str(folder / "cut"), context_length=16, data=json.dumps(DATA[:1])))
     yield "17 documents longer than the context", Expected(seen, (0,), r"[\d,]+ tokens beyond context_length")
-    seen = play(cache_line(str(folder / "left"), max_norm_multiple=1.5))
+    seen = play(cache_line(str(folder / "left"), max_norm_multiple=1.1))
     yield "14 tokens of large norm", Expected(seen, (0,), "of outlying norm left out")
 
 
