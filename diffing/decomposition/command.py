@@ -29,7 +29,7 @@ from diffing.decomposition.settings import DecomposeSettings, DecompositionConfi
 from diffing.decomposition.sites import Delta
 from diffing.topk_lora.distil import Setting, open_setting
 
-READOUT_ONLY = ("out", "compare", "top", "device", "prompt")
+READOUT_ONLY = ("out", "compare", "top", "device", "prompt", "attack_steps")
 """Settings that may differ when a run goes on."""
 
 
