@@ -109,7 +109,7 @@ def test_a_lora_is_decomposed_between_its_factors(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"sites": ["*nothing"]}, "sites: '*nothing' matches none of the"),
-    ({"tuned": str(model_folder("base"))}, "none of the 3 sites differs between the models"),
+    ({"base": str(model_folder("tuned"))}, "none of the 3 sites differs between the models"),
     ({"compare": ["nowhere"]}, "nowhere holds no decomposition"),
 ])  # fmt: skip
 def test_what_cannot_be_decomposed_is_one_line(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
