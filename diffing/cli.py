@@ -3,8 +3,10 @@
 from crosscoders.common.command_line import Command
 from crosscoders.common.command_line import main as run_main
 from diffing.causal.settings import CausalSettings, LensSettings, SteerSettings
+from diffing.comparison.settings import CompareSettings
 from diffing.decomposition.settings import VPD_PAPER, DecomposeSettings
 from diffing.demo.settings import DemoSettings
+from diffing.explorer.settings import ExploreSettings
 from diffing.interpretation.settings import InterpretSettings
 from diffing.latents.settings import ScaleSettings, StabilitySettings
 from diffing.null.settings import NullSettings
@@ -32,6 +34,12 @@ COMMANDS = [
         "One SAE in both models: which latents changed, and which cause the difference.",
         SaeSettings,
         "diffing.sae.command:sae",
+    ),
+    Command(
+        "compare",
+        "Every method on one table, beside a null model and random: directions, scores per token, texts.",
+        CompareSettings,
+        "diffing.comparison.command:compare",
     ),
     Command(
         "sae-gap",
@@ -86,6 +94,13 @@ COMMANDS = [
         "One self-contained HTML page and one JSON file about a run.",
         ReportSettings,
         "diffing.report.command:report",
+        "run",
+    ),
+    Command(
+        "explore",
+        "A local page with both models live: prompts, latents, answers.",
+        ExploreSettings,
+        "diffing.explorer.command:explore",
         "run",
     ),
     Command(

@@ -174,7 +174,7 @@ def distil(setting: Setting, config: DistilConfig, *, name: str = "topk-lora") -
     adapter_config = TopKLoRAConfig(**{key: getattr(config, key) for key in TopKLoRAConfig.__dataclass_fields__})
     setting.tuned.requires_grad_(False)
     adapter = TopKLoRA.attach(setting.base, adapter_config)
-    generator = torch.Generator().manual_seed(config.seed)
+    generator, revival = (torch.Generator().manual_seed(config.seed) for _ in range(2))
 
     def batches() -> Iterator[Batch]:
         order = np.random.default_rng(config.seed)
@@ -182,6 +182,8 @@ def distil(setting: Setting, config: DistilConfig, *, name: str = "topk-lora") -
         while True:
             for number in order.permutation(len(setting.train)):
                 adapter.set_progress(step / config.steps)
+                if config.revive_after is not None:
+                    adapter.revive_(config.revive_after, revival)
                 yield setting.train[number]
                 step += 1
 
