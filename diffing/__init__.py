@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from diffing.causal.patching import measure
     from diffing.causal.sets import choose_sets
     from diffing.causal.steering import steered, steering_vector
+    from diffing.explorer.session import Session
     from diffing.latents.latent_scaling import LatentScales, scale_latents
     from diffing.latents.partners import with_partners
     from diffing.latents.table import latent_table, scale_run
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "LatentScales": "diffing.latents.latent_scaling",
+    "Session": "diffing.explorer.session",
     "Thresholds": "diffing.latents.verdict",
     "choose_sets": "diffing.causal.sets",
     "latent_table": "diffing.latents.table",
@@ -39,6 +41,7 @@ _HOMES = {
 
 __all__ = [
     "LatentScales",
+    "Session",
     "Thresholds",
     "choose_sets",
     "latent_table",

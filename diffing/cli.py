@@ -4,7 +4,9 @@ from crosscoders.common.command_line import Command
 from crosscoders.common.command_line import main as run_main
 from diffing.causal.settings import CausalSettings, LensSettings, SteerSettings
 from diffing.comparison.settings import CompareSettings
+from diffing.decomposition.settings import VPD_PAPER, DecomposeSettings
 from diffing.demo.settings import DemoSettings
+from diffing.explorer.settings import ExploreSettings
 from diffing.interpretation.settings import InterpretSettings
 from diffing.latents.settings import ScaleSettings, StabilitySettings
 from diffing.null.settings import NullSettings
@@ -95,6 +97,13 @@ COMMANDS = [
         "run",
     ),
     Command(
+        "explore",
+        "A local page with both models live: prompts, latents, answers.",
+        ExploreSettings,
+        "diffing.explorer.command:explore",
+        "run",
+    ),
+    Command(
         "demo",
         "The whole path on the embedded pair of models, in minutes on a CPU.",
         DemoSettings,
@@ -127,6 +136,13 @@ COMMANDS = [
         TopKSetsSettings,
         "diffing.topk_lora.sets_command:find_sets",
         "run",
+    ),
+    Command(
+        "decompose",
+        "What a fine-tune changed in the weights, as rank-one pieces with a causal importance per token.",
+        DecomposeSettings,
+        "diffing.decomposition.command:decompose",
+        presets={"vpd-paper": VPD_PAPER},
     ),
 ]
 

@@ -27,13 +27,14 @@ FLOORS = [
     ["diffing.topk_lora"],
     [
         "diffing.causal",
+        "diffing.decomposition",
         "diffing.interpretation",
         "diffing.null",
         "diffing.report",
         "diffing.sae_gap",
         "diffing.samples",
     ],
-    ["diffing.demo", "diffing.sae"],
+    ["diffing.demo", "diffing.explorer", "diffing.sae"],
     ["diffing.baselines"],
     ["diffing.comparison"],
     ["diffing"],
@@ -54,8 +55,8 @@ PUBLIC = {
         "special_ids splice with_control"
     ),
     "diffing": (
-        "LatentScales Thresholds choose_sets latent_table logit_lens measure read_chats scale_latents scale_run "
-        "steered steering_vector twin_pairs with_partners write_report"
+        "LatentScales Session Thresholds choose_sets latent_table logit_lens measure read_chats scale_latents "
+        "scale_run steered steering_vector twin_pairs with_partners write_report"
     ),
 }
 UNSAFE = [

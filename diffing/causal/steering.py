@@ -27,7 +27,8 @@ from crosscoders.text.tokens import tokenize_prompt
 
 def steering_vector(crosscoder: Crosscoder, latent: int, *, side: int, activation: float) -> Float[Tensor, " d_model"]:
     """Return `activation` times the latent's decoder of model `side` (0 base, 1 tuned), in the units of x."""
-    return activation * crosscoder.fold().W_dec[latent, side].detach()
+    folded = crosscoder if crosscoder.is_folded else crosscoder.fold()
+    return activation * folded.W_dec[latent, side].detach()
 
 
 @contextlib.contextmanager

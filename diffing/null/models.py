@@ -99,7 +99,7 @@ def train_placebo(base: str, out: Path, placebo: Placebo, *, context_length: int
         model = model.to(choose_device(device))
         rows = sampled_rows(model, tokenizer, placebo.steps * placebo.rows, context_length, seed)
     else:
-        rows = text_rows(tokenizer, placebo.text, context_length)
+        rows = text_rows(tokenizer, placebo.text, context_length, placebo.steps * placebo.rows)
     n_tokens = placebo.steps * placebo.rows * context_length
     said = "its own samples" if placebo.text == SELF else placebo.text
     say(f"train a placebo of {base} on {n_tokens:,} tokens of {said}, to {out}")
@@ -112,15 +112,15 @@ def train_placebo(base: str, out: Path, placebo: Placebo, *, context_length: int
     return publish(model, tokenizer, out, recipe)
 
 
-def text_rows(tokenizer: Any, data: str, length: int) -> Int[Tensor, "rows length"]:
-    """Return documents end to end, EOS between them where the tokenizer has no BOS, cut into rows; the rest at the end
-    is left out.
+def text_rows(tokenizer: Any, data: str, length: int, n_rows: int) -> Int[Tensor, "rows length"]:
+    """Return documents end to end, EOS between them where the tokenizer has no BOS, cut into rows: the first `n_rows`,
+    or all that there are. No document is read that they do not need.
 
     Raises:
         InputError: a document is a chat, too many rows cannot be read, or there is not one whole row.
     """
     documents: list[list[int]] = []
-    refusals = Refusals(DataConfig.max_refused)
+    n_tokens, refusals = 0, Refusals(DataConfig.max_refused)
     for document in read_source(DataSource(path=data)):
         refusals.n_rows += 1
         if document.refused is not None:
@@ -129,6 +129,9 @@ def text_rows(tokenizer: Any, data: str, length: int) -> Int[Tensor, "rows lengt
         if not isinstance(document.content, str):
             raise InputError(f"{document.where} is a chat; a placebo is tuned on raw text only. Give plain text.")
         documents.append(tokenize_text(tokenizer, document.content)[0])
+        n_tokens += len(documents[-1])
+        if n_tokens >= n_rows * length:
+            break
     refusals.finish()
     firsts = np.array([ids[0] for ids in documents[1:]], dtype=np.int64)
     lasts = np.array([ids[-1] for ids in documents[:-1]], dtype=np.int64)
@@ -137,7 +140,7 @@ def text_rows(tokenizer: Any, data: str, length: int) -> Int[Tensor, "rows lengt
     ids = [token for document in documents for token in document]
     if len(ids) < length:
         raise InputError(f"{data!r} has {len(ids):,} tokens, less than one row of {length:,}. Give more text.")
-    return torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
+    return torch.tensor(ids[: min(n_rows, len(ids) // length) * length]).view(-1, length)
 
 
 @torch.inference_mode()

@@ -7,11 +7,13 @@ a = 0 is the tuned model, a = -1 without a cut the base. Both models keep keys a
 amplification (Aranguri and McGrath 2025), Contrastive Decoding Diffing (arXiv 2605.25902); the cut is that of
 contrastive decoding (Li et al. 2022, arXiv 2210.15097).
 
-Reading order: `amplify` is the distribution, `decode` draws from it, `stop_ids` say where a text ends.
+Reading order: `amplify` is the distribution, `decode` draws whole texts from it, `decode_steps` one token at a time,
+`stop_ids` say where a text ends.
 """
 
 import inspect
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from crosscoders.common.progress import Progress
+from crosscoders.models.hooks import core_model
 from crosscoders.models.names import quiet_transformers
 from crosscoders.models.predictions import log_probs
 
@@ -97,44 +100,79 @@ def _decode_batch(
     ends: set[int],
     n_ids: int,
 ) -> list[Sample]:
-    device = next(models[0].parameters()).device
-    width = max(map(len, prompts))
-    ids = torch.tensor([[*[0] * (width - len(p)), *p] for p in prompts], device=device)
-    mask = torch.tensor([[*[0] * (width - len(p)), *[1] * len(p)] for p in prompts], device=device)
-    caches: list[Any] = [None] * len(models)
     lines: list[list[int]] = [[] for _ in prompts]
     is_open, gains = [True] * len(prompts), [0.0] * len(prompts)
-    for step in range(draws.shape[1]):
-        places = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        logs = []
-        for number, model in enumerate(models):
-            known = inspect.signature(model.forward).parameters
-            given = {"position_ids": places} if "position_ids" in known else {}
-            out = model(input_ids=ids, attention_mask=mask, past_key_values=caches[number], use_cache=True, **given)
-            caches[number] = out.past_key_values
-            logs.append(log_probs(out.logits[:, -1, :n_ids]))
-        probabilities = amplify(logs[0], logs[-1], strength=strength, cut=cut).exp()
-        chosen = draw(probabilities, draws[:, step].to(device))
-        gained = (logs[-1] - logs[0]).gather(1, chosen[:, None])[:, 0].tolist()
-        for row, token in enumerate(chosen.tolist()):
+    steps = decode_steps(models, prompts, strength=strength, cut=cut, n_ids=n_ids, draws=draws)
+    for step, _ in zip(steps, range(draws.shape[1]), strict=False):
+        for row, (token, gained) in enumerate(zip(step.tokens, step.gains, strict=True)):
             is_open[row] = is_open[row] and token not in ends
             if is_open[row]:
                 lines[row].append(token)
-                gains[row] += gained[row]
+                gains[row] += gained
         if not any(is_open):
             break
-        ids = chosen[:, None]
-        mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
     return [Sample(line, gain) for line, gain in zip(lines, gains, strict=True)]
+
+
+class Step(NamedTuple):
+    """The next token after each prompt."""
+
+    tokens: list[int]
+    gains: list[float]
+    """log p_tuned - log p_base of each, nats."""
+
+
+@torch.inference_mode()
+def decode_steps(
+    models: Sequence[Any],
+    prompts: Sequence[Sequence[int]],
+    *,
+    strength: float,
+    cut: float,
+    n_ids: int,
+    draws: Float[Tensor, "rows steps"] | None = None,
+) -> Iterator[Step]:
+    """Yield one step after the other: as many as there are draws, or likeliest tokens without end.
+
+    The models run in their order on the same tokens; the last one is the tuned, the first the base.
+    """
+    cores = [core_model(model) for model in models]
+    # transformer-lens 3.9 hands its attention no cache of transformers 5.24: each token would see itself alone.
+    keeps = not any(hasattr(model, "hook_dict") for model in models)
+    device = next(cores[0].parameters()).device
+    width = max(map(len, prompts))
+    ids = torch.tensor([[*[0] * (width - len(p)), *p] for p in prompts], device=device)
+    mask = torch.tensor([[*[0] * (width - len(p)), *[1] * len(p)] for p in prompts], device=device)
+    caches: list[Any] = [None] * len(cores)
+    for step in itertools.count() if draws is None else range(draws.shape[1]):
+        places = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        logs = []
+        for number, core in enumerate(cores):
+            known = inspect.signature(core.forward).parameters
+            given: dict[str, Any] = {"position_ids": places} if "position_ids" in known else {}
+            if "logits_to_keep" in known:
+                given["logits_to_keep"] = 1
+            out = core(input_ids=ids, attention_mask=mask, past_key_values=caches[number], use_cache=keeps, **given)
+            caches[number] = out.past_key_values if keeps else None
+            logs.append(log_probs(out.logits[:, -1, :n_ids]))
+        mixed = amplify(logs[0], logs[-1], strength=strength, cut=cut)
+        chosen = mixed.argmax(dim=1) if draws is None else draw(mixed.exp(), draws[:, step].to(device))
+        gained = (logs[-1] - logs[0]).gather(1, chosen[:, None])[:, 0]
+        yield Step(chosen.tolist(), gained.tolist())
+        ids = chosen[:, None] if keeps else torch.cat([ids, chosen[:, None]], dim=1)
+        mask = torch.cat([mask, torch.ones_like(chosen)[:, None]], dim=1)
 
 
 def draw(probabilities: Float[Tensor, "rows vocab"], uniforms: Float[Tensor, " rows"]) -> Int[Tensor, " rows"]:
     """Return the token at which the summed probabilities pass the uniform number of each row; never one of
     probability 0."""
-    sums = probabilities.double().cumsum(dim=1)
-    chosen = torch.searchsorted(sums, (uniforms.double() * sums[:, -1])[:, None], right=True)[:, 0]
-    last = (probabilities > 0).cumsum(dim=1).argmax(dim=1)  # rounding may lead beyond it
-    return torch.minimum(chosen, last)
+    chosen = []
+    for row, uniform in zip(probabilities, uniforms.double(), strict=True):
+        possible = row.nonzero()[:, 0]  # few of the vocabulary where there is a cut
+        sums = row[possible].double().cumsum(dim=0)
+        place = torch.searchsorted(sums, uniform * sums[-1], right=True)
+        chosen.append(possible[place.clamp(max=len(possible) - 1)])  # rounding may lead beyond it
+    return torch.stack(chosen)
 
 
 def stop_ids(tokenizer: Any, models: Sequence[Any]) -> set[int]:

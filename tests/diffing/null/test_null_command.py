@@ -1,6 +1,7 @@
 """Null models that are made, `diffing null` on tiny models, its file, and what it refuses."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from crosscoders import (  # fmt: skip
 )
 from crosscoders import cli as crosscoders_cli
 from crosscoders.common import files, memory
+from crosscoders.text.documents import Document
+from crosscoders.text.settings import DataSource
 from diffing import cli as diffing_cli
 from diffing.latents.nulls import counts_beside, read_nulls
 from diffing.null import models
@@ -172,7 +175,7 @@ def mean_loss(base: str, tuned: Path | None, text: str) -> float:
     adapter = tuned is not None and (tuned / "adapter_config.json").is_file()
     model: Any = AutoModelForCausalLM.from_pretrained(base if adapter or tuned is None else tuned)
     model = peft.PeftModel.from_pretrained(model, str(tuned)) if adapter else model
-    ids = models.text_rows(AutoTokenizer.from_pretrained(base), text, 512)[:1]
+    ids = models.text_rows(AutoTokenizer.from_pretrained(base), text, 512, 1)
     with torch.no_grad():
         return float(model.eval()(input_ids=ids, labels=ids).loss)
 
@@ -241,10 +244,10 @@ def test_a_chat_or_too_little_text_is_no_placebo_text(pair: Pair, tmp_path: Path
 
     tokenizer = AutoTokenizer.from_pretrained(pair.base)
     with pytest.raises(InputError, match="is a chat; a placebo is tuned on raw text only"):
-        models.text_rows(tokenizer, pair.data, 16)
+        models.text_rows(tokenizer, pair.data, 16, 1000)
     (tmp_path / "short.txt").write_text("Return the name.")
     with pytest.raises(InputError, match=r"less than one row of 1,024\. Give more text"):
-        models.text_rows(tokenizer, str(tmp_path / "short.txt"), 1024)
+        models.text_rows(tokenizer, str(tmp_path / "short.txt"), 1024, 9)
 
 
 def test_rows_of_a_placebo_text_that_cannot_be_read_are_left_out_and_counted(
@@ -257,12 +260,30 @@ def test_rows_of_a_placebo_text_that_cannot_be_read_are_left_out_and_counted(
     clean, broken, bad = (tmp_path / f"{name}.jsonl" for name in ("clean", "broken", "bad"))
     clean.write_text("\n".join(good))
     broken.write_text("\n".join([*good[:9], "{", '{"text": 3}', *good[9:]]))
-    rows = models.text_rows(tokenizer, str(broken), 16)
-    assert torch.equal(rows, models.text_rows(tokenizer, str(clean), 16))
+    rows = models.text_rows(tokenizer, str(broken), 16, 1000)
+    assert torch.equal(rows, models.text_rows(tokenizer, str(clean), 16, 1000))
     assert "left out 2 of 62 rows: 1 broken_json, 1 no_text" in capsys.readouterr().err
     bad.write_text("\n".join([*good, *["{"] * 8]))
     with pytest.raises(InputError, match=r"8 of 68 rows cannot be read, more than max_refused = 0\.1 admits"):
-        models.text_rows(tokenizer, str(bad), 16)
+        models.text_rows(tokenizer, str(bad), 16, 1000)
+
+
+def test_a_placebo_text_is_read_no_further_than_its_rows_need(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer, n_read = AutoTokenizer.from_pretrained(pair.base), 0
+
+    def endless(_: DataSource) -> Iterator[Document]:
+        nonlocal n_read
+        while n_read < 10_000:  # a stream that nobody reads to its end
+            n_read += 1
+            yield Document(f"Return the name of file {n_read}.", "text", "here")
+
+    monkeypatch.setattr(models, "read_source", endless)
+    rows = models.text_rows(tokenizer, "a stream", 16, 5)
+    assert rows.shape == (5, 16) and n_read <= 5 * 16 + 1
+    n_read = 0
+    assert torch.equal(models.text_rows(tokenizer, "a stream", 16, 9)[:5], rows)
 
 
 def test_rounding_that_changes_nothing_is_refused(pair: Pair, tmp_path: Path) -> None:
