@@ -13,6 +13,7 @@ COMMANDS = [
         MergeSettings,
         "crosscoders.activations.command:merge",
         positional="parts",
+        takes_url=True,
     ),
     Command(
         "train",

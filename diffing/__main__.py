@@ -1,7 +1,18 @@
-"""`python -m diffing`: the console command `diffing`."""
+"""`python -m diffing` and the console command `diffing`: Ctrl-C is one line from the first import on."""
 
 import sys
 
-from diffing.cli import main
 
-sys.exit(main())
+def main() -> int:
+    """Run the command and return its exit status."""
+    try:
+        from diffing.cli import main as run
+
+        return run()
+    except KeyboardInterrupt:
+        print("error: interrupted.", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

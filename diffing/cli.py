@@ -3,6 +3,8 @@
 from crosscoders.common.command_line import Command
 from crosscoders.common.command_line import main as run_main
 from diffing.causal.settings import CausalSettings, LensSettings, SteerSettings
+from diffing.comparison.settings import CompareSettings
+from diffing.decomposition.settings import VPD_PAPER, DecomposeSettings
 from diffing.demo.settings import DemoSettings
 from diffing.explorer.settings import ExploreSettings
 from diffing.interpretation.settings import InterpretSettings
@@ -32,6 +34,12 @@ COMMANDS = [
         "One SAE in both models: which latents changed, and which cause the difference.",
         SaeSettings,
         "diffing.sae.command:sae",
+    ),
+    Command(
+        "compare",
+        "Every method on one table, beside a null model and random: directions, scores per token, texts.",
+        CompareSettings,
+        "diffing.comparison.command:compare",
     ),
     Command(
         "sae-gap",
@@ -128,6 +136,13 @@ COMMANDS = [
         TopKSetsSettings,
         "diffing.topk_lora.sets_command:find_sets",
         "run",
+    ),
+    Command(
+        "decompose",
+        "What a fine-tune changed in the weights, as rank-one pieces with a causal importance per token.",
+        DecomposeSettings,
+        "diffing.decomposition.command:decompose",
+        presets={"vpd-paper": VPD_PAPER},
     ),
 ]
 

@@ -12,6 +12,7 @@ import yaml
 from conftest import Pair
 
 from crosscoders import cli as crosscoders_cli
+from crosscoders.common import files
 from diffing import cli as diffing_cli
 
 HEAVY = (
@@ -104,7 +105,7 @@ def test_a_run_that_recorded_the_groups_of_its_cache_is_the_same_run(
     described = json.loads((run / "run.json").read_text())
     assert "groups" not in described["inputs"]["cache"]
     described["inputs"]["cache"]["groups"] = ["raw", "describe"]
-    (run / "run.json").write_text(json.dumps(described))
+    files.write_json(run / "run.json", described)
     assert (
         crosscoders_cli.main(
             ["train", "--cache", str(cache_folder), "--out", str(run), "--holdout-tokens", "88", *TRAIN]

@@ -81,7 +81,7 @@ def test_make_targets_in_the_documents_exist(document: str) -> None:
 
 
 def test_the_readme_is_short_and_leads_to_every_page_of_the_guide() -> None:
-    assert wrong_length(read("README.md"), 200) is None
+    assert wrong_length(read("README.md"), 150) is None
     assert "](docs/guide/README.md)" in read("README.md")
     assert not faults(lambda page: wrong_index(page, read("docs/guide/README.md")), GUIDE)
 

@@ -27,6 +27,7 @@ FLOORS = [
     ["diffing.topk_lora"],
     [
         "diffing.causal",
+        "diffing.decomposition",
         "diffing.interpretation",
         "diffing.null",
         "diffing.report",
@@ -34,6 +35,8 @@ FLOORS = [
         "diffing.samples",
     ],
     ["diffing.demo", "diffing.explorer", "diffing.sae"],
+    ["diffing.baselines"],
+    ["diffing.comparison"],
     ["diffing"],
     ["benchmarks"],
 ]

@@ -112,16 +112,16 @@ def make_truth(config: PlantedConfig, seed: int) -> Truth:
     counts = config.counts()
     classes = np.repeat(list(counts), list(counts.values()))
     n, d = len(classes), config.d_model
-    vectors = _unit(n, d, g)[:, None].repeat(1, 2, 1)
+    vectors = unit_vectors(n, d, g)[:, None].repeat(1, 2, 1)
     base, tuned = vectors[:, 0], vectors[:, 1]
     where = {name: torch.from_numpy(np.flatnonzero(classes == name)) for name in CLASSES}
     base[where["tuned-only"]] = 0
     tuned[where["base-only"]] = 0
-    base[where["rotated"]] = _unit(counts["rotated"], d, g)
+    base[where["rotated"]] = unit_vectors(counts["rotated"], d, g)
     gains = torch.tensor(config.gains).repeat(counts["rescaled"])[: counts["rescaled"]]
     base[where["rescaled"]] *= gains[:, None]
     tuned[where["split"][1::2]] = tuned[where["split"][::2]]
-    base[where["split"]] = normalize(tuned[where["split"]] + _unit(counts["split"], d, g), dim=1)
+    base[where["split"]] = normalize(tuned[where["split"]] + unit_vectors(counts["split"], d, g), dim=1)
     for i in where["recomposed"]:
         a, b = torch.randperm(config.n_shared, generator=g)[:2]
         base[i] = normalize(base[a] + base[b], dim=0)
@@ -147,7 +147,7 @@ def make_truth(config: PlantedConfig, seed: int) -> Truth:
         }
     )
     table.index.name = "feature"
-    return Truth(config, table, vectors, config.bias_norm * _unit(2, d, g))
+    return Truth(config, table, vectors, config.bias_norm * unit_vectors(2, d, g))
 
 
 def sample(truth: Truth, n_tokens: int, seed: int, *, chunk: int = 20_000) -> Sample:
@@ -170,5 +170,6 @@ def sample(truth: Truth, n_tokens: int, seed: int, *, chunk: int = 20_000) -> Sa
     return Sample(torch.cat(x), torch.cat(activations))
 
 
-def _unit(n: int, d: int, g: torch.Generator) -> Float[Tensor, "n d"]:
+def unit_vectors(n: int, d: int, g: torch.Generator) -> Float[Tensor, "n d"]:
+    """Return directions that are uniform on the unit sphere."""
     return normalize(torch.randn(n, d, generator=g), dim=1)

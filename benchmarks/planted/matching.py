@@ -13,6 +13,8 @@ is no such feature. Several latents may match one feature. A feature that no lat
 its best latent is otherwise the one of largest correlation.
 """
 
+from typing import Protocol
+
 import numpy as np
 import pandas
 import torch
@@ -20,12 +22,21 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from benchmarks.planted.generator import Sample, Truth
+from benchmarks.planted.generator import Sample
 from crosscoders.dictionary.crosscoder import Crosscoder
 from diffing.latents.partners import OTHER_SIDE
 
 MIN_CORRELATION = 0.5
 MIN_COSINE = 0.5
+
+
+class Planted(Protocol):
+    """What was planted, by `generator` or `unkind`: a row of class, gain and parent per feature, and its vectors."""
+
+    @property
+    def table(self) -> pandas.DataFrame: ...
+    @property
+    def vectors(self) -> Float[Tensor, "features 2 d_model"]: ...
 
 
 def correlations(a: Float[Tensor, "tokens first"], b: Float[Tensor, "tokens second"]) -> Float[Tensor, "first second"]:
@@ -34,7 +45,7 @@ def correlations(a: Float[Tensor, "tokens first"], b: Float[Tensor, "tokens seco
 
 
 def match(
-    crosscoder: Crosscoder, latents: Float[Tensor, "tokens dict_size"], sample: Sample, truth: Truth
+    crosscoder: Crosscoder, latents: Float[Tensor, "tokens dict_size"], sample: Sample, truth: Planted
 ) -> pandas.DataFrame:
     """Return one row per latent: feature (-1: none), correlation with it, its class, gain, and whether it is a child.
 
@@ -74,7 +85,7 @@ def other_side_correlation(
 
 
 def held_gain(
-    crosscoder: Crosscoder, feature: Int[np.ndarray, " dict_size"], truth: Truth
+    crosscoder: Crosscoder, feature: Int[np.ndarray, " dict_size"], truth: Planted
 ) -> Float[np.ndarray, " dict_size"]:
     """Return the held gain of each latent; NaN without a feature, and for one that the tuned model does not have."""
     parent, shares_held = truth.table["parent"].to_numpy(), np.full(len(feature), np.nan)

@@ -6,8 +6,10 @@ from typing import Any, Literal, NamedTuple
 import pandas
 import torch
 
-from benchmarks.planted.generator import PlantedConfig, Sample, Truth, make_truth, sample
-from benchmarks.planted.matching import held_gain, match, other_side_correlation
+from benchmarks.planted import unkind
+from benchmarks.planted.generator import PlantedConfig, Sample, make_truth, sample
+from benchmarks.planted.matching import Planted, held_gain, match, other_side_correlation
+from benchmarks.planted.unkind import UnkindConfig
 from crosscoders import Crosscoder, CrosscoderConfig, TrainConfig, tensor_stream, train
 from crosscoders.dictionary.metrics import Evaluation, evaluate
 from diffing import latent_table, scale_latents, with_partners
@@ -16,7 +18,7 @@ N_STEPS = 1500
 
 
 class Size(NamedTuple):
-    planted: PlantedConfig
+    planted: PlantedConfig | UnkindConfig
     dict_size: int
     k: int
     steps: int = N_STEPS
@@ -54,11 +56,11 @@ VARIANTS: dict[str, tuple[Literal["relu", "batchtopk"], Literal["sum", "concat"]
 """(activation, code_norm)"""
 
 BATCH = 1024
-TRAIN_TOKENS, EVAL_TOKENS = 400_000, 40_000
+TRAIN_TOKENS, UNKIND_TRAIN_TOKENS, EVAL_TOKENS = 400_000, 200_000, 40_000
 
 
 class Data(NamedTuple):
-    truth: Truth
+    truth: Planted
     train: torch.Tensor
     held_out: Sample
 
@@ -67,14 +69,19 @@ class Run(NamedTuple):
     table: pandas.DataFrame
     """Latent table with the columns of `match`, `other_side_correlation`, `held_gain`, and the gain estimates in the
     units of x."""
-    truth: Truth
+    truth: Planted
     evaluation: Evaluation
 
 
 def draw(size: Size, seed: int) -> Data:
     """Return features, training tokens and other tokens for everything that is measured."""
+    for_training, for_measures = 2 * seed + 10_000, 2 * seed + 10_001
+    if isinstance(size.planted, UnkindConfig):
+        world = unkind.make_world(size.planted, seed)
+        train_x = unkind.sample(world, UNKIND_TRAIN_TOKENS, for_training).x
+        return Data(world, train_x, unkind.sample(world, EVAL_TOKENS, for_measures))
     truth = make_truth(size.planted, seed)
-    return Data(truth, sample(truth, TRAIN_TOKENS, 2 * seed + 10_000).x, sample(truth, EVAL_TOKENS, 2 * seed + 10_001))
+    return Data(truth, sample(truth, TRAIN_TOKENS, for_training).x, sample(truth, EVAL_TOKENS, for_measures))
 
 
 def train_config(size: Size, variant: str, *, seed: int, n_steps: int) -> TrainConfig:

@@ -31,8 +31,9 @@ Summary = dict[str, tuple[float | None, str]]
 def summarise(run: Run) -> Summary:
     """Return all measures of one crosscoder."""
     measures: Summary = {}
+    n_tuned_only = int((run.truth.table["class"] == "tuned-only").sum())
     for name, score in SCORES.items():
-        for measure, value in judge(run.table, score, run.truth.config.n_tuned_only).items():
+        for measure, value in judge(run.table, score, n_tuned_only).items():
             measures[f"{name}.{measure}"] = (None if math.isnan(value) else value, "fraction")
     latents = alive_rows(run.table)
     for name in COMPOSED:

@@ -1,4 +1,4 @@
-"""The real pair: Gemma 3 270M from its 4-bit GGUF, a LoRA chat tune of it, and a placebo tuned as long on raw text.
+"""The real pair: Gemma 3 270M from its 4-bit GGUF, a LoRA chat tune of it, and a placebo tuned on as much raw text.
 
 WORK/base        Gemma 3 270M, dequantised, as a Hugging Face folder
 WORK/tuned       adapter, with the chat template of the embedded pair
@@ -29,7 +29,9 @@ from diffing.null.models import Placebo, train_placebo
 from sae_lora.lora.adapter import add_lora
 
 GGUF_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
-CONTEXT, RANK, LR, ROWS = 128, 16, 3e-4, 8
+RANK, LR, ROWS = 16, 3e-4, 8
+ANSWER_TOKENS = 40
+"""Tokens that a dialogue's answer has, about; the placebo reads as many in a row."""
 
 
 def prepare_base(work: Path, model: str | None) -> str:
@@ -97,7 +99,8 @@ def tune(base: str, out: Path, steps: int, seed: int = 0) -> Path:
     weights = [weight for weight in tuned.parameters() if weight.requires_grad]
     finetune(
         tuned, chat_batches(tokenizer, seed), loss_of, torch.optim.AdamW(weights, lr=LR, weight_decay=0.0),
-        Schedule(steps, LR, warmup_steps=max(1, steps // 10), decay="linear"), tokens_per_step=ROWS * 40, name="tune",
+        Schedule(steps, LR, warmup_steps=max(1, steps // 10), decay="linear"),
+        tokens_per_step=ROWS * ANSWER_TOKENS, name="tune",
     )  # fmt: skip
     with quiet_transformers():
         tuned.save_pretrained(out)
@@ -118,6 +121,6 @@ def chat_batches(tokenizer: Any, seed: int) -> Iterator[Batch]:
 
 
 def make_placebo(base: str, out: Path, steps: int) -> Path:
-    """Tune the same adapter as long on raw text."""
+    """Tune the same adapter on as many predictions of raw text."""
     placebo = Placebo(str(document_file("raw_train")), steps, LR, ROWS, RANK)
-    return train_placebo(base, out, placebo, context_length=CONTEXT, seed=0, device="auto")
+    return train_placebo(base, out, placebo, context_length=ANSWER_TOKENS, seed=0, device="auto")

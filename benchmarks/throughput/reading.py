@@ -45,13 +45,11 @@ def read_rows(n_tokens: int, d_model: int = 256, batch: int = 2048) -> list[dict
                 torch.stack(pairs).float()
 
         def by_stream() -> None:
-            batches = cached_stream(cache, batch_size=batch).batches(0)
-            for _ in range(n_batches):
-                next(batches)
+            for rows in cached_stream(cache, batch_size=batch).batches(0, n_batches):
+                rows.float()
 
-        first_epoch = cached_stream(cache, batch_size=batch).batches(0)
-        streamed = torch.cat([next(first_epoch)[:, 0, 0] for _ in range(n_batches)])
-        if not torch.equal(streamed.sort().values, x[:, 0, 0].float().sort().values):
+        streamed = torch.cat([rows[:, 0, 0] for rows in cached_stream(cache, batch_size=batch).batches(0, n_batches)])
+        if not torch.equal(streamed.sort().values, x[:, 0, 0].sort().values):
             raise RuntimeError("the stream gives other tokens than the cache holds, so the times do not compare.")
         seconds = interleaved({"rows": by_rows, "stream": by_stream}, n_rounds=3, n_warmup=1)
     return [ratio_row("throughput.read.speedup_over_row_indexed_memmap", seconds["rows"], seconds["stream"], "times")]

@@ -1,4 +1,5 @@
-"""The adapters that are compared on the embedded pair, and how one of them is trained. Finished ones are used again.
+"""The adapters that are compared on the embedded pair, and how one of them is trained. Finished ones of the same rate
+are used again.
 
 WORK/<arm>/seed-<n>/   adapter, rows of its evaluation
 """
@@ -19,7 +20,7 @@ from diffing.topk_lora.settings import DistilConfig
 from sae_lora.lora.topk import TopKLoRA
 
 PROBE_STEPS = 60
-RATES = (2.5e-3, 5e-3, 1e-2)
+RATES = (2.5e-3, 5e-3, 1e-2, 2e-2)
 """Learning rates that are probed, for each arm on seed 0."""
 
 
@@ -38,11 +39,12 @@ ARMS = {
     "topk-64-8": _arm("TopKLoRA, 8 of 64 directions", rank=64, k=8),
     "dense-8": _arm("dense LoRA of equal active rank", rank=8, k=None, gate="none"),
     "dense-64": _arm("dense LoRA of equal parameters", rank=64, k=None, gate="none"),
+    "topk-64-8-no-embedding": _arm("TopKLoRA without the embedding", embedding=False, rank=64, k=8),
+    "mlp-448-56": _arm("sparse branch beside each MLP, as many features", rank=448, k=56, modules=["mlp"]),
     "topk-64-4": _arm("TopKLoRA, 4 of 64 directions", rank=64, k=4),
     "dense-4": _arm("dense LoRA of its active rank", rank=4, k=None, gate="none"),
-    "topk-64-8-no-embedding": _arm("TopKLoRA without the embedding", embedding=False, rank=64, k=8),
-    "topk-64-8-hidden": _arm("TopKLoRA, residual stream in the loss", rank=64, k=8, hidden_weight=1.0),
     "relu-64": _arm("ReLU alone, 64 directions", rank=64, k=None, gate="relu"),
+    "topk-64-8-hidden": _arm("TopKLoRA, residual stream in the loss", rank=64, k=8, hidden_weight=1.0),
     "topk-64-8-straight-through": _arm("TopKLoRA, straight-through", rank=64, k=8, estimator="straight-through"),
 }
 
@@ -65,7 +67,9 @@ def trained(setting: Setting, work: Path, name: str, seed: int, config: DistilCo
     """Return the adapter of an arm on the base of `setting`, and the rows of its evaluation; train it if need be."""
     folder = work / name / f"seed-{seed}"
     if (folder / "eval.json").is_file():
-        return TopKLoRA.load(setting.base, folder), list(files.read_model(folder / "eval.json", ResultRecord)["rows"])
+        rows = list(files.read_model(folder / "eval.json", ResultRecord)["rows"])
+        if any(entry["name"] == "topk-lora.lr" and entry["value"] == config.lr for entry in rows):
+            return TopKLoRA.load(setting.base, folder), rows
     say(f"train {name}, seed {seed}, lr {config.lr:g}")
     adapter = distil(setting, replace(config, seed=seed), name=name)
     rows = faithfulness_rows(measure_faithfulness(setting, adapter))

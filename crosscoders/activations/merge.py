@@ -8,7 +8,7 @@ from typing import Any
 
 from crosscoders.activations.settings import Part, parse_part
 from crosscoders.activations.shards import FINAL, PartRecord, build_manifest, first_difference, shard_name
-from crosscoders.activations.sums import read_sums
+from crosscoders.activations.sums import read_sums, sums_name
 from crosscoders.common.errors import CorruptData, InputError
 from crosscoders.common.files import Written
 from crosscoders.common.folders import Folder, open_folder
@@ -39,9 +39,10 @@ def merge_parts(parts: list[str], out: str) -> list[str]:
         target = f"{out.rstrip('/')}/{name}" if name else out
         folder = open_folder(target)
         with folder.exclusive():
-            published = [file for file in (*FINAL, "progress.json") if file in folder.sizes()]
+            published = [file for file in (*FINAL, "progress.json", "run.json") if file in folder.sizes()]
             if published:
-                raise InputError(f"{target} holds a cache already ({published[0]}). Choose another --out.")
+                what = "run" if published[0] == "run.json" else "cache"
+                raise InputError(f"{target} holds a {what} already ({published[0]}). Choose another --out.")
             merge_point([folders[name] for folders in points], folder, target)
         targets.append(target)
     return targets
@@ -67,7 +68,15 @@ def merge_point(parts: list[Folder], folder: Folder, out: str) -> None:
     entries = _in_order(entries)
     first = entries[0][1]
     shape = first["n_models"], first["d_model"]
-    shards = [read_sums(part, shard["name"], shape) for part, entry in entries for shard in entry["shards"]]
+    shards = []
+    for part, entry in entries:
+        for shard in entry["shards"]:
+            shards.append(read_sums(part, shard["name"], shape))
+            if any(shards[-1][key] != value for key, value in shard.items()):
+                raise CorruptData(
+                    f"{part}/part.json and {sums_name(shard['name'])} describe two different shards. Remove {part} and "
+                    "make this part again."
+                )
     _require_whole(shards, first)
     for part, entry in entries:
         there = part.sizes()

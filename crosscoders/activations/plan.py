@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 from crosscoders.activations.settings import CacheConfig
 from crosscoders.common import files
 from crosscoders.common.progress import say
+from crosscoders.common.seals import checksum
 from crosscoders.models.limits import require_readable
 from crosscoders.models.pair import PairInfo, inspect_pair
 from crosscoders.text.templates import writes_date
@@ -40,10 +41,7 @@ def make_plan(config: CacheConfig) -> Plan:
         "template_hash": files.hash_json(template),
         **date,
         "token_hash": files.hash_json(
-            [
-                files.checksum(array.tobytes())
-                for array in (rows.ids, rows.roles, rows.scored, rows.offsets, rows.groups)
-            ]
+            [checksum(array.tobytes()) for array in (rows.ids, rows.roles, rows.scored, rows.offsets, rows.groups)]
         ),
         "group_hash": files.hash_json(rows.group_names),
         "hook_point": None,

@@ -1,10 +1,13 @@
 """Scored tokens with their activations."""
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
+
+from crosscoders.text.tokens import ROLES
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -25,6 +28,27 @@ class Tokens(NamedTuple):
 
     def slice(self, start: int, stop: int) -> "Tokens":
         return Tokens(*(t[start:stop] for t in self))
+
+
+def fault_in(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any], n_tokens: int) -> str | None:
+    """Say what makes the tensors of a shard unfit for the manifest of its cache; None where they are fit."""
+    names = set(Tokens._fields)
+    if tensors.keys() != names:
+        return f"holds the tensors {', '.join(sorted(tensors))}, not {', '.join(sorted(names))}"
+    x, dtype = tensors["activations"], DTYPES[manifest["dtype"]]
+    shape = (n_tokens, manifest["n_models"], manifest["d_model"])
+    if tuple(x.shape) != shape or x.dtype != dtype:
+        return f"has activations of shape {tuple(x.shape)} in {x.dtype}, not {shape} in {dtype}"
+    for name, below in (("token_ids", None), ("positions", None), ("document_ids", None), ("roles", len(ROLES)),
+                        ("groups", len(manifest["groups"]))):  # fmt: skip
+        column = tensors[name]
+        if tuple(column.shape) != (n_tokens,) or column.is_floating_point():
+            return f"has {name} of shape {tuple(column.shape)} in {column.dtype}, not {n_tokens} whole numbers"
+        if int(column.min()) < 0 or (below is not None and int(column.max()) >= below):
+            return f"has {name} from {int(column.min())} to {int(column.max())}, of which there are {below or 'none'}"
+    if not torch.stack(torch.aminmax(x)).isfinite().all():  # NaN is both; one pass without a copy
+        return "has activations that are not finite"
+    return None
 
 
 def concatenate(parts: list[Tokens]) -> Tokens:

@@ -152,6 +152,7 @@ CACHE = Command(
     "Store paired activations of a base and a tuned model on disk.",
     CacheSettings,
     "crosscoders.activations.command:cache",
+    takes_url=True,
 )
 
 

@@ -9,8 +9,9 @@
 merged parts.
 """
 
+import math
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -21,8 +22,9 @@ from crosscoders.activations.scored import DTYPES, Tokens
 from crosscoders.activations.settings import CacheConfig, Part
 from crosscoders.activations.sums import Shard, is_sums, read_sums, shard_sums, sums_name, write_sums
 from crosscoders.common.checks import to_dict
-from crosscoders.common.errors import InputError
-from crosscoders.common.folders import Folder
+from crosscoders.common.errors import CorruptData, InputError
+from crosscoders.common.folders import Folder, RemoteFolder
+from crosscoders.common.progress import say
 from crosscoders.common.records import Named, Record
 from crosscoders.models.names import identity
 
@@ -47,20 +49,33 @@ class PartRecord(Record):
 
     part: str
     config: dict[str, Any]
-    n_tokens: int
+    n_tokens: int = Field(gt=0)
     shard_tokens: int = Field(gt=0)
-    n_models: int
-    d_model: int
-    shards: list[Shard]
+    n_models: int = Field(gt=0)
+    d_model: int = Field(gt=0)
+    shards: list[Shard] = Field(min_length=1)
+
+
+Norm = Annotated[float, Field(gt=0)]
+SLACK = 1.001
+"""Norms are summed in float32, and rounded."""
 
 
 class Statistics(Record):
     """Over all tokens of a cache, for each model."""
 
-    n_tokens: int
+    n_tokens: int = Field(gt=0)
     mean: list[list[float]]
-    mean_norm: list[float]
-    mean_squared_norm: list[float]
+    mean_norm: list[Norm]
+    mean_squared_norm: list[Norm]
+    left_out_tokens: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _agrees(self) -> "Statistics":
+        for mean, norm, square in zip(self.mean, self.mean_norm, self.mean_squared_norm, strict=False):
+            if not math.hypot(*mean) / SLACK <= norm <= math.sqrt(square) * SLACK:
+                raise ValueError("mean, mean_norm and mean_squared_norm are not those of any activations")
+        return self
 
 
 class Manifest(Record):
@@ -75,24 +90,27 @@ class Manifest(Record):
     template_hash: str
     token_hash: str
     hook_point: str
-    n_models: int
-    d_model: int
+    n_models: int = Field(gt=0)
+    d_model: int = Field(gt=0)
     dtype: Literal["bfloat16", "float32"]
-    n_tokens: int
+    n_tokens: int = Field(gt=0)
     drop_bos: bool
     groups: list[str]
     counts: dict[str, int]
     statistics: Statistics
     config: CacheConfig
-    shards: list[Shard]
+    shards: list[Shard] = Field(min_length=1)
 
     @model_validator(mode="after")
     def _agrees(self) -> "Manifest":
-        n_tokens = sum(shard.n_tokens for shard in self.shards)
-        if n_tokens != self.statistics.n_tokens or n_tokens > self.n_tokens:  # fewer where outlying norms are left out
+        n_tokens, statistics = sum(shard.n_tokens for shard in self.shards), self.statistics
+        if n_tokens != statistics.n_tokens or n_tokens + statistics.left_out_tokens != self.n_tokens:
             raise ValueError(f"n_tokens is {self.n_tokens} but its shards have {n_tokens}")
-        widths = [len(mean) for mean in self.statistics.mean]
-        if widths != [self.d_model] * self.n_models or len(self.statistics.mean_norm) != self.n_models:
+        if [shard.name for shard in self.shards] != [shard_name(number) for number in range(len(self.shards))]:
+            raise ValueError("its shards are not each there once and in order")
+        per_model = (statistics.mean, statistics.mean_norm, statistics.mean_squared_norm)
+        widths = [len(mean) for mean in statistics.mean]
+        if widths != [self.d_model] * self.n_models or {len(values) for values in per_model} != {self.n_models}:
             raise ValueError("n_models, d_model and statistics do not agree")
         return self
 
@@ -121,9 +139,11 @@ class ShardWriter:
     def resume(self) -> None:
         """Find what an earlier run has left."""
         there = self.folder.sizes()
+        if "run.json" in there:
+            raise InputError(f"{self.folder} holds a run (run.json), no cache. Choose another --out.")
         wanted = self._identity()
         for name, model in RECORDS.items():
-            if name in there:
+            if name in there and not self._is_torn(name, there):
                 recorded = self.folder.read_model(name, model)
                 key = first_difference(recorded, wanted)
                 if key:
@@ -137,11 +157,25 @@ class ShardWriter:
         for name in filter(is_sums, there):
             self.folder.remove(name)  # of a run whose progress.json is gone
 
+    def _is_torn(self, name: str, there: dict[str, int]) -> bool:
+        """Return whether an upload of a file was cut off, which then counts as not there: behind a URL no file is put
+        in its place as a whole. A manifest that is damaged later has no progress.json beside it."""
+        if not isinstance(self.folder, RemoteFolder) or (name in FINAL and "progress.json" not in there):
+            return False
+        try:
+            self.folder.read_model(name, Record)
+        except CorruptData:
+            say(f"{self.folder}/{name} was cut off and is written again")
+            return True
+        return False
+
     def _finished(self, there: dict[str, int]) -> list[dict[str, Any]]:
         """Read the sums of shards up to the first one that is missing or cut."""
         shards: list[dict[str, Any]] = []
         for name in map(shard_name, self.numbers):
             if sums_name(name) not in there:
+                break
+            if self._is_torn(sums_name(name), there):
                 break
             shard = read_sums(self.folder, name, (self.plan.shared["n_models"], self.plan.shared["d_model"]))
             if there.get(name) != shard["n_bytes"]:

@@ -40,7 +40,7 @@ class Rates(NamedTuple):
 
     def text(self) -> str:
         """Return the rates as one line."""
-        seconds = max(self.seconds, 1e-9)
+        seconds = self.seconds or 1.0
         return (
             f"{self.n_tokens / seconds:,.0f} tok/s  {files.size_text(self.n_bytes / seconds)}/s  "
             f"waited for the writer {self.wait_seconds / seconds:.1%} of {seconds:.1f} s"
@@ -134,7 +134,8 @@ def _write_shards(
     def rates() -> Rates:
         new = [shard for writer in writers for shard in writer.shards[missing_from[writer.hook_point] - first :]]
         n_done = progress.done - start
-        return Rates(n_done, sum(shard["n_bytes"] for shard in new), time.perf_counter() - started, queue.wait_seconds)
+        seconds = max(time.perf_counter() - started, 1e-9)
+        return Rates(n_done, sum(shard["n_bytes"] for shard in new), seconds, queue.wait_seconds)
 
     first, shard_tokens = writers[0].numbers.start, writers[0].config.shard_tokens
     started = said = time.perf_counter()

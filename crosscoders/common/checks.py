@@ -3,6 +3,8 @@
 A contradiction raises InputError when the dataclass is made, so it is found before a model loads.
 """
 
+import math
+import sys
 from dataclasses import asdict, fields
 from typing import Any, TypeVar
 
@@ -15,9 +17,9 @@ FEW_CHATS = f"Fewer than {ENOUGH_CHATS} chats: the intervals are too narrow."
 
 
 def require_positive(config: object, *names: str) -> None:
-    """Raise InputError for settings that are not above 0."""
+    """Raise InputError for settings that are not above 0, or infinite."""
     for name in names:
-        if not getattr(config, name) > 0:
+        if not 0 < getattr(config, name) < math.inf:
             raise InputError(f"{name} is {getattr(config, name)}; give a number above 0.")
 
 
@@ -25,7 +27,7 @@ def require_range(config: object, low: float, high: float | None, *names: str) -
     """Raise InputError for values below `low` or above `high`; None is no value."""
     for name in names:
         value = getattr(config, name)
-        if value is not None and not (low <= value and (high is None or value <= high)):
+        if value is not None and not low <= value <= (sys.float_info.max if high is None else high):
             raise InputError(f"{name} is {value}; give a number from {low}{'' if high is None else f' to {high}'}.")
 
 

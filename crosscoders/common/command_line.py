@@ -6,9 +6,11 @@ module is imported, so `--help` and a config error answer without torch.
 
 import dataclasses
 import importlib
+import io
 import itertools
 import json
 import logging
+import os
 import re
 import sys
 import traceback
@@ -18,7 +20,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from crosscoders.common.errors import CorruptData, EnvironmentFault, InputError, nearest
+from crosscoders.common.progress import say
 
+TEXTS = ("prompt", "prompts")
+"""Settings that may be empty text."""
 TALKATIVE = ("torchao", "torch.utils._pytree")
 """Loggers that warn when torchao is imported, as transformers does wherever it is installed."""
 
@@ -40,6 +45,8 @@ class Command(NamedTuple):
     """Named defaults for --preset."""
     fit_preset: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]] | None = None
     """Makes a preset fit the settings beside it; gets the preset and the settings that it would give."""
+    takes_url: bool = False
+    """Whether `out` may be a URL."""
 
 
 class Parsed(NamedTuple):
@@ -54,7 +61,10 @@ def main(program: str, description: str, commands: list[Command], argv: list[str
     """Run one command; exit status: 0 done, 2 wrong input, 3 environment, 4 data corrupt, 128 + signal."""
     argv = sys.argv[1:] if argv is None else argv
     debug = "--debug" in argv
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # tokens hold any character, a terminal may not
     try:
+        _require_text(argv)
         if not argv or argv[0] in ("-h", "--help", "help"):
             lines = [f"  {program} {command.name:<8} {command.help}" for command in commands]
             print(f"usage: {program} COMMAND [--config FILE] [--SETTING VALUE ...]\n\n{description}\n")
@@ -73,6 +83,7 @@ def main(program: str, description: str, commands: list[Command], argv: list[str
             print(json.dumps(result, indent=1, allow_nan=False))
         elif text:
             print(text)
+        sys.stdout.flush()
         return 0
     except (InputError, EnvironmentFault, CorruptData) as error:
         status = error.exit_status
@@ -80,16 +91,40 @@ def main(program: str, description: str, commands: list[Command], argv: list[str
     except KeyboardInterrupt as stop:
         status = getattr(stop, "exit_status", 130)
         message = str(stop) or "interrupted. Run the same command to go on."
-    except BrokenPipeError:
+    except BrokenPipeError:  # of stdout, when the work is done
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the end
         return 0
     except Exception as error:
-        if not hasattr(error, "exit_status"):
+        if _is_out_of_memory(error):
+            status = EnvironmentFault.exit_status
+            message = (
+                f"out of memory ({(str(error).splitlines() or ['no more is given'])[0]}). Free some, or ask for less "
+                "at once; a run that saves states goes on with the same command."
+            )
+        elif hasattr(error, "exit_status"):
+            status, message = int(error.exit_status), str(error)
+        else:
             raise
-        status, message = int(error.exit_status), str(error)
     if debug:
         traceback.print_exc()
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    say(f"error: {' '.join(message.split())}")
     return status
+
+
+def _require_text(argv: list[str]) -> None:
+    """Raise InputError for a word that names a file in another encoding than that which all libraries here use."""
+    encoding = sys.getfilesystemencoding()
+    for word in argv:
+        if any("\ud800" <= c <= "\udfff" for c in word) or (encoding != "utf-8" and not word.isascii()):
+            raise InputError(
+                f"{word!a} is not UTF-8 text, which names of files have to be. Rename it, or set PYTHONUTF8=1."
+            )
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Say whether an allocation failed, by the words of those who do not raise MemoryError."""
+    words = ("can't allocate memory", "Cannot allocate memory", "bad_alloc", "out of memory", "not enough memory")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
 def _find(program: str, commands: list[Command], argv: list[str]) -> Command:
@@ -149,7 +184,18 @@ def parse(program: str, command: Command, argv: list[str]) -> Parsed:
         raise
     except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
         raise InputError(_one_line(error, parser)) from error
+    _require_places(command, settings)
     return Parsed(settings, bool(parsed.json), bool(parsed.debug))
+
+
+def _require_places(command: Command, settings: Any) -> None:
+    """Raise InputError for an empty name, which would be the current folder, and for a URL that is none here."""
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if field.name not in TEXTS and "" in (value if isinstance(value, list) else [value]):
+            raise InputError(f"--{field.name.replace('_', '-')} is empty. Give a value, or leave it out.")
+        if field.name == "out" and "://" in str(value) and not command.takes_url:
+            raise InputError(f"--out {value!r} is a URL; {command.name} writes to a local folder. Give one.")
 
 
 def _with_underscores(argv: list[str]) -> list[str]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from crosscoders.common.errors import CorruptData, EnvironmentFault, InputError
+from crosscoders.common.seals import checksum, sealed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,12 +39,6 @@ class Written(NamedTuple):
     """Size of the file."""
     checksum: str
     """xxh3-128 of its bytes, hexadecimal; guards against accident, not against an attacker."""
-
-
-def checksum(data: bytes | mmap.mmap) -> str:
-    import xxhash
-
-    return str(xxhash.xxh3_128_hexdigest(data))
 
 
 def written(path: Path) -> Written:
@@ -103,6 +98,11 @@ def _published(path: Path, n_bytes: int) -> Iterator[Path]:
             temporary.unlink()
         if error.errno in _FULL:
             free = shutil.disk_usage(path.parent).free
+            if error.errno != errno.ENOSPC:  # a quota, or a limit on files
+                raise EnvironmentFault(
+                    f"no space left for {path} ({error.strerror}), though {size_text(free)} are free. Raise that "
+                    "limit and run the same command again; it goes on where it stopped."
+                ) from error
             raise EnvironmentFault(
                 f"no space left for {path}: it needs {size_text(n_bytes)} and {size_text(free)} are free. "
                 "Free some space and run the same command again; it goes on where it stopped."
@@ -150,9 +150,13 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def write_json(path: Path, value: Any) -> Written:
-    """Publish plain data as strict JSON (no NaN), keys in the given order."""
-    return write_bytes(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
+def write_json(path: Path, value: Any, *, foreign: bool = False) -> Written:
+    """Publish plain data as strict JSON (no NaN), keys in the given order, an object with a checksum of its own.
+
+    foreign: in a layout of others, whose readers may refuse an entry that they do not know, so without a checksum.
+    """
+    written = value if foreign else sealed(value)
+    return write_bytes(path, (json.dumps(written, indent=1, allow_nan=False) + "\n").encode())
 
 
 def read_model(path: Path, model: type["Record"]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Progress for people: lines on stderr, a bar on a terminal. Results never go through here."""
 
+import os
 import sys
 from typing import Any
 
@@ -7,8 +8,14 @@ from tqdm import tqdm
 
 
 def say(line: str) -> None:
-    """Print one line of progress, above the bar where there is one."""
-    tqdm.write(line, file=sys.stderr)
+    """Print one line of progress, above the bar where there is one. Where nobody reads stderr any more (`| head`, a
+    lost connection), the work goes on in silence."""
+    try:
+        tqdm.write(line, file=sys.stderr)
+    except OSError:
+        silence = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(silence, sys.stderr.fileno())
+        os.close(silence)
 
 
 class Progress:

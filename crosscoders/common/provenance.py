@@ -58,5 +58,11 @@ def git_commit() -> str | None:
 
 
 def peak_memory_gib() -> float:
-    """Return the largest resident memory of this process, GiB (the kernel counts kB on Linux, bytes on macOS)."""
+    """Return the largest memory that this process has held, GiB.
+
+    Linux's `ru_maxrss` outlives exec, so that a child begins with the peak of its parent; VmHWM does not.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file() and (peak := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
+        return int(peak[1]) / 1024**2
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024**3 if sys.platform == "darwin" else 1024**2)

@@ -11,12 +11,13 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from crosscoders.common.errors import CorruptData, InputError
+from crosscoders.common.seals import unsealed
 
 
 class Record(BaseModel):
     """A JSON object; by itself one with any keys."""
 
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
     version: ClassVar[int | None] = None
     """The only `format_version` that is read; None: the file has none, or its reader compares it."""
     again: ClassVar[str] = "make it again"
@@ -24,16 +25,20 @@ class Record(BaseModel):
 
     @classmethod
     def checked(cls, data: bytes, name: str) -> dict[str, Any]:
-        """Return the object in `data`, the bytes of the file `name`, as plain data.
+        """Return the object in `data`, the bytes of the file `name`, as plain data without its checksum.
 
         Raises:
             InputError: it has another format version.
-            CorruptData: it is not JSON, or not of this form.
+            CorruptData: it is not JSON, not of this form, or not what its checksum says.
         """
         try:
             value = json.loads(data)
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise CorruptData(f"{name} is not valid JSON ({error}). Restore it, or {cls.again}.") from None
+        try:
+            content = unsealed(value) if isinstance(value, dict) else value
+        except ValueError as error:
+            raise CorruptData(f"{name} {error}. Restore it, or {cls.again}.") from None
         version = value.get("format_version") if isinstance(value, dict) else None
         if cls.version is not None and type(version) is int and version != cls.version:
             raise InputError(
@@ -45,7 +50,7 @@ class Record(BaseModel):
             cls.model_validate_json(data)
         except ValidationError as error:
             raise CorruptData(f"{name} {first_fault(error)}, so it is damaged. Restore it, or {cls.again}.") from None
-        return dict(value)
+        return dict(content)
 
 
 class FileRecord(Record):

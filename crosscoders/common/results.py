@@ -1,8 +1,11 @@
 """What a run says of itself: lines of train.jsonl, lines on stderr, rows of JSON results."""
 
 import time
+from pathlib import Path
 from typing import Any
 
+from crosscoders.common.errors import EnvironmentFault
+from crosscoders.common.files import write_json
 from crosscoders.common.progress import say
 from crosscoders.common.provenance import environment, peak_memory_gib
 from crosscoders.common.records import Record
@@ -38,6 +41,14 @@ def result(name: str, config: dict[str, Any], rows: list[dict[str, Any]]) -> dic
 
     asked = str(config.get("devices") or config.get("device") or "cpu").split(",")[0].strip()
     return {"name": name, "config": config, "environment": environment(str(choose_device(asked))), "rows": rows}
+
+
+def publish(path: Path, described: dict[str, Any]) -> None:
+    """Write a result into a run folder; where that cannot be written, say so, and what is printed is all there is."""
+    try:
+        write_json(path, described)
+    except EnvironmentFault as error:
+        say(f"warning: {error} The results are printed and nowhere else; --json prints all of them.")
 
 
 def say_closing(started: float, text: str) -> None:

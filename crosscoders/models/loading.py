@@ -16,6 +16,7 @@ import torch
 from crosscoders.common.errors import CorruptData, EnvironmentFault, InputError
 from crosscoders.common.progress import say
 from crosscoders.models import hooks
+from crosscoders.models.broken import require_json, require_tensors
 from crosscoders.models.names import is_adapter, load_auto, quiet_transformers
 
 _WRAPPERS = {r"^module\.": "", r"_orig_mod\.": ""}
@@ -96,7 +97,12 @@ def load_model(
     require_whole(name)
     config = read_config(name, n_layers)
     require_loadable(name, config)
-    settings: dict[str, Any] = {"config": config, "dtype": dtype, "output_loading_info": True}
+    settings: dict[str, Any] = {
+        "config": config,
+        "dtype": dtype,
+        "output_loading_info": True,
+        "trust_remote_code": False,
+    }
     settings |= {} if attention is None else {"attn_implementation": attention}
     load = auto_class(config, with_head=with_head).from_pretrained
     with one_line_errors(name), quiet_transformers():
@@ -147,13 +153,15 @@ def one_line_errors(name: str) -> Iterator[None]:
 
     try:
         yield
-    except (InputError, EnvironmentFault, CorruptData):
+    except (InputError, EnvironmentFault, CorruptData, MemoryError, torch.OutOfMemoryError):
         raise
     except SafetensorError as error:
         raise CorruptData(f"the weights of {name!r} are damaged ({error}). Download or copy them again.") from None
     except ImportError as error:
         raise EnvironmentFault(f"the weights of {name!r} need a package: {_reason(error)} Install it.") from error
-    except (OSError, ValueError, RuntimeError, AttributeError, KeyError, TypeError) as error:
+    except Exception as error:  # what a damaged file raises is as it may be
+        require_json(name)
+        require_tensors(name, error)
         raise InputError(f"the weights of {name!r} do not load: {_reason(error)} Check the folder's files.") from error
 
 

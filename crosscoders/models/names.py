@@ -11,6 +11,7 @@ from typing import Any
 
 from crosscoders.common import files
 from crosscoders.common.errors import InputError
+from crosscoders.models.broken import require_json
 
 PROBE = "The quick brown fox, def f(x): return 42\n\tNäïve 数据 <end>"
 """Two tokenizers are compared on it."""
@@ -63,8 +64,9 @@ def load_auto(name: str, what: str) -> Any:
 
     auto = transformers.AutoConfig if what == "config" else transformers.AutoTokenizer
     try:
-        return auto.from_pretrained(name)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        return auto.from_pretrained(name, trust_remote_code=False)  # without it, transformers asks on a terminal
+    except Exception as error:  # what a damaged file raises is as it may be
+        require_json(name)
         lines = str(error).splitlines() or [type(error).__name__]
         nowhere = "" if Path(name).is_dir() else ", and no local folder of that name"
         raise InputError(

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from crosscoders.common.errors import InputError
+from crosscoders.common.errors import CorruptData, InputError
 from crosscoders.models import hooks
 from crosscoders.models.hooks import core_model, first_layer_after
 from crosscoders.text.padding import Batch, make_batch
@@ -125,12 +125,18 @@ def require_head(model: Any, batch: Batch) -> None:
 
     Raises:
         InputError: they are not.
+        CorruptData: logits are not finite.
     """
     one = batch.take(torch.zeros(1, dtype=torch.int64))
     with torch.no_grad():
         wanted, final = logits(model, one)[0], final_states(model, one)[0]
         with head_alone(model) as to_logits:
             same = torch.equal(to_logits(final), wanted)
+    if not wanted.isfinite().all():
+        raise CorruptData(
+            f"the logits of {type(core_model(model)).__name__} are not finite: its weights hold NaN or infinity, or it "
+            "overflows in this type. Download it again, or use --model-dtype float32."
+        )
     if not same:
         raise InputError(
             f"{type(core_model(model)).__name__} does not make its logits from its final hidden states alone, as the "

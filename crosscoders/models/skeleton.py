@@ -26,7 +26,7 @@ def skeleton(name: str, n_layers: int | None = None) -> nn.Module:
     try:
         with torch.device("meta"), names.quiet_transformers():
             model: nn.Module = auto.from_config(config)
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
+    except Exception as error:  # what a wrong value raises is as it may be
         lines = str(error).splitlines() or [type(error).__name__]
         raise InputError(f"the configuration of {name!r} makes no model: {lines[0]} Check its config.json.") from error
     return model

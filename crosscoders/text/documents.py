@@ -81,6 +81,12 @@ def read_source(source: DataSource) -> Iterator[Document]:
     path = Path(source.path)
     if path.exists():
         files = sorted(f for f in path.rglob("*") if f.name.endswith(LOCAL_SUFFIXES)) if path.is_dir() else [path]
+        files = [file for file in files if not file.is_dir()]
+        for file in files if path.is_dir() else []:
+            if not file.is_file():
+                raise InputError(
+                    f"{str(file)!r} is a pipe, a device or a link to nothing. Remove it, or name the files."
+                )
         if not files:
             raise InputError(f"no file in {source.path!r} ends with one of {', '.join(LOCAL_SUFFIXES)}.")
         for file in files:

@@ -98,18 +98,15 @@ def tokenize_text(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
 def tokenize_prompt(
     tokenizer: Any, prompt: str | list[Message], template: str | None = None, *, date: str = TEMPLATE_DATE
 ) -> list[int]:
-    """Return the ids of one user message in the chat template, or of plain text where there is no template; of a chat
-    too, up to where the answer begins unless its last message is one. There is one beginning-of-sequence token where
-    there is any.
+    """Return the ids of a user message or of a chat in the chat template, up to where the answer begins unless the last
+    message is one, or of plain text where there is no template; with one beginning-of-sequence token where one exists.
 
     Raises:
         Refused: the template refuses the message.
-        InputError: a chat, and no template.
     """
-    if isinstance(prompt, str) and template is None and not tokenizer.chat_template:
-        return tokenize_text(tokenizer, prompt)[0]
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    require_template(tokenizer, template)
+    messages: list[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if template is None and not tokenizer.chat_template:
+        return tokenize_text(tokenizer, "\n".join(str(message["content"]) for message in messages))[0]
     is_prompt = messages[-1]["role"] != "assistant"
     rendered = renderer(tokenizer, template, date=date, is_prompt=is_prompt)(messages)
     return _one_bos(tokenizer, list(tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"]))

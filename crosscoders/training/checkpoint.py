@@ -100,6 +100,9 @@ def start_run(
         "inputs": inputs,
     }
     path = folder / "run.json"
+    for name in ("manifest.json", "part.json", "progress.json"):
+        if (folder / name).is_file():
+            raise InputError(f"{folder} holds an activation cache ({name}). Choose another --out.")
     if not path.is_file():
         files.write_json(path, described)
         return

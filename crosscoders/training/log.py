@@ -5,12 +5,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from crosscoders.common import files
+from crosscoders.common.errors import CorruptData
 from crosscoders.common.progress import say
-from crosscoders.common.results import row
+from crosscoders.common.records import FileRecord
+from crosscoders.common.results import ResultRecord, row
 from crosscoders.dictionary.metrics import Evaluation
 
 Log = Callable[[dict[str, Any]], None]
 """Gets every line of train.jsonl too."""
+
+
+class EvalRecord(ResultRecord):
+    """eval.json of a run."""
+
+    log: FileRecord | None = None
+    """Of train.jsonl, which has ended."""
 
 
 def metric_columns(evaluation: Evaluation) -> dict[str, float]:
@@ -47,6 +57,20 @@ def evaluation_rows(evaluation: Evaluation) -> list[dict[str, Any]]:
     ]
     rest = zip(_names(evaluation), evaluation.fve_rest, evaluation.n_rest, strict=True)
     return rows + [row(f"eval.fve_rest.{name}", value, "fraction", n) for name, value, n in rest]
+
+
+def log_entry(out: Path) -> dict[str, Any]:
+    """Return what eval.json, which is written when training has ended, says of train.jsonl."""
+    return {"log": files.written(out / "train.jsonl")._asdict()}
+
+
+def require_log(out: Path) -> None:
+    """Raise CorruptData where train.jsonl is not the one that eval.json describes; earlier versions describe none."""
+    expected = files.read_model(out / "eval.json", EvalRecord).get("log") if (out / "eval.json").is_file() else None
+    if expected and files.written(out / "train.jsonl")._asdict() != expected:
+        raise CorruptData(
+            f"{out / 'train.jsonl'} is not the file that eval.json describes. Restore it, or train again."
+        )
 
 
 def last_line(out: Path) -> dict[str, Any]:

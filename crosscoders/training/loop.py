@@ -37,6 +37,7 @@ from crosscoders.training.log import (
     evaluation_rows,
     heldout_columns,
     last_line,
+    log_entry,
     metric_columns,
     write_line,
 )
@@ -110,8 +111,8 @@ def _take_steps_(
     progress = Progress("train", total=config.n_tokens, start=state.step * config.batch_size, unit="tok")
     logged = time.perf_counter(), state.step
     select = selection.WarmSelection()  # saves time only, so it is no part of the state
-    for x in itertools.islice(stream.batches(state.step), config.n_steps - state.step):
-        x = model.normalise(x.to(device))
+    for x in stream.batches(state.step, config.n_steps):
+        x = model.normalise(x.to(device, non_blocking=True).float())
         dead = state.tokens_since_fired >= config.dead_after_tokens
         k = k_at(config, state.step)
         result = forward(model, config, x, dead=dead, k=k, step=state.step, select=select, products=products)
@@ -132,7 +133,7 @@ def _take_steps_(
 
         # ---- once in a while: log, evaluate, save
         if state.step % config.log_every == 0 or is_last:
-            seconds, since = time.perf_counter() - logged[0], logged[1]
+            seconds, since = max(time.perf_counter() - logged[0], 1e-9), logged[1]
             rate = {"tokens_per_second": round((state.step - since) * config.batch_size / seconds)}
             write_line(out, step_line(config, model, result, x, dead, state.step) | rate, log)
             logged = time.perf_counter(), state.step
@@ -161,7 +162,7 @@ def _conclude_(
         return
     evaluation = _measure_(model, config, holdout)
     write_line(out, eval_line(config.n_steps, evaluation), log)
-    files.write_json(out / "eval.json", {"name": "eval", "rows": evaluation_rows(evaluation)})
+    files.write_json(out / "eval.json", {"name": "eval", "rows": evaluation_rows(evaluation), **log_entry(out)})
     reasons = complaints(heldout_columns(evaluation), k=config.crosscoder.k, training=last_line(out))
     if reasons:
         say(warning(reasons))
@@ -170,7 +171,7 @@ def _conclude_(
 def _last_batches(config: TrainConfig, stream: BatchStream) -> Iterator[Float[Tensor, "_ n_models d_model"]]:
     """Yield the last batches of training again, as many as calibration reads."""
     n = min(config.n_steps, -(-MAX_TOKENS // config.batch_size))
-    return itertools.islice(stream.batches(config.n_steps - n), n)
+    return stream.batches(config.n_steps - n, config.n_steps)
 
 
 def _calibrate_(model: Crosscoder, config: TrainConfig, batches: Iterable[Float[Tensor, "_ n_models d_model"]]) -> None:

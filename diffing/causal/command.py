@@ -11,7 +11,7 @@ from crosscoders.common.checks import LEAST_CHATS, to_dict
 from crosscoders.common.devices import choose_device
 from crosscoders.common.errors import InputError
 from crosscoders.common.progress import say
-from crosscoders.common.results import result, say_closing
+from crosscoders.common.results import publish, result, say_closing
 from crosscoders.formats.load import load_crosscoder
 from crosscoders.models.limits import require_ids
 from crosscoders.text.chats import read_chats
@@ -67,7 +67,7 @@ def causal(settings: CausalSettings) -> dict[str, Any]:
     )
     entries = causal_rows(measured, first_tokens=settings.first_tokens, seed=settings.seed)
     described = {**result("causal", to_dict(settings), entries), "latents": files.hash_file(run / "latents.json")}
-    files.write_json(run / "causal.json", described)
+    publish(run / "causal.json", described)
     say_closing(started, f"{len(entries)} rows in {run / 'causal.json'}")
     return described | {"text": causal_summary(entries, settings.first_tokens)}
 
@@ -113,5 +113,5 @@ def lens(settings: LensSettings) -> dict[str, Any]:
         f"{j:>6}  {name:<6}{' '.join(map(repr, tokens))}" for j in readings for name, tokens in readings[j].items()
     ]
     described = result("lens", to_dict(settings), []) | {"latents": readings}
-    files.write_json(run / "lens.json", described)
+    publish(run / "lens.json", described)
     return described | {"text": "\n".join(lines)}

@@ -12,11 +12,12 @@ from crosscoders.dictionary.health import warning
 from diffing.latents.contexts import MAX_GROUPS, OTHER, n_folded
 from diffing.latents.nulls import NULL, counts_beside, read_nulls
 from diffing.latents.readable import run_reasons
+from diffing.latents.records import TwinRecord
 from diffing.latents.runs import open_run_and_cache
 from diffing.latents.settings import ScaleSettings, StabilitySettings
 from diffing.latents.stability import read_runs
 from diffing.latents.stability import stability as survival_rows
-from diffing.latents.table import TwinRecord, scale_run
+from diffing.latents.table import scale_run
 from diffing.latents.verdict import VERDICTS
 
 

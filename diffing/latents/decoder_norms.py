@@ -38,8 +38,11 @@ def decoder_cosine(crosscoder: Crosscoder) -> Float[Tensor, " dict_size"]:
     Near 1: one concept in one place. Near 0 with both norms alive: the latent joins two unrelated directions
     ("rotated"), which also makes the ratios of Latent Scaling small without anything being new.
     """
-    base, tuned = crosscoder.decoder().unbind(dim=1)
-    return torch.nn.functional.cosine_similarity(base, tuned, dim=1, eps=1e-12)
+    cosines = [  # of some latents at a time: the function copies what it is given
+        torch.nn.functional.cosine_similarity(part[:, 0], part[:, 1], dim=1, eps=1e-12)
+        for part in crosscoder.decoder().split(4096)
+    ]
+    return torch.cat(cosines)
 
 
 def decoder_difference(crosscoder: Crosscoder) -> Float[Tensor, " dict_size"]:

@@ -12,7 +12,7 @@ For latent j with decoder d_j^s (s = tuned, or base for the mirror image), model
 The error target differs for every latent and is never built:
 num(error) = num(activation) - num(reconstruction) + <d_j^m, d_j^s> sum_n f_nj^2. All numerators are
 <d_j^s, sum_n f_nj y_n> for y in {x_m, x_hat_m}, so one sparse product f^T y per target and batch is all that the
-data are needed for.
+data are needed for; it is made for some latents at a time, since as a whole it is twice as large as the decoder.
 
     nu(T) = beta^base(T) / beta^tuned(T) with the tuned decoder: near 0 for what only the tuned model has
     nu(T) mirror = beta^tuned(T) / beta^base(T) with the base decoder: near 0 for what only the base model has
@@ -23,7 +23,7 @@ standard errors, no NaN.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -74,7 +74,9 @@ class LatentScales(Mapping[str, Tensor]):
 class ScalingSums:
     """Sums of Latent Scaling over batches, in float64, kept apart by block for the jackknife.
 
-    Batch i belongs to block i modulo n_blocks.
+    Blocks are runs of neighbouring batches, so that what is alike, as the tokens of a document are, is left out
+    together. There are n_blocks at most: when one more would be needed, neighbours are joined and runs are twice as
+    long.
     """
 
     def __init__(self, crosscoder: Crosscoder, n_blocks: int = 32) -> None:
@@ -83,8 +85,9 @@ class ScalingSums:
         if n_blocks < 2:
             raise InputError(f"n_blocks is {n_blocks}; the jackknife needs at least 2.")
         self.crosscoder, self.n_blocks = crosscoder, n_blocks
-        self.decoder = crosscoder.decoder().detach()
-        self.weight = crosscoder.W_dec.detach().flatten(1)
+        self.decoder = crosscoder.W_dec.detach()
+        # What brings it to training space: a product's factor, so that a folded decoder need not be copied.
+        self.decoder_scale = crosscoder.input_scale if crosscoder.is_folded else torch.ones_like(crosscoder.input_scale)
         dict_size = crosscoder.config.dict_size
         # numerators by block, latent, decoder s, kind (activation, reconstruction) and model m
         self.numerators = torch.zeros(n_blocks, dict_size, 2, 2, 2, dtype=torch.float64)
@@ -93,22 +96,24 @@ class ScalingSums:
         self.n_active = torch.zeros(dict_size, dtype=torch.int64)
         self.f_max = torch.zeros(dict_size)
         self.n_tokens = self.n_batches = 0
+        self.run = 1  # batches in a block
 
     @torch.no_grad()
     def add(self, x: Float[Tensor, "batch n_models d_model"]) -> selection.Active:
         """Add one batch in the units of x; returns its active latents, so that others need not encode again."""
         crosscoder = self.crosscoder
-        x = x.to(self.weight.device).float()
+        x = x.to(self.decoder.device).float()
         latents = selection.active(crosscoder.pre_acts(crosscoder.normalise(x)), crosscoder.gate_at())
-        decoded = (sparse.decode(latents, self.weight) + crosscoder.b_dec.flatten()).view_as(x)
+        decoded = (sparse.decode(latents, self.decoder.flatten(1)) + crosscoder.b_dec.flatten()).view_as(x)
         if crosscoder.is_folded:
             decoded = crosscoder.to_training_space(decoded)
-        block = self.n_batches % self.n_blocks
+        block = self._block()
         targets = torch.cat([crosscoder.to_training_space(x), decoded], dim=1)  # (batch, 4, d_model)
-        weighted = sparse.transposed(latents, targets.flatten(1)).unflatten(1, (4, -1))  # (dict_size, 4, d_model)
-        # One small product per latent: 13 times cheaper than the same sum as one einsum.
-        products = torch.bmm(self.decoder, weighted.transpose(1, 2)).unflatten(2, (2, 2))  # decoder, kind, model
-        self.numerators[block] += products.double().cpu()
+        for some, weighted in sparse.transposed_parts(latents, targets.flatten(1)):
+            # One small product per latent: 13 times cheaper than the same sum as one einsum.
+            products = torch.bmm(self.decoder[some], weighted.unflatten(1, (4, -1)).transpose(1, 2))
+            products = (products * self.decoder_scale[:, None]).unflatten(2, (2, 2))  # decoder, kind, model
+            self.numerators[block].index_add_(0, some.cpu(), products.double().cpu())
         counted = sparse.per_latent(latents)
         self.f[block] += counted.total.cpu()
         self.f_square[block] += counted.square_total.cpu()
@@ -118,6 +123,17 @@ class ScalingSums:
         self.n_batches += 1
         return latents
 
+    def _block(self) -> int:
+        """Return the block of the next batch; neighbours are joined first where there are too many."""
+        if self.n_batches == self.n_blocks * self.run:
+            n_joined = -(-self.n_blocks // 2)
+            for sums in (self.numerators, self.f, self.f_square):
+                for i in range(n_joined):
+                    sums[i] = sums[2 * i : 2 * i + 2].sum(dim=0)
+                sums[n_joined:] = 0
+            self.run *= 2
+        return self.n_batches // self.run
+
     def result(self) -> LatentScales:
         """Return the ratios and their standard errors (delete-one-block jackknife).
 
@@ -126,8 +142,8 @@ class ScalingSums:
         """
         if not self.n_tokens:
             raise InputError("no tokens to scale latents on. Give at least one batch.")
-        n_blocks = min(self.n_blocks, self.n_batches)
-        geometry = _Geometry(self.decoder.double().cpu(), self.crosscoder.decoder_bias().detach().double().cpu())
+        n_blocks = -(-self.n_batches // self.run)
+        geometry = _geometry(self.decoder, self.decoder_scale, self.crosscoder.decoder_bias().detach())
         numerators, f, f_square = self.numerators[:n_blocks], self.f[:n_blocks], self.f_square[:n_blocks]
         columns: dict[str, Tensor] = {}
         for side, suffix in ((1, ""), (0, _MIRROR)):
@@ -158,12 +174,23 @@ class ScalingSums:
         return LatentScales(columns, self.n_tokens, n_blocks)
 
 
-class _Geometry:
-    """Products of decoders, from the weights alone."""
+class _Geometry(NamedTuple):
+    """Products of decoders, from the weights alone, float64."""
 
-    def __init__(self, decoder: Float[Tensor, "dict_size 2 d_model"], bias: Float[Tensor, "2 d_model"]) -> None:
-        self.gram = torch.einsum("jsd,jmd->jsm", decoder, decoder)
-        self.bias = torch.einsum("jsd,md->jsm", decoder, bias)
+    gram: Float[Tensor, "dict_size 2 2"]
+    bias: Float[Tensor, "dict_size 2 2"]
+
+
+def _geometry(
+    decoder: Float[Tensor, "dict_size 2 d_model"], scale: Float[Tensor, "2"], bias: Float[Tensor, "2 d_model"]
+) -> _Geometry:
+    """Return <d_j^s, d_j^m> and <d_j^s, b^m>, of some latents at a time."""
+    scale, bias = scale.double(), bias.double()
+    parts = []
+    for part in decoder.split(4096):
+        part = part.double() * scale[:, None]
+        parts.append((part @ part.transpose(1, 2), part @ bias.T))
+    return _Geometry(*(torch.cat(products).cpu() for products in zip(*parts, strict=True)))
 
 
 def _betas(
@@ -213,7 +240,8 @@ def scale_latents(
 ) -> LatentScales:
     """Compute Latent Scaling of all latents, all targets and both models in one pass over `batches`.
 
-    Equations, spaces and source in the module's docstring. Uses the inference gate, so batch size does not matter.
+    n_blocks: of the jackknife, at most; at least half of it where there are as many batches. Equations, spaces and
+    source in the module's docstring. Uses the inference gate, so batch size does not matter.
 
     Raises:
         InputError: not a two-model crosscoder, or no tokens.

@@ -18,12 +18,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from crosscoders.dictionary import selection, sparse
 from crosscoders.dictionary.crosscoder import Crosscoder
 from diffing.latents.contexts import ChosenLatents
 from diffing.latents.verdict import is_alive, ranks, verdicts
 
 OTHER_SIDE = 0.25
 """Largest relative decoder norm of a partner on the base side: its tuned norm is at most half of its base norm."""
+COLUMNS = 1024
+"""Columns of the other side in one product."""
 
 
 class _Side(NamedTuple):
@@ -45,7 +48,11 @@ def _sides(table: pandas.DataFrame) -> list[_Side]:
 
 
 class _Correlations:
-    """Pearson correlations of two sets of columns, in one pass."""
+    """Pearson correlations of two sets of columns, in one pass.
+
+    Few of the columns are active on a token, so products are made from the active entries of one set, and with some
+    columns of the other at a time.
+    """
 
     def __init__(self, n_own: int, n_others: int) -> None:
         self.n, self.product = 0, torch.zeros(n_own, n_others, dtype=torch.float64)
@@ -53,7 +60,10 @@ class _Correlations:
 
     def add(self, own: Float[Tensor, "batch own"], others: Float[Tensor, "batch others"]) -> None:
         self.n += len(own)
-        self.product += (own.T @ others).double()
+        entries = selection.active(own, torch.zeros(own.shape[1]))
+        for start in range(0, others.shape[1], COLUMNS):
+            part = others[:, start : start + COLUMNS].contiguous()
+            self.product[:, start : start + COLUMNS] += sparse.transposed(entries, part)
         for sums, f in zip(self.sums, (own.double(), others.double()), strict=True):
             sums += torch.stack([f.sum(dim=0), f.square().sum(dim=0)])
 

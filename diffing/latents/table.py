@@ -8,6 +8,7 @@ latents.json, latents.parquet, examples.json, positions.json, twins.json.
 
 import io
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ import numpy as np
 import pandas
 import torch
 from jaxtyping import Float
-from pydantic import ConfigDict, model_validator
 from torch import Tensor
 
 from crosscoders.activations.cache import ActivationCache
@@ -23,7 +23,6 @@ from crosscoders.common import files
 from crosscoders.common.devices import choose_device
 from crosscoders.common.errors import CorruptData, InputError
 from crosscoders.common.progress import Progress, say
-from crosscoders.common.records import Record
 from crosscoders.dictionary.crosscoder import Crosscoder
 from crosscoders.formats.load import load_crosscoder
 from crosscoders.models.pair import inspect_pair
@@ -32,36 +31,49 @@ from diffing.latents.decoder_norms import decoder_cosine, norm_class
 from diffing.latents.latent_scaling import LatentScales, ScalingSums
 from diffing.latents.partners import with_partners
 from diffing.latents.positions import PLACES, PositionSums
+from diffing.latents.records import FORMAT_VERSION, LatentRecord, require_one_table
 from diffing.latents.twins import Pairs, add_twins, divergence, false_pairs, twin_pairs
 from diffing.latents.verdict import Thresholds, ranks, specificity, verdicts
 
-FORMAT_VERSION = 1
-
 
 def scale_run(
-    run: Path, cache: ActivationCache, *, n_tokens: int | None = None, n_examples: int = 64, device: str = "auto"
+    run: Path, cache: ActivationCache, *, n_tokens: int | None = None, n_examples: int = 512, device: str = "auto"
 ) -> pandas.DataFrame:
     """Make the latent table of a finished run and write it beside the weights.
 
     Raises:
         InputError: the crosscoder does not fit the cache, or there are no two models.
+        EnvironmentFault: the run folder cannot be written, or another process writes there.
     """
+    with files.exclusive(run):
+        return _scale_run(run, cache, n_tokens, n_examples, device)
+
+
+def _scale_run(
+    run: Path, cache: ActivationCache, n_tokens: int | None, n_examples: int, device: str
+) -> pandas.DataFrame:
     crosscoder = load_crosscoder(run, device=str(choose_device(device)))
     require_fit(crosscoder, cache)
     table, scales, shares = cache_table(crosscoder, cache, n_tokens)
     table = with_positions(table, shares)
-    listed = {str(latent): [round(v, 6) for v in row] for latent, row in enumerate(shares.tolist())}
-    files.write_json(run / "positions.json", {"format_version": FORMAT_VERSION, "places": PLACES, "shares": listed})
     table, twins = with_twins(crosscoder, table, cache, scales.n_tokens)
-    files.write_json(run / "twins.json", {"format_version": FORMAT_VERSION, **twins})
-    parquet = io.BytesIO()
-    table.to_parquet(parquet)
-    files.write_bytes(run / "latents.parquet", parquet.getvalue())
     chosen = [int(latent) for latent in table.nsmallest(n_examples, "rank").query("n_active > 0").index]
     say(f"examples of the {len(chosen)} latents that rank first")
     contexts = examples(crosscoder, cache, chosen, cache_tokenizer(cache), n_tokens=n_tokens)
-    files.write_json(run / "examples.json", {"format_version": FORMAT_VERSION, "latents": contexts})
-    write_table(run, table, scales, cache)  # last: its presence says that the other files are there
+    listed = {str(latent): [round(v, 6) for v in row] for latent, row in enumerate(shares.tolist())}
+    parquet = io.BytesIO()
+    table.to_parquet(parquet)
+    beside: dict[str, dict[str, Any]] = {
+        "positions.json": {"places": PLACES, "shares": listed},
+        "twins.json": twins,
+        "examples.json": {"latents": contexts},
+    }
+    written = {
+        name: files.write_json(run / name, {"format_version": FORMAT_VERSION, **value})
+        for name, value in beside.items()
+    }
+    written["latents.parquet"] = files.write_bytes(run / "latents.parquet", parquet.getvalue())
+    write_table(run, table, scales, cache, written)  # last: it says which the other files are
     return table
 
 
@@ -111,7 +123,8 @@ def scale_cache(
     """Return Latent Scaling, context shares and shares by `response_positions.PLACES`, over the first `n_tokens` of a
     cache (default: all), in one pass."""
     n_tokens = min(n_tokens or len(cache), len(cache))
-    batch_size = max(1, min(batch_size, math.ceil(n_tokens / 32)))  # at least 32 batches, the blocks of the jackknife
+    # At least 32 batches, the blocks of the jackknife; and pre-activations of 256 MiB at most.
+    batch_size = max(1, min(batch_size, math.ceil(n_tokens / 32), 2**26 // crosscoder.config.dict_size))
     scaling = ScalingSums(crosscoder)
     groups = cache.manifest["groups"]
     contexts = ContextSums(crosscoder.config.dict_size, groups, group_tokens(cache, n_tokens))
@@ -168,63 +181,14 @@ def with_positions(table: pandas.DataFrame, shares: Float[Tensor, "dict_size pla
     )
 
 
-class Twin(Record):
-    """A pair of twins, or of the control."""
-
-    tuned: int
-    base: int
-    cosine: float
-    divergence: float
-
-
-class TwinRecord(Record):
-    """twins.json"""
-
-    version = FORMAT_VERSION
-    again = "run diffing scale again"
-    format_version: int
-    twins: list[Twin]
-    control: list[Twin]
-
-
-class CacheOf(Record):
-    """The cache that a table was made on."""
-
-    path: str
-    hash: str
-
-
-class Columns(Record):
-    """Columns of the latent table, by name, of equal length; more than these."""
-
-    model_config = ConfigDict(extra="allow")
-    __pydantic_extra__: dict[str, list[Any]]
-    latent: list[int]
-    verdict: list[str]
-
-    @model_validator(mode="after")
-    def _agrees(self) -> "Columns":
-        for name, values in [("verdict", self.verdict), *self.__pydantic_extra__.items()]:
-            if len(values) != len(self.latent):
-                raise ValueError(f"{name!r} has {len(values)} entries, 'latent' has {len(self.latent)}")
-        return self
-
-
-class LatentRecord(Record):
-    """latents.json"""
-
-    version = FORMAT_VERSION
-    again = "run diffing scale again"
-    format_version: int
-    n_tokens: int
-    n_blocks: int
-    cache: CacheOf
-    thresholds: dict[str, float]
-    columns: Columns
-
-
-def write_table(run: Path, table: pandas.DataFrame, scales: LatentScales, cache: ActivationCache) -> None:
-    """Write RUN/latents.json: the table by columns, undefined numbers as null."""
+def write_table(
+    run: Path,
+    table: pandas.DataFrame,
+    scales: LatentScales,
+    cache: ActivationCache,
+    written: Mapping[str, files.Written] | None = None,
+) -> None:
+    """Write RUN/latents.json: the table by columns, undefined numbers as null. `written`: the files beside it."""
     columns = {"latent": table.index.tolist()}
     for name in table.columns:
         columns[name] = [_plain(value) for value in table[name].tolist()]
@@ -236,6 +200,7 @@ def write_table(run: Path, table: pandas.DataFrame, scales: LatentScales, cache:
         "cache": {"path": str(cache.path), "hash": cache.manifest_hash},
         "thresholds": Thresholds()._asdict(),
         "columns": columns,
+        "files": {name: entry._asdict() for name, entry in (written or {}).items()},
     }
     files.write_json(run / "latents.json", described)
 
@@ -253,6 +218,7 @@ def read_table(run: Path) -> pandas.DataFrame:
     """
     if not (run / "latents.json").is_file():
         raise InputError(f"{str(run)!r} has no latent table (latents.json). Make it first: diffing scale {run}")
+    require_one_table(run)
     listed = files.read_model(run / "latents.json", LatentRecord)["columns"]
     try:
         table = pandas.read_parquet(run / "latents.parquet")

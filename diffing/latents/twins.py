@@ -44,8 +44,10 @@ def _sides(table: pandas.DataFrame) -> tuple[Int[Tensor, " tuned"], Int[Tensor, 
 
 
 def _cosines(crosscoder: Crosscoder, tuned: Int[Tensor, " n"], base: Int[Tensor, " m"]) -> Float[Tensor, "n m"]:
-    decoder = torch.nn.functional.normalize(crosscoder.decoder().detach().cpu(), dim=2, eps=1e-12)
-    return decoder[tuned, 1] @ decoder[base, 0].T
+    decoder = crosscoder.W_dec.detach()  # directions only: a scale for each model changes nothing
+    chosen = (decoder[tuned.to(decoder.device), 1], decoder[base.to(decoder.device), 0])
+    tuned_rows, base_rows = (torch.nn.functional.normalize(rows.cpu(), dim=1, eps=1e-12) for rows in chosen)
+    return tuned_rows @ base_rows.T
 
 
 def twin_pairs(crosscoder: Crosscoder, table: pandas.DataFrame) -> Pairs:

@@ -16,7 +16,7 @@ from crosscoders.activations.cache import ActivationCache
 from crosscoders.common import files
 from crosscoders.common.errors import InputError
 from crosscoders.models.names import hash_model
-from diffing.latents.table import LatentRecord
+from diffing.latents.records import LatentRecord
 from diffing.null.calibration import Tables, calibrate
 from diffing.null.models import Placebo, round_model, train_placebo
 from diffing.null.runs import null_cache, null_run, read_config, read_scaled, require_null

@@ -18,13 +18,14 @@ from crosscoders.common.devices import choose_device
 from crosscoders.common.errors import InputError
 from crosscoders.dictionary.settings import CrosscoderConfig
 from crosscoders.formats.load import load_crosscoder
-from crosscoders.models.names import hash_model, identity
+from crosscoders.models.names import hash_model, identity, load_auto
 from crosscoders.models.pair import inspect_pair
 from crosscoders.text.settings import DataSource
 from crosscoders.training.checkpoint import RunRecord
 from crosscoders.training.command import train_run
 from crosscoders.training.settings import TrainConfig, TrainSettings
-from diffing.latents.table import LatentRecord, cache_table, cache_tokenizer, write_table
+from diffing.latents.records import LatentRecord
+from diffing.latents.table import cache_table, cache_tokenizer, write_table
 from diffing.null.rates import effective_number
 
 
@@ -95,12 +96,10 @@ def _changed(opened: ActivationCache, key: str) -> str:
 def require_null(base: str, model: str, opened: ActivationCache) -> None:
     """Raise InputError unless `model` has the base's architecture, width and tokenizer and is not the pair's tuned
     model; by configurations alone."""
-    import transformers
-
     settings = opened.manifest["config"]
     info = inspect_pair(base, model, [settings["hook_point"]], tokenizer=settings["tokenizer"])
     if info.adapter is None:
-        kinds = [transformers.AutoConfig.from_pretrained(name).model_type for name in (base, model)]
+        kinds = [load_auto(name, "config").model_type for name in (base, model)]
         if kinds[0] != kinds[1]:
             raise InputError(
                 f"null model {model!r} is a {kinds[1]} but the base {base!r} is a {kinds[0]}. A null is a copy of the "

@@ -18,7 +18,9 @@ from crosscoders.common.errors import InputError, nearest
 from crosscoders.common.files import read_model
 from crosscoders.common.records import Record
 from crosscoders.common.results import ResultRecord
+from crosscoders.training.log import require_log
 from diffing.latents.decoder_norms import NORM_CLASSES
+from diffing.latents.records import require_one_table
 from diffing.latents.verdict import VERDICTS, Thresholds, is_alive
 
 WORDS: dict[str, tuple[str, ...]] = {"verdict": tuple(VERDICTS), "norm_class": NORM_CLASSES}
@@ -132,6 +134,8 @@ class Run(NamedTuple):
     say: dict[str, Any] = {}  # noqa: RUF012
     replies: dict[str, Any] = {}  # noqa: RUF012
     """say.json and replies.json, by `samples`; empty where there is none."""
+    sections: Any = ()
+    """Of other methods, by `sections.read_sections`."""
 
     def look(self, *keys: str) -> Any:
         """Return the value under nested keys of run.json, or None."""
@@ -150,6 +154,7 @@ def read_run(path: Path) -> Run:
     """
     if not (path / "latents.json").is_file():
         raise InputError(f"'{path}' has no latents.json. Run: {command_for('latents.json', path)}")
+    require_one_table(path)
     latents = read_latents(path / "latents.json")
     setup = read_object(path / "run.json") if (path / "run.json").is_file() else {}
     training, heldout = read_training(path / "train.jsonl") if (path / "train.jsonl").is_file() else ([], [])
@@ -185,8 +190,6 @@ def read_object(path: Path) -> dict[str, Any]:
 def read_latents(path: Path) -> Latents:
     """Read the latent table, each column checked for presence, length and type."""
     table, again = read_object(path), f"Run: {command_for('latents.json', path.parent)}"
-    if table.get("format_version") != 1:
-        raise InputError(f"{path} has format_version {table.get('format_version')!r}; this version reads 1. {again}")
     columns, thresholds = table.get("columns"), table.get("thresholds") or {}
     if not isinstance(columns, dict):
         raise InputError(f"{path} has no 'columns'. {again}")
@@ -232,11 +235,9 @@ def is_number(value: Any) -> bool:
 
 
 def read_training(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Read the lines about training and lines about held-out tokens, by step.
-
-    A resumed run logs some steps twice; the later line counts.
-    """
-    lines = path.read_text(encoding="utf-8").split("\n")
+    """Read the lines about training and about held-out tokens, by step; of a step that was logged twice the later."""
+    require_log(path.parent)
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     training: dict[float, dict[str, Any]] = {}
     heldout: dict[float, dict[str, Any]] = {}
     for number, line in enumerate(lines, start=1):

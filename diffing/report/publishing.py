@@ -10,8 +10,9 @@ from crosscoders.common.files import write_bytes, write_json
 from diffing.latents.nulls import read_nulls
 from diffing.report.causes import read_causal
 from diffing.report.data import read_run
-from diffing.report.render import render_html, render_json, table_rows
+from diffing.report.render import render_html, render_json, render_methods, table_rows
 from diffing.report.samples import read_replies, read_say
+from diffing.report.sections import read_sections
 
 
 class ReportFiles(NamedTuple):
@@ -24,17 +25,23 @@ class ReportFiles(NamedTuple):
 
 
 def write_report(run: Path, *, html: Path | None = None, json: Path | None = None) -> ReportFiles:
-    """Write RUN/report.html and RUN/report.json, or the given files. Equal runs give equal bytes.
+    """Write RUN/report.html and RUN/report.json, or the given files. Equal runs give equal bytes. A folder without a
+    crosscoder gets a page about the other methods in it.
 
     Raises:
         InputError: RUN has no latents.json, or one of its files lacks something; the message names it.
         CorruptData: a file of RUN is not JSON.
         EnvironmentFault: a file cannot be written.
     """
-    read = read_run(run)._replace(
-        nulls=read_nulls(run), causal=read_causal(run), say=read_say(run), replies=read_replies(run)
-    )
     files = ReportFiles(html or run / "report.html", json or run / "report.json")
+    sections = read_sections(run)
+    if sections and not (run / "latents.json").is_file():
+        write_bytes(files.html, render_methods(sections))
+        write_json(files.json, {"name": "report", "rows": [entry for section in sections for entry in section.rows]})
+        return files
+    read = read_run(run)._replace(
+        nulls=read_nulls(run), causal=read_causal(run), say=read_say(run), replies=read_replies(run), sections=sections
+    )
     rows = table_rows(read)
     write_bytes(files.html, render_html(read, rows))
     write_json(files.json, render_json(read, rows))

@@ -18,10 +18,11 @@ from plotly.offline import get_plotlyjs
 from crosscoders.dictionary.health import warning
 from diffing.latents.nulls import NULL, counts_beside, kinds_of
 from diffing.latents.verdict import VERDICTS
-from diffing.report import causes, figures, nulls, samples, summary
+from diffing.report import causes, figures, findings, nulls, samples, summary
 from diffing.report.curves import training_figures
 from diffing.report.data import MADE_BY, Example, Run, command_for
 from diffing.report.definitions import COLUMNS, definitions
+from diffing.report.sections import Section, absent
 from diffing.report.text import NONE, Part, clip, fixed, flat, highlight, html_length, number, numbers, visible
 
 HERE = Path(__file__).parent
@@ -29,9 +30,9 @@ FIXED = ("nu_", "beta_", "share_", "template_share", "specificity", "decoder_cos
 """Beginnings of columns that are read with three decimals."""
 TABLE_ROWS = 2_000
 TABLE_CHARACTERS = 2_000_000
-BEST_LATENTS = 10
+BEST_LATENTS, NEAREST_LATENTS = 12, 5
 EXAMPLES_OF_A_LATENT = 10
-EXAMPLE_CHARACTERS = 900_000
+EXAMPLE_CHARACTERS = 2_400_000
 # The two budgets are of HTML and keep the page below 8 MB beside plotly.js, which has 4.8 MB.
 
 
@@ -102,18 +103,21 @@ def render_html(run: Run, rows: list[Row]) -> bytes:
     cards, cards_sentence = shown_examples(run)
     linked = {card.latent for card in cards}
     base, tuned = summary.pair_names(run)
+    of_sections = [figure for section in run.sections for figure in section.figures]
     page = page_template().render(
         style=Markup((HERE / "style.css").read_text(encoding="utf-8")),
         script=Markup((HERE / "page.js").read_text(encoding="utf-8")),
         plotly=Markup(get_plotlyjs()),
-        specs=figure_json([*curves, *norms, nu, *null_figure, *causal_figure]),
+        specs=figure_json([*curves, *norms, nu, *null_figure, *causal_figure, *of_sections]),
         base=base,
         tuned=tuned,
         summary=summary,
         warning=warning(against) if (against := summary.reasons_against(run)) else "",
         run=run,
         missing={name: command_for(name, run.path) for name in MADE_BY if not (run.path / name).is_file()},
+        findings=findings,
         best=best_latents(run),
+        nearest=nearest_latents(run),
         curves=curves,
         curves_caption=curves_caption,
         norms=norms,
@@ -125,6 +129,8 @@ def render_html(run: Run, rows: list[Row]) -> bytes:
         causes=causes,
         causal_figure=causal_figure,
         causal_command=causes.CAUSAL.format(run=run.path),
+        sections=run.sections,
+        absent_methods=absent(run.path, run.sections),
         samples=samples,
         say_command=samples.SAY.format(run=run.path),
         replies_command=samples.REPLIES.format(run=run.path),
@@ -143,9 +149,24 @@ def render_html(run: Run, rows: list[Row]) -> bytes:
     return page.encode()
 
 
+def render_methods(sections: list[Section]) -> bytes:
+    """Return the page of a folder without a crosscoder: the sections of other methods alone."""
+    base, tuned = sections[0].pair
+    page = page_template("methods.html.j2").render(
+        style=Markup((HERE / "style.css").read_text(encoding="utf-8")),
+        script=Markup((HERE / "page.js").read_text(encoding="utf-8")),
+        plotly=Markup(get_plotlyjs()),
+        specs=figure_json([figure for section in sections for figure in section.figures]),
+        base=base,
+        tuned=tuned,
+        sections=sections,
+    )
+    return page.encode()
+
+
 @cache
-def page_template() -> Template:
-    """Return the template, compiled once: every expression is escaped, an unknown name is an error."""
+def page_template(name: str = "template.html.j2") -> Template:
+    """Return a template, compiled once: every expression is escaped, an unknown name is an error."""
     environment = Environment(
         loader=FileSystemLoader(HERE),
         autoescape=True,
@@ -154,7 +175,7 @@ def page_template() -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("template.html.j2")
+    return environment.get_template(name)
 
 
 def figure_json(shown: list[figures.Figure]) -> Markup:
@@ -211,9 +232,16 @@ def cells(run: Run, name: str, indices: list[int]) -> list[str]:
 
 
 def best_latents(run: Run) -> list[Card]:
-    """Return cards of the first alive latents by rank, with one context each."""
+    """Return cards of the first latents that are specific to a model, with one context each."""
+    return [card(run, i, 1) for i in findings.specific_latents(run)[:BEST_LATENTS]]
+
+
+def nearest_latents(run: Run) -> list[Card]:
+    """Return cards of the best-ranked latents that are not specific, where none is."""
+    if findings.specific_latents(run):
+        return []
     ranked = [i for i in run.latents.order if run.latents.alive[i] and run.latents.columns["rank"][i] is not None]
-    return [card(run, i, 1) for i in ranked[:BEST_LATENTS]]
+    return [card(run, i, 1) for i in ranked[:NEAREST_LATENTS]]
 
 
 def shown_examples(run: Run) -> tuple[list[Card], str]:

@@ -111,10 +111,12 @@ def inspect(settings: SaeSettings) -> Inputs:
     Raises:
         InputError: dictionaries, models, a null or data that do not fit each other.
     """
-    info = inspect_sae(settings.sae, settings.base, settings.hook_point)
+    is_patched = settings.n_documents > 0
+    info = inspect_sae(settings.sae, settings.base, settings.hook_point, is_patched=is_patched)
     twin = None
     if settings.tuned_sae is not None:
-        twin = inspect_sae(settings.tuned_sae, settings.tuned, settings.hook_point or info.hook_point)
+        hook_point = settings.hook_point or info.hook_point
+        twin = inspect_sae(settings.tuned_sae, settings.tuned, hook_point, is_patched=is_patched)
         require_twins(info, twin)
     pair = inspect_pair(settings.base, settings.tuned, [info.hook_point])
     if settings.null is not None:

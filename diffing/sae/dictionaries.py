@@ -7,19 +7,19 @@ from torch import Tensor
 from crosscoders.common.errors import InputError
 from crosscoders.models import hooks
 from crosscoders.models.names import hash_model, load_auto
-from sae_lora.dictionaries.frozen import DictionaryInfo, FrozenDictionary, require_fit, require_spliceable
+from sae_lora.dictionaries.frozen import DictionaryInfo, FrozenDictionary, is_transcoder, require_fit
 from sae_lora.dictionaries.loading import inspect_dictionary, reads_two_models
 
 _PER_TOKEN = ("layer_norm", "constant_norm_rescale")
 _CHUNK = 1024
 
 
-def inspect_sae(path: str, model: str, hook_point: str | None) -> DictionaryInfo:
+def inspect_sae(path: str, model: str, hook_point: str | None, *, is_patched: bool) -> DictionaryInfo:
     """Check a dictionary against the model that it belongs to, by headers and configurations.
 
     Raises:
-        InputError: a transcoder, another width, layer or hook point, a record of another model, a crosscoder of two
-            models, decoders that are another for each token; as `inspect_dictionary`.
+        InputError: a transcoder whose latents shall be patched, another width, layer or hook point, a record of another
+            model, a crosscoder of two models, decoders that are another for each token; as `inspect_dictionary`.
     """
     if reads_two_models(path):
         raise InputError(
@@ -27,7 +27,11 @@ def inspect_sae(path: str, model: str, hook_point: str | None) -> DictionaryInfo
         )
     config = load_auto(model, "config").get_text_config()
     info = inspect_dictionary(path, hook_point=hook_point, model_type=config.model_type)
-    require_spliceable(info)
+    if is_patched and is_transcoder(info):
+        raise InputError(
+            f"{path!r} is a transcoder: it reads {info.hook_point!r} and writes {info.writes!r}, so its latents cannot "
+            "be patched where they are read. Give --n-documents 0: their rates alone."
+        )
     width = hooks.width(config, info.hook_point)
     require_fit(info, d_model=width, n_layers=config.num_hidden_layers, model_name=model, model_hash=hash_model(model))
     if (how := info.settings.get("normalize_activations")) in _PER_TOKEN:

@@ -26,7 +26,7 @@ from crosscoders.text.tokens import ROLES
 from diffing.latents.contexts import ContextSums, group_tokens
 from diffing.sae.clusters import DocumentSums
 from diffing.sae.dictionaries import directions, token_chunk
-from sae_lora.dictionaries.frozen import FrozenDictionary
+from sae_lora.dictionaries.frozen import FrozenDictionary, is_transcoder
 
 MODELS = ("base", "tuned")
 QUANTITIES = ("rate", "mean", "reply_rate", "reply_max")
@@ -38,8 +38,8 @@ class Rates(NamedTuple):
 
     table: pandas.DataFrame
     """A row for each latent."""
-    fve: list[float]
-    """Fraction of variance explained, per model."""
+    fve: list[float | None]
+    """Fraction of variance explained, per model; None for a transcoder, which rebuilds something else."""
     l0: list[float]
     """Mean active latents per token, per model."""
     n_tokens: int
@@ -112,7 +112,8 @@ class _Sums:
         device = next(iter(dictionary.state_dict().values())).device
         x = tokens.activations[:, model].to(device, dictionary.dtype)
         f, x_hat = dictionary.reconstruct(x)
-        self.quality[model].add(x.float()[:, None], x_hat.float()[:, None], (f > 0).sum(dim=0))
+        if not is_transcoder(dictionary.info):
+            self.quality[model].add(x.float()[:, None], x_hat.float()[:, None], (f > 0).sum(dim=0))
         f = f.float().cpu()
         at, latents = (f > 0).nonzero(as_tuple=True)
         self.contexts[model].add(selection.Active(at, latents, f[at, latents], *f.shape), tokens)
@@ -141,12 +142,12 @@ def compare_rates(dictionary: FrozenDictionary, cache: ActivationCache, *, seed:
     columns["main_context"], columns["main_context_share"] = _main_contexts(sums.contexts, change)
     table = pandas.DataFrame(columns)
     table.index.name = "latent"
-    results = [quality.result() for quality in sums.quality]
+    fve = [None if is_transcoder(dictionary.info) else quality.result().fve[0] for quality in sums.quality]
     return Rates(
         table,
-        [result.fve[0] for result in results],
-        [result.l0 for result in results],
-        results[0].n_tokens,
+        fve,
+        [float(sums.paired["rate", side].mean().sum()) for side in MODELS],
+        int(sums.paired["rate", "change"].n),
         sums.paired["rate", "change"].n_documents,
         int(sums.paired["reply_rate", "change"].n),
     )

@@ -17,13 +17,11 @@ def sae_summary(described: dict[str, Any]) -> str:
     values = {entry["name"]: entry for entry in described["rows"]}
     lines = ["", f"{'':<12}{'model':<8}{'FVE':>7}{'L0':>8}{'CE added by splice':>22}"]
     for key in values:
-        if key.endswith(".fve"):
-            start, (_, dictionary, model, _) = key.removesuffix(".fve"), key.split(".")
-            added = values.get(f"{start}.splice_ce")
-            shown = "" if added is None else f"{added['value']:.3f}"
-            lines.append(
-                f"{dictionary:<12}{model:<8}{values[key]['value']:>7.3f}{values[f'{start}.l0']['value']:>8.1f}{shown:>22}"
-            )
+        if key.endswith(".l0"):
+            start, (_, dictionary, model, _) = key.removesuffix(".l0"), key.split(".")
+            fve, added = (values.get(f"{start}.{name}") for name in ("fve", "splice_ce"))
+            shown = ["-" if entry is None else f"{entry['value']:.3f}" for entry in (fve, added)]
+            lines.append(f"{dictionary:<12}{model:<8}{shown[0]:>7}{values[key]['value']:>8.1f}{shown[1]:>22}")
     if "sae.twins.aligned" in values:
         share, permuted = (values[f"sae.twins.{key}"]["value"] for key in ("aligned", "aligned_permuted"))
         cosine = values["sae.twins.cosine_median"]["value"]

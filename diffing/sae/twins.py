@@ -78,7 +78,8 @@ def quality_rows(rates: dict[str, Rates]) -> list[dict[str, Any]]:
     for name, of_dictionary in rates.items():
         for m, model in enumerate(MODELS):
             n = of_dictionary.n_tokens
-            entries.append(row(f"sae.{name}.{model}.fve", of_dictionary.fve[m], "fraction", n))
+            if (fve := of_dictionary.fve[m]) is not None:
+                entries.append(row(f"sae.{name}.{model}.fve", fve, "fraction", n))
             entries.append(row(f"sae.{name}.{model}.l0", of_dictionary.l0[m], "latents/token", n))
     return entries
 

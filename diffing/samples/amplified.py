@@ -149,7 +149,9 @@ def decode_steps(
         logs = []
         for number, core in enumerate(cores):
             known = inspect.signature(core.forward).parameters
-            given = {"position_ids": places} if "position_ids" in known else {}
+            given: dict[str, Any] = {"position_ids": places} if "position_ids" in known else {}
+            if "logits_to_keep" in known:
+                given["logits_to_keep"] = 1
             out = core(input_ids=ids, attention_mask=mask, past_key_values=caches[number], use_cache=keeps, **given)
             caches[number] = out.past_key_values if keeps else None
             logs.append(log_probs(out.logits[:, -1, :n_ids]))
@@ -164,10 +166,13 @@ def decode_steps(
 def draw(probabilities: Float[Tensor, "rows vocab"], uniforms: Float[Tensor, " rows"]) -> Int[Tensor, " rows"]:
     """Return the token at which the summed probabilities pass the uniform number of each row; never one of
     probability 0."""
-    sums = probabilities.double().cumsum(dim=1)
-    chosen = torch.searchsorted(sums, (uniforms.double() * sums[:, -1])[:, None], right=True)[:, 0]
-    last = (probabilities > 0).cumsum(dim=1).argmax(dim=1)  # rounding may lead beyond it
-    return torch.minimum(chosen, last)
+    chosen = []
+    for row, uniform in zip(probabilities, uniforms.double(), strict=True):
+        possible = row.nonzero()[:, 0]  # few of the vocabulary where there is a cut
+        sums = row[possible].double().cumsum(dim=0)
+        place = torch.searchsorted(sums, uniform * sums[-1], right=True)
+        chosen.append(possible[place.clamp(max=len(possible) - 1)])  # rounding may lead beyond it
+    return torch.stack(chosen)
 
 
 def stop_ids(tokenizer: Any, models: Sequence[Any]) -> set[int]:

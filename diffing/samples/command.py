@@ -40,9 +40,8 @@ def say(settings: SaySettings) -> dict[str, Any]:
     null: dict[str, Any] | None = None
     if null_info is not None:
         del pair
-        null_samples = sample_pair(
-            load_two(null_info, settings.device, settings.model_dtype), prompts, n_bare, settings
-        )
+        null_pair = load_two(null_info, settings.device, settings.model_dtype)
+        null_samples = sample_pair(null_pair, prompts, n_bare, settings, of_base=samples.base)
         against = _compare(samples, [said.text for said in null_samples.tuned], settings, maximal=False)
         beyond = {phrase.text.lower() for phrase in against.phrases}
         own = _compare(null_samples, null_samples.base, settings)

@@ -16,7 +16,7 @@ from crosscoders.common.statistics import bootstrap_interval, resample
 from crosscoders.text.documents import read_source
 from crosscoders.text.settings import DataSource
 from crosscoders.text.templates import Message
-from crosscoders.text.tokens import tokenize_prompt, tokenize_text
+from crosscoders.text.tokens import tokenize_prompt
 from diffing.samples.phrases import words
 from diffing.samples.prompts import PROMPTS
 
@@ -49,7 +49,10 @@ def read_prompts(path: str | None, tokenizer: Any, template: str | None, n_promp
         raise InputError(
             f"{path!r} holds {len(conversations) or 'no'} prompt. Give at least two, one a paragraph or row."
         )
-    prompts = [_prompt(messages, tokenizer, template) for messages in conversations[:n_prompts]]
+    prompts = [
+        Prompt(messages[-1]["content"], tokenize_prompt(tokenizer, messages, template))
+        for messages in conversations[:n_prompts]
+    ]
     largest = max(max(prompt.ids) for prompt in prompts)
     if largest >= n_ids:
         raise InputError(f"a prompt has token id {largest}, but the ids of the models end at {n_ids - 1}.")
@@ -72,13 +75,6 @@ def _conversations(path: str, n_prompts: int) -> list[list[Message]]:
         if len(listed) == n_prompts:
             break
     return listed
-
-
-def _prompt(messages: list[Message], tokenizer: Any, template: str | None) -> Prompt:
-    text = messages[-1]["content"]
-    if len(messages) > 1 and template is None and not tokenizer.chat_template:
-        return Prompt(text, tokenize_text(tokenizer, "\n".join(message["content"] for message in messages))[0])
-    return Prompt(text, tokenize_prompt(tokenizer, text if len(messages) == 1 else messages, template))
 
 
 def _other_script(text: str) -> bool:

@@ -34,15 +34,23 @@ class Samples(NamedTuple):
     """The base's own."""
 
 
-def sample_pair(pair: ModelPair, prompts: Sequence[Sequence[int]], n_bare: int, settings: SaySettings) -> Samples:
-    """Return a sample at every strength and one of the base for each prompt, of which the first `n_bare` are bare."""
+def sample_pair(
+    pair: ModelPair,
+    prompts: Sequence[Sequence[int]],
+    n_bare: int,
+    settings: SaySettings,
+    *,
+    of_base: list[str] | None = None,
+) -> Samples:
+    """Return a sample at every strength and one of the base for each prompt, of which the first `n_bare` are bare;
+    `of_base`: the base's, where they were drawn before."""
     base, tuned = pair.models
     tokenizer = pair.info.tokenizer
     shown = [tokenizer.decode(prompt, skip_special_tokens=True) for prompt in prompts]
     ends = stop_ids(tokenizer, pair.models)
-    samples = Samples([], [])
+    samples = Samples([], of_base or [])
     for number, strength in enumerate(settings.strengths):
-        for model, a in ((tuned, strength), (base, 0.0)):
+        for model, a in ((tuned, strength), *([(base, 0.0)] if of_base is None else [])):
             drawn = decode(
                 base,
                 model,

@@ -57,7 +57,7 @@ def fit(settings: TopKFitSettings) -> dict[str, Any]:
             files.write_json(out / RUN, record)
     rows, text = _evaluated(setting, adapter, out, 10)
     say_closing(started, f"adapter in {out / ADAPTER}")
-    say(f"next: diffing topk-lora eval {shlex.quote(settings.out)}")
+    say(f"next: diffing report {shlex.quote(settings.out)}")
     return result("topk-lora fit", to_dict(config), rows) | {"text": text}
 
 

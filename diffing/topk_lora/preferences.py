@@ -7,15 +7,19 @@ log p sums over the response tokens. A fresh adapter has margin 0, so the first 
 Source: Rafailov et al. 2023, arXiv 2305.18290, equation 7.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from crosscoders.common.errors import InputError
 from crosscoders.models.predictions import ce, log_probs
+from crosscoders.text.padding import pad, padding_id
+from crosscoders.text.tokens import tokenize_chat, tokenize_prompt
 from diffing.finetuning import Schedule, finetune
 from sae_lora.lora.topk import TopKLoRA
 
@@ -36,6 +40,43 @@ class Preferences(NamedTuple):
 
     chosen: Replies
     rejected: Replies
+
+
+def tokenize_preferences(
+    rows: Sequence[dict[str, Any]], tokenizer: Any, template: str | None = None, *, context_length: int = 512
+) -> Preferences:
+    """Return preferences as `trl` and the hub hold them: `prompt` (a text, or messages), `chosen` and `rejected` (a
+    text, or a list of one message). A reply is what follows the prompt's tokens, with the end of its turn.
+
+    Raises:
+        InputError: a row lacks one of them, or is longer than `context_length` tokens.
+    """
+    halves: list[list[tuple[list[int], int]]] = [[], []]
+    for number, row in enumerate(rows):
+        if missing := [key for key in ("prompt", "chosen", "rejected") if not row.get(key)]:
+            raise InputError(f"preference {number} has no {missing[0]!r}. A row is {{prompt, chosen, rejected}}.")
+        prompt = row["prompt"]
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        start = tokenize_prompt(tokenizer, messages, template)
+        for half, reply in zip(halves, (row["chosen"], row["rejected"]), strict=True):
+            said = {"role": "assistant", "content": reply} if isinstance(reply, str) else reply[0]
+            ids, _ = tokenize_chat(tokenizer, [*messages, said], template)
+            if len(ids) > context_length:
+                raise InputError(f"preference {number} has {len(ids)} tokens; raise context_length, or leave it out.")
+            half.append((ids, len(start)))
+    return Preferences(*(_padded(half, padding_id(tokenizer)) for half in halves))
+
+
+def _padded(half: list[tuple[list[int], int]], pad_id: int) -> Replies:
+    ids, mask, is_reply = (
+        pad([np.array(part(*row)) for row in half], fill, dtype)
+        for part, fill, dtype in (
+            (lambda ids, n: ids, pad_id, torch.int64),
+            (lambda ids, n: [1] * len(ids), 0, torch.int64),
+            (lambda ids, n: [i >= n for i in range(len(ids))], 0, torch.bool),
+        )
+    )
+    return Replies(ids, mask, is_reply)
 
 
 def reply_log_probs(model: Any, replies: Replies) -> Float[Tensor, " rows"]:

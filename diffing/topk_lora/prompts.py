@@ -5,6 +5,7 @@ A reply counts by its tokens under teacher forcing: if each of the first n is th
 greedy decoding gives exactly these n, so one forward pass says what generation would.
 """
 
+import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -47,7 +48,7 @@ class Prompts(NamedTuple):
 
 
 def read_prompts(sources: list[DataSource], tokenizer: Any, *, per_label: int) -> tuple[list[list[int]], list[str]]:
-    """Return token ids of the first user messages of chats, and their labels (the `group` of a row), at most
+    """Return token ids of chats up to their first user message, and their labels (the `group` of a row), at most
     `per_label` different ones of each label, in the order of the files.
 
     Raises:
@@ -60,12 +61,15 @@ def read_prompts(sources: list[DataSource], tokenizer: Any, *, per_label: int) -
         for document in read_source(source):
             if document.refused is not None or isinstance(document.content, str):
                 continue
-            question = str(document.content[0]["content"])
-            label = document.group
+            roles = [message["role"] for message in document.content]
+            if "user" not in roles:
+                continue
+            asked = document.content[: roles.index("user") + 1]
+            question, label = json.dumps(asked), document.group
             if question in seen or labels.count(label) >= per_label:
                 continue
             seen.add(question)
-            ids.append(tokenize_prompt(tokenizer, question))
+            ids.append(tokenize_prompt(tokenizer, asked))
             labels.append(label)
     if not ids:
         raise InputError("no chat was found in the data. Name files whose rows have `messages`, and a `group`.")

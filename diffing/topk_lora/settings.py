@@ -40,12 +40,15 @@ class DistilConfig(TopKLoRAConfig):
     """Weight of the normalised squared error of the residual stream, mean over layers, beside the KL."""
     cutover_weight: float = 0.0
     """Weight of the KL of the tuned model's upper layers on the adapted base's lower ones, cut at a random layer."""
+    revive_after: int | None = None
+    """Directions that have not fired on as many tokens of training are drawn anew; default: none."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive(self, "n_tokens", "steps", "batch_rows", "lr", "context_length")
+        require_range(self, 1, None, "revive_after")
         require_range(self, 0, None, "hidden_weight", "cutover_weight")
         if self.objective == "sft" and (self.hidden_weight or self.cutover_weight):
             raise InputError("hidden_weight and cutover_weight have no effect with objective sft. Leave them out.")

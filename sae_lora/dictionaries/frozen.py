@@ -266,9 +266,14 @@ class Constant(FrozenDictionary):
         return self.value.expand(len(latents), -1)
 
 
+def is_transcoder(info: DictionaryInfo) -> bool:
+    """Tell whether a dictionary computes something else than what it reads."""
+    return info.writes not in (None, info.hook_point)
+
+
 def require_spliceable(info: DictionaryInfo) -> None:
     """Raise InputError for a transcoder, whose output is no reconstruction of what it reads."""
-    if info.writes not in (None, info.hook_point):
+    if is_transcoder(info):
         raise InputError(
             f"dictionary {info.path!r} is a transcoder: it reads {info.hook_point!r} and computes {info.writes!r}, "
             "so it cannot be spliced. Give an SAE."

@@ -10,6 +10,7 @@ from torch import nn
 from crosscoders.common import files
 from crosscoders.common.devices import model_dtype
 from crosscoders.common.errors import InputError
+from crosscoders.common.seals import checksum
 from crosscoders.models import hooks, loading
 from crosscoders.models.limits import require_readable
 from crosscoders.models.names import hash_model, load_auto, require_no_lost_path
@@ -47,7 +48,7 @@ class Plan(NamedTuple):
 
     def token_hash(self) -> str:
         """Return sha256 over the checksums of the token ids and of the borders of sequences."""
-        return files.hash_json([files.checksum(array.tobytes()) for array in (self.rows.ids, self.rows.offsets)])
+        return files.hash_json([checksum(array.tobytes()) for array in (self.rows.ids, self.rows.offsets)])
 
 
 def make_plan(

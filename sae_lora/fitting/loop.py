@@ -150,7 +150,7 @@ class _Log:
 
     def write(self, step: int, grad_norm: float, lr: float) -> None:
         """Write a line in the file and one for people."""
-        kl, rate = self.kl / self.n_tokens, round(self.n_tokens / (time.perf_counter() - self.since))
+        kl, rate = self.kl / self.n_tokens, round(self.n_tokens / max(time.perf_counter() - self.since, 1e-9))
         line = {"step": step, "kl": kl, "grad_norm": grad_norm, "lr": lr, "n_tokens": self.n_tokens}
         with self.path.open("a") as file:
             file.write(json.dumps(line | {"tokens_per_second": rate}) + "\n")

@@ -121,11 +121,11 @@ def write_published(adapter: TopKLoRA, folder: str | Path, *, base: str) -> None
     topk = {"r": config.rank, "alpha": scale * config.rank, "k": k, "k_final": k, "alpha_over_r": True,
             "use_topk": config.gate == "topk", "dense_baseline": config.gate == "none", "relu_latents": True,
             "topk_mode": "topk", "hard_eval": True, "target_modules": modules, "dropout": 0.0}  # fmt: skip
-    files.write_json(path / TOPK_CONFIG, topk)
+    files.write_json(path / TOPK_CONFIG, topk, foreign=True)
     peft = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": config.rank,
             "lora_alpha": scale * config.rank, "target_modules": modules, "layers_to_transform": config.layers,
             "bias": "none", "lora_dropout": 0.0}  # fmt: skip
-    files.write_json(path / PEFT_CONFIG, peft)
+    files.write_json(path / PEFT_CONFIG, peft, foreign=True)
     say(f"warning: plain PEFT takes {path} for a dense LoRA and says nothing; only {TOPK_CONFIG} tells it apart.")
 
 
@@ -143,6 +143,6 @@ def read_circuits(folder: str | Path) -> dict[str, list[Any]]:
     for path in found:
         try:
             circuits[path.stem] = list(json.loads(path.read_bytes())["kept_latents"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise CorruptData(f"{path} holds no kept_latents. Download it again.") from None
     return circuits

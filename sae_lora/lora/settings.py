@@ -25,7 +25,8 @@ class TopKLoRAConfig:
     layers: list[int] | None = None
     """Decoder layers whose linear maps are adapted; default: all."""
     modules: list[str] | None = None
-    """Last parts of the names of linear maps, such as q_proj; default: all."""
+    """Last parts of the names of linear maps, such as q_proj; default: all. `mlp`: a sparse branch beside the MLP,
+    MLP(x) + s B gate(A x)."""
     embedding: bool = False
     """Also the embedding, and the head where it is tied to it."""
     k_start_factor: float = 2.0

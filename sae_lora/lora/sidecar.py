@@ -24,6 +24,9 @@ SIDECAR = "splice.json"
 CORRECTOR_WEIGHTS = "corrector.safetensors"
 
 
+PEFT_CONFIG = "adapter_config.json"
+
+
 class ControlOf(Record):
     """What a control was made from."""
 
@@ -72,6 +75,8 @@ class SidecarRecord(Record):
     foreign_dictionary: bool
     other_model: Named | None = None
     weights: FileRecord
+    peft_config: FileRecord | None = None
+    """Of adapter_config.json, where there is one."""
 
     @model_validator(mode="after")
     def _agrees(self) -> "SidecarRecord":
@@ -98,6 +103,8 @@ def write_sidecar(
         "dictionaries": [dictionary.identity() for dictionary in dictionaries],
         "weights": files.written(folder / weights_file(described["corrector"]))._asdict(),
     }
+    if (folder / PEFT_CONFIG).is_file():
+        sidecar["peft_config"] = files.written(folder / PEFT_CONFIG)._asdict()
     files.write_json(folder / SIDECAR, sidecar)
 
 
@@ -110,7 +117,7 @@ def read_sidecar(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder)
     path = path / "adapter" if (path / "adapter").is_dir() else path
-    if not (path / "adapter_config.json").is_file() and not (path / SIDECAR).is_file():
+    if not (path / PEFT_CONFIG).is_file() and not (path / SIDECAR).is_file():
         raise InputError(f"{path} holds no adapter: there is no {SIDECAR}. Give a run of `sae-lora fit`.")
     if not (path / SIDECAR).is_file():
         raise InputError(
@@ -118,9 +125,11 @@ def read_sidecar(folder: str | Path) -> dict[str, Any]:
             "whole folder of `sae-lora fit`, or load it with plain PEFT if it is none."
         )
     sidecar = files.read_model(path / SIDECAR, SidecarRecord)
-    weights = path / weights_file(sidecar["corrector"])
-    if not weights.is_file() or files.written(weights)._asdict() != sidecar["weights"]:
-        raise CorruptData(f"{weights} is not the file that {SIDECAR} describes. Copy or fit it again.")
+    described = {weights_file(sidecar["corrector"]): sidecar["weights"], PEFT_CONFIG: sidecar.get("peft_config")}
+    for name, expected in described.items():
+        file = path / name
+        if expected and (not file.is_file() or files.written(file)._asdict() != expected):
+            raise CorruptData(f"{file} is not the file that {SIDECAR} describes. Copy or fit it again.")
     return {**sidecar, "folder": str(path)}
 
 

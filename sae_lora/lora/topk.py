@@ -61,7 +61,7 @@ class TopKLoRA(nn.Module):
         self._handles: list[Any] = []
         device = next(model.parameters()).device
         for name, module in _targets(model, config).items():
-            site = _site(name, module, config)
+            site = _site(name, module, config, model)
             if isinstance(site, SparseLoRATable):
                 head = model.get_output_embeddings()  # type: ignore[operator]
                 is_tied = head is not None and head.weight is module.weight
@@ -118,6 +118,11 @@ class TopKLoRA(nn.Module):
         self.k_now = self.config.k_at(fraction)
         for site in self.sites.values():
             site.k = self.k_now
+
+    def revive_(self, n_tokens: int, generator: torch.Generator) -> int:
+        """Draw anew the directions that have not fired on the last `n_tokens` tokens of training; return their
+        number."""
+        return sum(site.revive_(n_tokens, generator) for site in self.sites.values())
 
     @contextmanager
     def multiplied(self, multipliers: dict[str, Tensor]) -> Iterator[None]:
@@ -225,6 +230,8 @@ def _targets(model: nn.Module, config: TopKLoRAConfig) -> dict[str, nn.Module]:
     by_name = dict(model.named_modules())
     names = find_targets(model, layers).modules
     if config.modules is not None:
+        blocks = {id(hooks.decoder_layers(model)[layer]) for layer in layers}
+        names += [f"{name}.mlp" for name, module in by_name.items() if id(module) in blocks and hasattr(module, "mlp")]
         endings = {name.rsplit(".", 1)[-1] for name in names}
         unknown = [name for name in config.modules if name not in endings]
         if unknown:
@@ -239,13 +246,15 @@ def _targets(model: nn.Module, config: TopKLoRAConfig) -> dict[str, nn.Module]:
     return targets
 
 
-def _site(name: str, module: nn.Module, config: TopKLoRAConfig) -> SparseLoRA:
-    weight = module.weight
-    assert isinstance(weight, Tensor)
+def _site(name: str, module: nn.Module, config: TopKLoRAConfig, model: nn.Module) -> SparseLoRA:
     is_table = isinstance(module, nn.Embedding)
-    d_out, d_in = (weight.shape[1], weight.shape[0]) if is_table else tuple(weight.shape)
-    if not is_table and not isinstance(module, nn.Linear):  # Conv1D holds (in, out)
-        d_in, d_out = d_out, d_in
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, Tensor):
+        d_out, d_in = (weight.shape[1], weight.shape[0]) if is_table else tuple(weight.shape)
+        if not is_table and not isinstance(module, nn.Linear):  # Conv1D holds (in, out)
+            d_in, d_out = d_out, d_in
+    else:
+        d_in = d_out = model.get_input_embeddings().embedding_dim  # type: ignore[operator]
     alpha = 2.0 * config.rank if config.alpha is None else config.alpha
     kind = SparseLoRATable if is_table else SparseLoRA
     return kind(

@@ -173,6 +173,17 @@ def test_saved_and_loaded_it_is_the_same_bit_for_bit(make: Make, tmp_path: Path)
     assert torch.equal(logits(again), logits(model))
 
 
+def test_a_sparse_branch_beside_an_mlp_reads_its_input_and_adds_to_its_output(make: Make) -> None:
+    model = make()
+    mlp, x = model.model.layers[1].mlp, torch.randn(1, 3, 16, generator=torch.Generator().manual_seed(0))
+    plain = mlp(x)
+    adapter = randomised(TopKLoRA.attach(model, TopKLoRAConfig(rank=8, k=2, layers=[1], modules=["mlp"], alpha=12)))
+    (site,) = adapter.sites.values()
+    z = (x @ site.A.T).clamp_min(0)
+    z = z * (z >= z.sort(dim=-1, descending=True).values[..., 1:2])
+    torch.testing.assert_close(mlp(x), plain + 1.5 * z @ site.W_out)
+
+
 def test_k_falls_linearly_to_its_last_value() -> None:
     config = TopKLoRAConfig(rank=64, k=8)
     assert [config.k_at(f) for f in (0, 0.1, 0.2, 1)] == [16, 12, 8, 8]

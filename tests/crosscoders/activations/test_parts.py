@@ -332,7 +332,7 @@ def test_parts_of_another_count_and_damaged_parts_are_refused(pair: Pair, parts:
         merge_parts([str(parts[0]), str(tmp_path / "cut"), str(parts[2])], str(tmp_path / "out"))
     entry = json.loads((tmp_path / "cut" / "part.json").read_text())
     entry["shards"].pop()
-    (tmp_path / "cut" / "part.json").write_text(json.dumps(entry))
+    files.write_json(tmp_path / "cut" / "part.json", entry)
     with pytest.raises(CorruptData, match="the parts hold 4 shards of 472 tokens, not 5 of 600"):
         merge_parts([str(parts[0]), str(tmp_path / "cut"), str(parts[2])], str(tmp_path / "out"))
 

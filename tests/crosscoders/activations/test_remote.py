@@ -33,9 +33,9 @@ def remote_bytes(url: str) -> dict[str, bytes]:
 
 
 def without_out(files: dict[str, bytes]) -> dict[str, object]:
-    """The files, and the manifest without the one setting that differs."""
+    """The files, and the manifest without the one setting that differs and the checksum over it."""
     manifest = json.loads(files["manifest.json"])
-    manifest["config"].pop("out")
+    manifest["config"].pop("out"), manifest.pop("content_checksum")
     return {**files, "manifest.json": manifest}
 
 

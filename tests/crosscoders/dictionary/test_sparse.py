@@ -36,10 +36,27 @@ def test_active_decode_transposed_and_sums_equal_dense_products() -> None:
     assert torch.equal(found.largest, f.amax(dim=0))
 
 
+@pytest.mark.parametrize("part_entries", [1, 8, 12, 1000])  # 1, 2, 3 and all latents in a part
+def test_parts_of_the_transposed_product_are_the_rows_of_all_active_latents(
+    part_entries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sparse, "PART_ENTRIES", part_entries)
+    pre, y = random(9, 7), random(9, 4, seed=2)
+    pre[:, 3] = -1.0  # never active
+    f = torch.relu(pre)
+    whole = torch.zeros(7, 4)
+    for latents, rows in sparse.transposed_parts(selection.active(pre, torch.zeros(7)), y):
+        assert rows.numel() <= max(part_entries, 4) and 3 not in latents
+        assert not whole[latents].any()  # each has one turn
+        whole[latents] = rows
+    torch.testing.assert_close(whole, f.T @ y)
+
+
 def test_nothing_active_gives_zeros() -> None:
     entries = selection.active(random(3, 4), torch.full((4,), torch.inf))
     assert torch.equal(sparse.decode(entries, random(4, 5)), torch.zeros(3, 5))
     assert torch.equal(sparse.transposed(entries, random(3, 2)), torch.zeros(4, 2))
+    assert not list(sparse.transposed_parts(entries, random(3, 2)))
 
 
 @pytest.mark.parametrize("jump", [1.0, 0.01, 100.0])

@@ -68,6 +68,6 @@ def test_documents_that_nothing_can_separate_are_refused(without_bos: Any, tmp_p
 def test_a_placebo_reads_the_same_borders(without_bos: Any, pair: Pair, tmp_path: Path) -> None:
     data = tmp_path / "d.jsonl"
     n = len(separated(rows_of(without_bos, data, TEXTS), without_bos).ids)
-    assert without_bos.decode(text_rows(without_bos, str(data), n)[0].tolist()) == "<eos>".join(TEXTS)
-    with_bos = text_rows(AutoTokenizer.from_pretrained(pair.tuned), str(data), 10)
+    assert without_bos.decode(text_rows(without_bos, str(data), n, 1)[0].tolist()) == "<eos>".join(TEXTS)
+    with_bos = text_rows(AutoTokenizer.from_pretrained(pair.tuned), str(data), 10, 1000)
     assert with_bos[0, 0] == 2 and not (with_bos == 1).any()

@@ -143,7 +143,7 @@ def test_a_run_from_before_a_setting_goes_on_where_that_has_its_default(tmp_path
     path = tmp_path / "a" / "run.json"
     recorded = json.loads(path.read_text())
     del recorded["config"]["adam_bits"], recorded["config"]["crosscoder"]["activation"]
-    path.write_text(json.dumps(recorded))
+    files.write_json(path, recorded)
     (tmp_path / "a" / "config.json").unlink()
     run(tmp_path / "a")
     assert (tmp_path / "a" / "config.json").is_file()

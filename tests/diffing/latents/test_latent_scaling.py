@@ -1,19 +1,23 @@
 """Latent Scaling, norms and verdicts: properties, the slow reference, recorded values, planted truth."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas
 import pytest
 import reference
 import torch
+import torch.utils._pytree as pytree
 from safetensors.torch import load_file
 from small_crosscoders import PARITY, make, sample
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from crosscoders import Crosscoder, CrosscoderConfig, InputError, load_crosscoder
+from crosscoders.dictionary import sparse
 from diffing import Thresholds, latent_table, scale_latents
 from diffing.latents.decoder_norms import decoder_cosine, decoder_difference, norm_class
-from diffing.latents.latent_scaling import TARGETS
+from diffing.latents.latent_scaling import TARGETS, ScalingSums
 from diffing.latents.verdict import ranks, specificity, verdicts
 
 
@@ -108,6 +112,60 @@ def test_jackknife_errors_match_the_spread_over_independent_samples() -> None:
         errors.append(found["beta_base_activation_stderr"])
     ratio = torch.stack(errors).mean(dim=0) / torch.stack(values).std(dim=0)
     assert (ratio > 0.6).all() and (ratio < 1.5).all()  # 40 samples: the spread itself is known to 11%
+
+
+def test_errors_do_not_shrink_where_neighbouring_batches_say_the_same() -> None:
+    # Two batches of one document hold no more than one of them: left out together, they leave the errors as they are.
+    cc, x = make("relu"), torch.randn(256, 2, 3, generator=torch.Generator().manual_seed(5))
+    once = scale_latents(cc, x.split(8))
+    twice = scale_latents(cc, [batch for batch in x.split(8) for _ in range(2)])
+    assert once.n_blocks == twice.n_blocks == 32
+    for name in once:
+        if name.endswith("_stderr"):
+            torch.testing.assert_close(once[name], twice[name], rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "n_blocks, n_batches, expected", [(32, 40, 20), (32, 1000, 32), (5, 6, 3), (2, 9, 2), (8, 3, 3)]
+)
+def test_blocks_are_equal_runs_of_neighbours(n_blocks: int, n_batches: int, expected: int) -> None:
+    # 40 batches in runs of 2; 1,000 of 32 (31.25); 6 of 2; 9 of 8; 3 of 1
+    cc, x = make("relu"), torch.randn(n_batches * 4, 2, 3, generator=torch.Generator().manual_seed(5))
+    sums, run = ScalingSums(cc, n_blocks), -(-n_batches // expected)
+    for batch in x.split(4):
+        sums.add(batch)
+    assert sums.result().n_blocks == expected
+    f = cc.encode(x).double()
+    totals = torch.stack([part.sum(dim=0) for part in f.split(4 * sums.run)])
+    assert sums.run >= run and len(totals) == expected
+    torch.testing.assert_close(sums.f[:expected], totals)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the largest tensor that any operation gives."""
+
+    n = 0
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = operation(*args, **(kwargs or {}))
+        for tensor in pytree.tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self.n = max(self.n, tensor.numel())
+        return out
+
+
+def test_no_tensor_is_as_large_as_all_latents_times_all_targets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sparse, "PART_ENTRIES", 1024)
+    cc = Crosscoder(CrosscoderConfig(dict_size=512, d_model=32, activation="relu")).requires_grad_(False)
+    cc.init_weights_(norm=0.3, generator=torch.Generator().manual_seed(0))
+    x, sums = torch.randn(80, 2, 32, generator=torch.Generator().manual_seed(1)), ScalingSums(cc)
+    whole = scale_latents(cc, x.split(16))
+    with Largest() as largest:
+        for batch in x.split(16):
+            sums.add(batch)
+    decoder = 512 * 2 * 32
+    assert largest.n <= decoder  # a view of the weights; f^T y for all latents has twice as many numbers
+    assert torch.equal(sums.result()["nu_error"], whole["nu_error"])
 
 
 def planted(gain: float, *, n: int = 6000) -> tuple[Crosscoder, torch.Tensor]:

@@ -1,9 +1,11 @@
 """Null models that are made, `diffing null` on tiny models, its file, and what it refuses."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import Pair, make_model, make_tokenizer
@@ -16,6 +18,8 @@ from crosscoders import (  # fmt: skip
 )
 from crosscoders import cli as crosscoders_cli
 from crosscoders.common import files, memory
+from crosscoders.text.documents import Document
+from crosscoders.text.settings import DataSource
 from diffing import cli as diffing_cli
 from diffing.latents.nulls import counts_beside, read_nulls
 from diffing.null import models
@@ -139,6 +143,30 @@ def test_a_placebo_with_lora_is_a_null_of_the_pair(pair: Pair, scaled_run: Path,
     assert not found["thresholds"][0]["held_out"]  # one seed: the rate is that of the crosscoder it was fixed on
 
 
+def test_own_samples_are_drawn_from_the_base_itself_past_any_end(pair: Pair) -> None:
+    model, tokenizer = models.load_base(pair.base, "float32")
+    rows = models.sampled_rows(model, tokenizer, 3000, 3, seed=0)
+    assert rows.shape == (3000, 3) and (rows[:, 0] == tokenizer.bos_token_id).all()
+    assert torch.equal(rows[:300], models.sampled_rows(model, tokenizer, 3000, 3, seed=0)[:300])
+    with torch.inference_mode():
+        logits = model(input_ids=torch.tensor([[2], [1]])).logits[:, 0]
+    p, n = logits[0].softmax(dim=0).numpy(), len(rows)
+    drawn = np.bincount(rows[:, 1].numpy(), minlength=len(p)) / n
+    assert ((drawn - p) ** 2 / (p * (1 - p) / n)).mean() == pytest.approx(1, abs=0.4)  # chi-squared of 320 tokens
+    for weight in model.parameters():
+        weight.data.zero_()
+    model.lm_head.weight.data[tokenizer.eos_token_id] = 0  # uniform, EOS among the rest
+    after = models.sampled_rows(model, tokenizer, 3000, 3, seed=1)
+    assert len(after[after[:, 1] == tokenizer.eos_token_id, 2].unique()) > 3  # goes on after EOS
+
+
+def test_a_placebo_of_its_own_samples_keeps_the_loss_on_text(pair: Pair, raw_text: str, tmp_path: Path) -> None:
+    recipe = models.Placebo(models.SELF, steps=12, lr=1e-3, rows=4)
+    made = models.train_placebo(pair.base, tmp_path / "model", recipe, context_length=32, seed=0, device="cpu")
+    assert json.loads((made / "made.json").read_text())["train_placebo"] == "self"
+    assert mean_loss(pair.base, made, raw_text) == pytest.approx(mean_loss(pair.base, None, raw_text), abs=0.1)
+
+
 def mean_loss(base: str, tuned: Path | None, text: str) -> float:
     """Next-token loss of a model on the first 512 tokens of a text."""
     import peft
@@ -147,7 +175,7 @@ def mean_loss(base: str, tuned: Path | None, text: str) -> float:
     adapter = tuned is not None and (tuned / "adapter_config.json").is_file()
     model: Any = AutoModelForCausalLM.from_pretrained(base if adapter or tuned is None else tuned)
     model = peft.PeftModel.from_pretrained(model, str(tuned)) if adapter else model
-    ids = models.text_rows(AutoTokenizer.from_pretrained(base), text, 512)[:1]
+    ids = models.text_rows(AutoTokenizer.from_pretrained(base), text, 512, 1)
     with torch.no_grad():
         return float(model.eval()(input_ids=ids, labels=ids).loss)
 
@@ -216,10 +244,10 @@ def test_a_chat_or_too_little_text_is_no_placebo_text(pair: Pair, tmp_path: Path
 
     tokenizer = AutoTokenizer.from_pretrained(pair.base)
     with pytest.raises(InputError, match="is a chat; a placebo is tuned on raw text only"):
-        models.text_rows(tokenizer, pair.data, 16)
+        models.text_rows(tokenizer, pair.data, 16, 1000)
     (tmp_path / "short.txt").write_text("Return the name.")
     with pytest.raises(InputError, match=r"less than one row of 1,024\. Give more text"):
-        models.text_rows(tokenizer, str(tmp_path / "short.txt"), 1024)
+        models.text_rows(tokenizer, str(tmp_path / "short.txt"), 1024, 9)
 
 
 def test_rows_of_a_placebo_text_that_cannot_be_read_are_left_out_and_counted(
@@ -232,12 +260,30 @@ def test_rows_of_a_placebo_text_that_cannot_be_read_are_left_out_and_counted(
     clean, broken, bad = (tmp_path / f"{name}.jsonl" for name in ("clean", "broken", "bad"))
     clean.write_text("\n".join(good))
     broken.write_text("\n".join([*good[:9], "{", '{"text": 3}', *good[9:]]))
-    rows = models.text_rows(tokenizer, str(broken), 16)
-    assert torch.equal(rows, models.text_rows(tokenizer, str(clean), 16))
+    rows = models.text_rows(tokenizer, str(broken), 16, 1000)
+    assert torch.equal(rows, models.text_rows(tokenizer, str(clean), 16, 1000))
     assert "left out 2 of 62 rows: 1 broken_json, 1 no_text" in capsys.readouterr().err
     bad.write_text("\n".join([*good, *["{"] * 8]))
     with pytest.raises(InputError, match=r"8 of 68 rows cannot be read, more than max_refused = 0\.1 admits"):
-        models.text_rows(tokenizer, str(bad), 16)
+        models.text_rows(tokenizer, str(bad), 16, 1000)
+
+
+def test_a_placebo_text_is_read_no_further_than_its_rows_need(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer, n_read = AutoTokenizer.from_pretrained(pair.base), 0
+
+    def endless(_: DataSource) -> Iterator[Document]:
+        nonlocal n_read
+        while n_read < 10_000:  # a stream that nobody reads to its end
+            n_read += 1
+            yield Document(f"Return the name of file {n_read}.", "text", "here")
+
+    monkeypatch.setattr(models, "read_source", endless)
+    rows = models.text_rows(tokenizer, "a stream", 16, 5)
+    assert rows.shape == (5, 16) and n_read <= 5 * 16 + 1
+    n_read = 0
+    assert torch.equal(models.text_rows(tokenizer, "a stream", 16, 9)[:5], rows)
 
 
 def test_rounding_that_changes_nothing_is_refused(pair: Pair, tmp_path: Path) -> None:

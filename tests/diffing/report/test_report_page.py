@@ -101,12 +101,14 @@ def test_payload_tokens_create_no_element_and_no_attribute(tmp_path: Path) -> No
 
 def test_payloads_in_contexts_and_extra_columns_create_no_element(tmp_path: Path) -> None:
     pages = []
-    for name, words in (("a", ["x"]), ("b", PAYLOADS)):
+    for name, words in (("a", [f"x{i}" for i in range(len(PAYLOADS))]), ("b", PAYLOADS)):
         run = write_run(tmp_path / name)
 
         def change(table: dict[str, Any], words: list[str] = words) -> None:
             table["columns"]["main_context"] = [words[i % len(words)] for i in range(40)]
-            table["columns"]["note" if len(words) == 1 else "<img src=x>"] = [words[-i % len(words)] for i in range(40)]
+            table["columns"]["note" if words is not PAYLOADS else "<img src=x>"] = [
+                words[-i % len(words)] for i in range(40)
+            ]
 
         change_latents(run, change)
         pages.append(page_of(run))

@@ -10,7 +10,8 @@ import pandas
 import pytest
 import torch
 from conftest import Pair, make_model, make_tokenizer
-from shared_saes import POINT, SIZE, jumprelu, settings
+from safetensors.torch import save_file
+from shared_saes import POINT, SIZE, WIDTH, jumprelu, settings
 
 from crosscoders import ActivationCache, InputError
 from crosscoders.models.pair import ModelPair, inspect_pair, load_pair
@@ -222,3 +223,28 @@ def test_empty_data_is_one_line(pair: Pair, folder: Path, tmp_path: Path) -> Non
     empty.write_text("")
     with pytest.raises(InputError, match=r"empty|no document"):
         inspect(settings(pair, tmp_path / "out", folder, data=str(empty)))
+
+
+def test_a_transcoder_has_rates_and_no_patches(pair: Pair, tmp_path: Path) -> None:
+    folder = tmp_path / "saes" / "layers.1.mlp"
+    folder.mkdir(parents=True)
+    g = torch.Generator().manual_seed(0)
+    weight, decoder = torch.randn(SIZE, WIDTH, generator=g), torch.randn(SIZE, WIDTH, generator=g)
+    tensors = {"encoder.weight": weight, "encoder.bias": torch.zeros(SIZE), "W_dec": decoder,
+               "b_dec": torch.zeros(WIDTH)}  # fmt: skip
+    save_file(tensors, folder / "sae.safetensors")
+    config = {"k": 4, "d_in": WIDTH, "num_latents": SIZE, "activation": "topk", "skip_connection": False}
+    (folder / "cfg.json").write_text(json.dumps(config | {"transcode": True}))
+    with pytest.raises(InputError, match=r"is a transcoder: .* Give --n-documents 0"):
+        inspect(settings(pair, tmp_path / "out", folder))
+    described = sae(settings(pair, tmp_path / "out", folder, n_documents=0))
+    assert described["config"]["sae"] == str(folder) and "fve" not in str([row["name"] for row in described["rows"]])
+    cache = ActivationCache(tmp_path / "out" / "cache")
+    assert cache.manifest["hook_point"] == "blocks.1.mlp.hook_in"
+    x = cache.read(0, len(cache)).activations.float()
+    f = [(x[:, m] @ weight.T).clamp_min(0) for m in range(2)]
+    f = [values * (values >= values.topk(4, dim=1).values[:, 3:]) for values in f]
+    table = pandas.read_parquet(tmp_path / "out" / "sae.parquet")
+    np.testing.assert_allclose(table["change"], (f[1] - f[0]).mean(dim=0) * decoder.norm(dim=1), atol=1e-4)
+    values = {row["name"]: row["value"] for row in described["rows"]}
+    assert values["sae.sae.base.l0"] == pytest.approx(4.0)

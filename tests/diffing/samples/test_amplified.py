@@ -43,6 +43,26 @@ def slow(base: Any, tuned: Any, strength: float, cut: float, uniforms: Tensor) -
     return lines
 
 
+def gemma3(seed: int) -> Any:
+    """A window that the prompts outgrow, every second layer whole, norms of queries and keys, heads wider than the
+    stream."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    torch.manual_seed(seed)
+    config = Gemma3TextConfig(
+        vocab_size=320, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=32, query_pre_attn_scalar=32, sliding_window=4,
+        layer_types=["sliding_attention", "full_attention"], initializer_range=0.3,
+    )  # fmt: skip
+    return Gemma3ForCausalLM(config).eval()
+
+
+def test_a_window_shorter_than_the_text_does_not_change_what_is_drawn() -> None:
+    models = gemma3(0), gemma3(1)
+    uniforms = torch.from_numpy(np.random.default_rng(3).random((3, N_TOKENS)))
+    assert drawn(models) == slow(*models, 2.0, 0.05, uniforms)
+
+
 @pytest.mark.parametrize("strength, cut", [(0.0, 0.0), (2.0, 0.05), (40.0, 0.3)])
 def test_batches_with_kept_keys_draw_what_whole_passes_draw(models: ModelPair, strength: float, cut: float) -> None:
     uniforms = torch.from_numpy(np.random.default_rng(3).random((3, N_TOKENS)))

@@ -1,5 +1,7 @@
 """Sets of directions, on a model in which it is known which direction makes which reply."""
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from crosscoders import InputError
+from crosscoders.models.names import load_auto
+from crosscoders.text.settings import DataSource
 from diffing.topk_lora import sets
 from diffing.topk_lora.curves import curves, ranked
-from diffing.topk_lora.prompts import given, margins, with_replies
+from diffing.topk_lora.prompts import given, margins, read_prompts, with_replies
 from sae_lora.lora.settings import TopKLoRAConfig
 from sae_lora.lora.topk import TopKLoRA
 
@@ -146,3 +150,20 @@ def test_another_basis_computes_the_same(kind: str) -> None:
 def test_a_gated_adapter_has_one_basis_only(planted: tuple[Planted, TopKLoRA]) -> None:
     with pytest.raises(InputError, match="one basis only"):
         sets.rotate_(planted[1], "svd", torch.Generator())
+
+
+def test_a_prompt_is_a_chat_up_to_its_first_user_message(tmp_path: Path, pair: Any) -> None:
+    system, asked, answer = (
+        {"role": role, "content": text} for role, text in (("system", "Be"), ("user", "the"), ("assistant", "a"))
+    )
+    chats = [[system, asked, answer, asked], [asked, answer], [asked, answer, asked, answer], [answer]]
+    rows = [json.dumps({"messages": chat, "group": "x"}) for chat in chats]
+    (tmp_path / "chats.jsonl").write_text("\n".join(rows))
+    tokenizer = load_auto(pair.base, "tokenizer")
+    tokenizer.chat_template = "{% for m in messages %}[{{ m['role'] }} {{ m['content'] }}]{% endfor %}"
+    ids, labels = read_prompts([DataSource(path=str(tmp_path / "chats.jsonl"))], tokenizer, per_label=5)
+    expected = [
+        tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("[system Be][user the]", "[user the]")
+    ]
+    assert ids == expected
+    assert labels == ["x", "x"]

@@ -15,7 +15,14 @@ from diffing.finetuning import Schedule
 from diffing.interpretation.command import interpret_run
 from diffing.interpretation.settings import InterpretSettings
 from diffing.topk_lora.command import evaluate, fit
-from diffing.topk_lora.distil import distil_loss, measure_faithfulness, open_setting, response_positions, sft_loss
+from diffing.topk_lora.distil import (
+    distil,
+    distil_loss,
+    measure_faithfulness,
+    open_setting,
+    response_positions,
+    sft_loss,
+)
 from diffing.topk_lora.preferences import Preferences, Replies, dpo_loss, preference_margins, train_preferences
 from diffing.topk_lora.settings import DistilConfig, TopKEvalSettings, TopKFitSettings
 from sae_lora.lora.settings import TopKLoRAConfig
@@ -70,6 +77,16 @@ def test_fit_closes_kl_and_eval_reads_it_again(pair: Any, tmp_path: Path) -> Non
         fit(TopKFitSettings(**{**fields, "k": 2}, out=str(tmp_path / "run")))
     with pytest.raises(InputError, match="holds no TopKLoRA"):
         evaluate(TopKEvalSettings(run=str(tmp_path)))
+
+
+def test_directions_that_never_fire_are_drawn_anew_where_that_is_asked_for(setting: Any, pair: Any) -> None:
+    oldest = []
+    for revive_after in (None, 60):
+        adapter = distil(setting, config(pair, steps=20, k=1, k_start_factor=1.0, revive_after=revive_after))
+        oldest.append(max(int(site.tokens_since.max()) for site in adapter.sites.values()))
+        adapter.detach()
+    n_step = max(int(batch.ids.numel()) for batch in setting.train)
+    assert oldest[0] > 60 + n_step >= oldest[1]
 
 
 def replies(rows: list[list[int]], n_prompt: int) -> Replies:

@@ -1,0 +1,121 @@
+"""What a comparison has checked before weights load, and the pairs, rows and chats that its parts read."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from crosscoders.common import files
+from crosscoders.common.checks import LEAST_CHATS, to_dict
+from crosscoders.common.errors import InputError
+from crosscoders.models.adapters import with_adapter
+from crosscoders.models.limits import require_ids, require_readable
+from crosscoders.models.loading import load_model
+from crosscoders.models.names import hash_model, quiet_transformers
+from crosscoders.models.pair import ModelPair, PairInfo, inspect_pair, load_pair
+from crosscoders.text.chats import Chat, read_chats
+from crosscoders.text.settings import DataConfig
+from crosscoders.text.tokens import Rows, read_template, tokenize_documents
+from diffing.comparison.settings import DIRECTIONS, TRAINED, CompareSettings
+from diffing.comparison.truth import Behaviour, read_truth
+from diffing.samples.pairs import inspect_null, inspect_two
+
+SAME_RESULT = ("out", "methods", "n_seeds", "device", "seed", "null", "tuned")
+"""Settings that do not change what one method gives for one model and seed, or are named apart."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A comparison whose files fit each other."""
+
+    settings: CompareSettings
+    hook_point: str
+    infos: dict[str, PairInfo]
+    """`tuned`, and `null` where there is one."""
+    truth: list[Behaviour]
+    template: str | None
+
+    def data_config(self, seed: int, n_tokens: int) -> DataConfig:
+        """Return which documents one seed reads."""
+        settings = self.settings
+        return DataConfig(
+            data=settings.data, n_tokens=n_tokens, context_length=settings.context_length,
+            chat_template=settings.chat_template, template_date=settings.template_date, seed=seed,
+        )  # fmt: skip
+
+    def rows(self, seed: int) -> Rows:
+        """Return the documents of one seed as tokens."""
+        info = self.infos["tuned"]
+        rows = tokenize_documents(self.data_config(seed, self.settings.n_tokens), info.tokenizer)
+        require_readable(rows, info.models(), info.tokenizer)
+        return rows
+
+    def chats(self, seed: int) -> list[Chat]:
+        """Return the chats of one seed; none where no method of directions is chosen."""
+        settings, info = self.settings, self.infos["tuned"]
+        if not settings.chosen((*DIRECTIONS, *TRAINED)):
+            return []
+        config = self.data_config(seed, settings.n_tokens)
+        chats = read_chats(config, info.tokenizer, settings.n_documents)
+        if len(chats) < LEAST_CHATS:
+            raise InputError(
+                f"{config.paths()} has {len(chats)} chats with a response; shares of KL need at least {LEAST_CHATS}. "
+                "Name more chats with --data, or methods without directions with --methods."
+            )
+        require_ids(np.concatenate([chat.ids for chat in chats]), info.n_ids, info.tokenizer, info.base)
+        return chats
+
+    def fingerprint(self, which: str, unit: str, methods: list[str]) -> str:
+        """Return what decides the result of one part, as a hash."""
+        settings = {name: value for name, value in to_dict(self.settings).items() if name not in SAME_RESULT}
+        models = [self.infos[name].hashes() for name in dict.fromkeys((which, *self.infos))]
+        truth = [behaviour.model_dump() for behaviour in self.truth]
+        return files.hash_json([settings, self.hook_point, models, truth, which, unit, methods])
+
+
+def inspect(settings: CompareSettings) -> Inputs:
+    """Check everything that can be wrong, before weights load.
+
+    Raises:
+        InputError: models, null, hook point, truth, template or data that do not fit each other.
+    """
+    template = read_template(settings.chat_template)
+    truth = read_truth(settings.truth) if settings.truth is not None else []
+    first = inspect_two(settings.base, settings.tuned, settings.tokenizer)
+    hook_point = settings.hook_point or f"blocks.{first.n_layers // 2}.hook_resid_post"
+    info = inspect_pair(settings.base, settings.tuned, [hook_point], tokenizer=settings.tokenizer)
+    infos = {"tuned": info}
+    if settings.null is not None:
+        infos["null"] = inspect_null(info, settings.null)
+    if max(settings.pieces) > info.d_model:
+        raise InputError(
+            f"pieces has {max(settings.pieces)}, more than the width {info.d_model} of the models. Lower it."
+        )
+    inputs = Inputs(settings, hook_point, infos, truth, template)
+    inputs.rows(settings.seed)
+    inputs.chats(settings.seed)
+    return inputs
+
+
+def load(inputs: Inputs, which: str) -> ModelPair:
+    """Load the base and one of the other models whole; an adapter is merged into its base."""
+    info, settings = inputs.infos[which], inputs.settings
+    point, device, dtype = inputs.hook_point, settings.device, settings.model_dtype
+    if info.adapter is None:
+        return load_pair(info.base, info.tuned, point, device=device, dtype=dtype, info=info, whole=True)
+    pair = load_pair(info.base, info.base, point, device=device, dtype=dtype, info=_without_adapter(info), whole=True)
+    first: Any = pair.models[0]
+    with quiet_transformers():
+        merged = with_adapter(load_model(info.base, first.dtype), info.adapter).merge_and_unload()
+    tuned = merged.eval().requires_grad_(False).to(pair.device)
+    return ModelPair(info, (pair.models[0], tuned), pair.hook_points, pair.device)
+
+
+def _without_adapter(info: PairInfo) -> PairInfo:
+    return PairInfo(info.base, info.base, None, info.tokenizer, info.d_model, info.n_layers, info.n_ids)
+
+
+def model_hashes(inputs: Inputs) -> dict[str, dict[str, str]]:
+    """Return name and hash of every model, for the result."""
+    names = {"base": inputs.settings.base} | {which: info.tuned for which, info in inputs.infos.items()}
+    return {which: {"name": name, "hash": hash_model(name)} for which, name in names.items()}
