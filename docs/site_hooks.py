@@ -1,4 +1,4 @@
-"""Hooks of mkdocs: the pages of the repository's root become pages of the site, and links lead to the same page on both.
+"""Hooks of mkdocs: pages of the repository's root become pages of the site, and links lead to the same page on both.
 
 A link is written as GitHub reads it, from the file that holds it; on the site the pages lie elsewhere.
 """
