@@ -64,7 +64,7 @@ def test_command_lines_in_the_documents_are_accepted_with_their_values(
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_module_function_and_file_in_the_documents_exists(document: str) -> None:
     names = [span for span in spans(read(document)) if re.fullmatch(rf"({'|'.join(PACKAGES)})(\.\w+)+", span)]
-    assert not faults(wrong_name, names)
+    assert not faults(wrong_name, names + re.findall(r"^::: (\S+)$", read(document), re.M))
     assert not faults(wrong_path, spans(read(document)))
 
 
