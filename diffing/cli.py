@@ -13,7 +13,7 @@ from diffing.report.settings import ReportSettings
 from diffing.sae.settings import SaeSettings
 from diffing.sae_gap.settings import SaeGapSettings
 from diffing.samples.settings import RepliesSettings, SaySettings
-from diffing.sharing.settings import ExportSettings
+from diffing.sharing.settings import ExportSettings, PushSettings
 from diffing.topk_lora.settings import PRESETS, TopKEvalSettings, TopKFitSettings, TopKSetsSettings
 
 COMMANDS = [
@@ -108,6 +108,13 @@ COMMANDS = [
         "A run as others read it: CSV, Parquet, a folder for Neuronpedia.",
         ExportSettings,
         "diffing.sharing.command:export",
+        "run",
+    ),
+    Command(
+        "push",
+        "A crosscoder, SAE, adapter or TopKLoRA to the hub, with a model card made from its run.",
+        PushSettings,
+        "diffing.sharing.command:push",
         "run",
     ),
     Command(

@@ -55,8 +55,8 @@ PUBLIC = {
         "special_ids splice with_control"
     ),
     "diffing": (
-        "LatentScales Session Thresholds choose_sets latent_table logit_lens measure read_chats scale_latents "
-        "scale_run steered steering_vector twin_pairs with_partners write_report"
+        "LatentScales Session Thresholds choose_sets latent_table logit_lens measure push_to_hub read_chats "
+        "scale_latents scale_run steered steering_vector twin_pairs with_partners write_report"
     ),
 }
 UNSAFE = [
