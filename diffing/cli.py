@@ -5,6 +5,7 @@ from crosscoders.common.command_line import main as run_main
 from diffing.causal.settings import CausalSettings, LensSettings, SteerSettings
 from diffing.comparison.settings import CompareSettings
 from diffing.demo.settings import DemoSettings
+from diffing.doctor.settings import DoctorSettings
 from diffing.explorer.settings import ExploreSettings
 from diffing.interpretation.settings import InterpretSettings
 from diffing.latents.settings import ScaleSettings, StabilitySettings
@@ -122,6 +123,12 @@ COMMANDS = [
         "The whole path on the embedded pair of models, in minutes on a CPU.",
         DemoSettings,
         "diffing.demo.command:demo",
+    ),
+    Command(
+        "doctor",
+        "What this machine has, and what it can run.",
+        DoctorSettings,
+        "diffing.doctor.command:doctor",
     ),
     Command(
         "null",

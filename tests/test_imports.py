@@ -33,7 +33,7 @@ FLOORS = [
         "diffing.sae_gap",
         "diffing.samples",
     ],
-    ["diffing.demo", "diffing.explorer", "diffing.sae"],
+    ["diffing.demo", "diffing.doctor", "diffing.explorer", "diffing.sae"],
     ["diffing.sharing"],
     ["diffing.baselines"],
     ["diffing.comparison"],
