@@ -6,7 +6,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 # The versions that the suite last passed with, so that a stranger gets what was tested; `make test-newest` leaves them out.
 PINNED := --constraint constraints.txt
 
-.PHONY: demo test test-newest constraints check format dist clean
+.PHONY: demo test test-newest constraints check format site dist clean
 
 demo: $(VENV)/installed
 	$(BIN)/diffing demo
@@ -37,6 +37,10 @@ format: $(VENV)/installed-dev
 dist: $(VENV)/installed-dev
 	$(BIN)/python -m hatchling build
 
+# Into site/, with the pages of docs/ and the reference from the docstrings; a broken link ends it.
+site: $(VENV)/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 $(VENV)/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) $(PINNED) --editable .
@@ -47,5 +51,10 @@ $(VENV)/installed-dev: pyproject.toml constraints.txt
 	$(PIP) $(PINNED) --editable '.[dev]'
 	touch $@ $(VENV)/installed
 
+$(VENV)/installed-docs: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) $(PINNED) --editable '.[docs]'
+	touch $@ $(VENV)/installed
+
 clean:
-	rm -rf $(VENV) .venv-newest .mypy_cache .pytest_cache .ruff_cache build dist
+	rm -rf $(VENV) .venv-newest .mypy_cache .pytest_cache .ruff_cache build dist site

@@ -4,6 +4,7 @@ from crosscoders.common.command_line import Command
 from crosscoders.common.command_line import main as run_main
 from diffing.causal.settings import CausalSettings, LensSettings, SteerSettings
 from diffing.comparison.settings import CompareSettings
+from diffing.decomposition.settings import VPD_PAPER, DecomposeSettings
 from diffing.demo.settings import DemoSettings
 from diffing.doctor.settings import DoctorSettings
 from diffing.explorer.settings import ExploreSettings
@@ -157,6 +158,13 @@ COMMANDS = [
         TopKSetsSettings,
         "diffing.topk_lora.sets_command:find_sets",
         "run",
+    ),
+    Command(
+        "decompose",
+        "What a fine-tune changed in the weights, as rank-one pieces with a causal importance per token.",
+        DecomposeSettings,
+        "diffing.decomposition.command:decompose",
+        presets={"vpd-paper": VPD_PAPER},
     ),
 ]
 

@@ -25,8 +25,10 @@ from crosscoders.training.settings import PRESETS
 
 ROOT = Path(__file__).parent.parent
 GUIDE = tuple(f"docs/guide/{path.name}" for path in sorted((ROOT / "docs/guide").glob("*.md")))
+REFERENCE = tuple(f"docs/reference/{path.name}" for path in sorted((ROOT / "docs/reference").glob("*.md")))
 DOCUMENTS = (
     "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/math.md", "docs/formats.md", "docs/performance.md", *GUIDE,
+    *REFERENCE,
 )  # fmt: skip
 PROGRAMS = {
     "crosscoders": crosscoders.cli.COMMANDS,

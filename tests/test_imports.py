@@ -27,6 +27,7 @@ FLOORS = [
     ["diffing.topk_lora"],
     [
         "diffing.causal",
+        "diffing.decomposition",
         "diffing.interpretation",
         "diffing.null",
         "diffing.report",

@@ -1,8 +1,9 @@
 r"""TopKLoRA against dense LoRA on the embedded pair: held-out KL, internal faithfulness, dead directions, sets.
 
 Every arm is distilled from the same batches with its own rate, probed on seed 0; the first three have three seeds, the
-others one. A row is a mean over seeds, low and high its 95% interval (Student's t over seeds, null for one), n the
-seeds. A ratio is of the seeds that both arms have. `quick`: one seed, three arms, few steps.
+others one; sets are searched in all seeds of the first and in seed 0 of the others. A row is a mean over seeds, low and
+high its 95% interval (Student's t over seeds, null for one), n the seeds. A ratio is of the seeds that both arms have.
+`quick`: one seed, three arms, few steps.
 """
 
 from pathlib import Path
@@ -30,7 +31,7 @@ def run(quick: bool, work: Path) -> dict[str, Any]:
             adapter.detach()
             of_seed = {entry["name"].removeprefix("topk-lora."): (entry["value"], entry["unit"]) for entry in measured}
             values.setdefault(name, []).append(of_seed)
-            if name in BASES and not (quick and name != "topk-64-8"):
+            if name in BASES and (name == QUICK_ARMS[0] or (seed == 0 and not quick)):
                 of_sets = set_rows_of(setting, work / name / f"seed-{seed}", name, seed, quick=quick)
                 sets.setdefault(name, []).append({e["name"]: (e["value"], e["unit"]) for e in of_sets})
         rows += over_seeds(f"topk-lora.distil.{name}", values[name])

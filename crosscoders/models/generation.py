@@ -1,4 +1,4 @@
-"""Greedy answers, whatever a model's folder says about generation."""
+"""Greedy answers and plain samples, whatever a model's folder says about generation."""
 
 import contextlib
 from collections.abc import Iterator
@@ -14,6 +14,21 @@ def greedy(model: Any) -> Iterator[None]:
     own = model.generation_config
     model.generation_config = transformers.GenerationConfig(
         do_sample=False, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id
+    )
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+@contextlib.contextmanager
+def sampling(model: Any) -> Iterator[None]:
+    """Let `generate` draw each token from the model's own distribution, temperature 1 and nothing cut, past any EOS."""
+    import transformers
+
+    own = model.generation_config
+    model.generation_config = transformers.GenerationConfig(
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=own.pad_token_id
     )
     try:
         yield

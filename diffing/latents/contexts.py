@@ -157,9 +157,9 @@ class _Best:
     def peaks(self, i: int, n: int) -> list[int]:
         """Return the tokens of the n strongest documents of the i-th latent."""
         by_document: dict[int, int] = {}
-        for value, token, document in zip(self.values[i], *self.locations[:, i], strict=True):
+        for value, token, document in zip(self.values[i].tolist(), *self.locations[:, i].tolist(), strict=True):
             if value > 0:
-                by_document.setdefault(int(document), int(token))
+                by_document.setdefault(document, token)
         return list(by_document.values())[:n]
 
 

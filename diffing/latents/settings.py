@@ -15,7 +15,7 @@ class ScaleSettings:
     """Folder of `crosscoders cache`; default: the one that the run was trained on."""
     n_tokens: int | None = None
     """Tokens to read; default: all."""
-    n_examples: int = 64
+    n_examples: int = 512
     """Latents, from the most tuned-specific on, for which examples are kept."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""

@@ -37,7 +37,7 @@ from diffing.latents.verdict import Thresholds, ranks, specificity, verdicts
 
 
 def scale_run(
-    run: Path, cache: ActivationCache, *, n_tokens: int | None = None, n_examples: int = 64, device: str = "auto"
+    run: Path, cache: ActivationCache, *, n_tokens: int | None = None, n_examples: int = 512, device: str = "auto"
 ) -> pandas.DataFrame:
     """Make the latent table of a finished run and write it beside the weights.
 

@@ -17,9 +17,10 @@ from torch import Tensor
 from crosscoders.common import files
 from crosscoders.common.devices import choose_device
 from crosscoders.common.errors import InputError
-from crosscoders.common.progress import say
+from crosscoders.common.progress import Progress, say
 from crosscoders.common.records import Record
 from crosscoders.models import hooks
+from crosscoders.models.generation import sampling
 from crosscoders.models.loading import load_model
 from crosscoders.models.names import hash_model, load_auto, quiet_transformers
 from crosscoders.text.documents import read_source
@@ -29,6 +30,10 @@ from crosscoders.text.settings import DataConfig, DataSource
 from crosscoders.text.tokens import tokenize_text
 from diffing.finetuning import Schedule, finetune
 from sae_lora.lora.adapter import add_lora
+
+SELF = "self"
+_SAMPLED = 256
+"""Rows that are sampled together."""
 
 
 def round_model(base: str, out: Path, bits: int) -> Path:
@@ -64,7 +69,7 @@ class Placebo(NamedTuple):
     """How a placebo is trained."""
 
     text: str
-    """File, folder or `datasets` id."""
+    """File, folder or `datasets` id, or SELF: what the base samples itself."""
     steps: int
     lr: float
     """Peak learning rate."""
@@ -75,7 +80,7 @@ class Placebo(NamedTuple):
 
 
 def train_placebo(base: str, out: Path, placebo: Placebo, *, context_length: int, seed: int, device: str) -> Path:
-    """Tune the base on raw text and save it, whole or as a LoRA adapter.
+    """Tune the base on raw text, or on its own samples, and save it, whole or as a LoRA adapter.
 
     Next-token loss on rows of `context_length` tokens, documents end to end; Adam (0.9, 0.95) without decay, gradient
     norm clipped at 1, rate up over the first tenth of the steps and linearly down to 0; float32. LoRA goes to every
@@ -90,9 +95,14 @@ def train_placebo(base: str, out: Path, placebo: Placebo, *, context_length: int
     if is_made(out, recipe):
         return out
     model, tokenizer = load_base(base, "float32")
-    rows = text_rows(tokenizer, placebo.text, context_length, placebo.steps * placebo.rows)
+    if placebo.text == SELF:
+        model = model.to(choose_device(device))
+        rows = sampled_rows(model, tokenizer, placebo.steps * placebo.rows, context_length, seed)
+    else:
+        rows = text_rows(tokenizer, placebo.text, context_length, placebo.steps * placebo.rows)
     n_tokens = placebo.steps * placebo.rows * context_length
-    say(f"train a placebo of {base} on {n_tokens:,} tokens of {placebo.text}, to {out}")
+    said = "its own samples" if placebo.text == SELF else placebo.text
+    say(f"train a placebo of {base} on {n_tokens:,} tokens of {said}, to {out}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # of the adapter's start
         if placebo.rank is not None:
@@ -131,6 +141,30 @@ def text_rows(tokenizer: Any, data: str, length: int, n_rows: int) -> Int[Tensor
     if len(ids) < length:
         raise InputError(f"{data!r} has {len(ids):,} tokens, less than one row of {length:,}. Give more text.")
     return torch.tensor(ids[: min(n_rows, len(ids) // length) * length]).view(-1, length)
+
+
+@torch.inference_mode()
+def sampled_rows(model: Any, tokenizer: Any, n_rows: int, length: int, seed: int) -> Int[Tensor, "rows length"]:
+    """Return rows that the model samples itself, at temperature 1 from the beginning of sequence, past any EOS.
+
+    On such rows, each read once, the expected gradient of the model's own loss is 0.
+
+    Raises:
+        InputError: the tokenizer has no token to begin with.
+    """
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if start is None:
+        raise InputError("the tokenizer has neither BOS nor EOS, so no sample can begin. Give text to train_placebo.")
+    parts, progress = [], Progress("samples", total=n_rows, unit="row")
+    with torch.random.fork_rng(), sampling(model), quiet_transformers():
+        torch.manual_seed(seed)
+        for first in range(0, n_rows, _SAMPLED):
+            ids = torch.full((min(_SAMPLED, n_rows - first), 1), start, device=hooks.core_model(model).device)
+            drawn = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=length - 1)
+            parts.append(drawn.cpu())
+            progress.update(len(ids))
+    progress.close()
+    return torch.cat(parts).clone()
 
 
 def _tune(model: Any, rows: Int[Tensor, "rows length"], placebo: Placebo, seed: int) -> None:

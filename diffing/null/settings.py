@@ -23,7 +23,7 @@ class NullSettings:
     rounded_bits: int | None = None
     """Make a null of the base itself: its weights, rounded to this many significant bits (bfloat16 has 8)."""
     train_placebo: str | None = None
-    """Make a placebo: tune the base on this text (file, folder or `datasets` id)."""
+    """Make a placebo: tune the base on this text (file, folder or `datasets` id), or on `self`, its own samples."""
     placebo_steps: int | None = None
     """Steps of that fine-tune; take those of the tuned model."""
     placebo_lr: float | None = None

@@ -29,7 +29,8 @@
   const heads = [...table.tHead.rows[0].cells];
   const rows = [...body.rows];
   const filter = document.getElementById("filter"), verdict = document.getElementById("verdict");
-  const words = rows.map((row) => row.textContent.toLowerCase());
+  const examples = (row) => document.getElementById(`latent-${row.id.slice(4)}`)?.textContent ?? "";
+  const words = rows.map((row) => `${row.textContent} ${examples(row)}`.toLowerCase());
 
   function key(row, column, kind) {
     const text = row.cells[column].textContent.trim();
@@ -56,8 +57,10 @@
   function show() {
     const wanted = filter.value.trim().toLowerCase();
     let n = 0;
+    const isNumber = /^\d+$/.test(wanted);
     rows.forEach((row, i) => {
-      row.hidden = !words[i].includes(wanted) || (verdict.value !== "" && row.dataset.verdict !== verdict.value);
+      const fits = isNumber ? row.id === `row-${wanted}` : words[i].includes(wanted);
+      row.hidden = !fits || (verdict.value !== "" && row.dataset.verdict !== verdict.value);
       n += row.hidden ? 0 : 1;
     });
     document.getElementById("shown").textContent =
@@ -80,6 +83,10 @@
     if (!row || !getSelection().isCollapsed) return;
     if (!event.target.closest("a")) location.hash = `latent-${row.id.slice(4)}`;
     open(); // the hash may be the old one, so that no event follows
+  });
+  document.getElementById("figure-nu").on("plotly_click", ({ points }) => {
+    const number = /^latent (\d+)/.exec(points[0].text ?? "");
+    if (number) location.hash = document.getElementById(`latent-${number[1]}`) ? `latent-${number[1]}` : `row-${number[1]}`;
   });
   addEventListener("hashchange", open);
   open();

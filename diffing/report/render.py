@@ -32,7 +32,7 @@ TABLE_ROWS = 2_000
 TABLE_CHARACTERS = 2_000_000
 BEST_LATENTS, NEAREST_LATENTS = 12, 5
 EXAMPLES_OF_A_LATENT = 10
-EXAMPLE_CHARACTERS = 900_000
+EXAMPLE_CHARACTERS = 2_400_000
 # The two budgets are of HTML and keep the page below 8 MB beside plotly.js, which has 4.8 MB.
 
 

@@ -122,13 +122,14 @@ def _table(setting: Setting, site: SparseLoRA, sums: _SiteSums, n_tokens: int) -
             "written": written.numpy(),
             "main_label": [names[i] for i in best.indices.tolist()],
             "main_label_share": best.values.numpy(),
-            "context": [_context(setting, *place) for place in sums.where.tolist()],
+            "context": [context_of(setting, *place) for place in sums.where.tolist()],
             "lens": _lens(setting, site),
         }
     )
 
 
-def _context(setting: Setting, document: int, position: int) -> str:
+def context_of(setting: Setting, document: int, position: int) -> str:
+    """Return the text around a token of a held-out document, the token in >><<."""
     start = int(setting.rows.offsets[document])
     ids = setting.rows.ids[start : int(setting.rows.offsets[document + 1])].tolist()
     before, at, after = ids[max(0, position - BEFORE) : position], ids[position : position + 1], ids[position + 1 :]

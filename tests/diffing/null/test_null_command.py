@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import Pair, make_model, make_tokenizer
@@ -140,6 +141,30 @@ def test_a_placebo_with_lora_is_a_null_of_the_pair(pair: Pair, scaled_run: Path,
     assert manifest["tuned"]["name"] == str(folder)
     found = json.loads((scaled_run / "null.json").read_text())
     assert not found["thresholds"][0]["held_out"]  # one seed: the rate is that of the crosscoder it was fixed on
+
+
+def test_own_samples_are_drawn_from_the_base_itself_past_any_end(pair: Pair) -> None:
+    model, tokenizer = models.load_base(pair.base, "float32")
+    rows = models.sampled_rows(model, tokenizer, 3000, 3, seed=0)
+    assert rows.shape == (3000, 3) and (rows[:, 0] == tokenizer.bos_token_id).all()
+    assert torch.equal(rows[:300], models.sampled_rows(model, tokenizer, 3000, 3, seed=0)[:300])
+    with torch.inference_mode():
+        logits = model(input_ids=torch.tensor([[2], [1]])).logits[:, 0]
+    p, n = logits[0].softmax(dim=0).numpy(), len(rows)
+    drawn = np.bincount(rows[:, 1].numpy(), minlength=len(p)) / n
+    assert ((drawn - p) ** 2 / (p * (1 - p) / n)).mean() == pytest.approx(1, abs=0.4)  # chi-squared of 320 tokens
+    for weight in model.parameters():
+        weight.data.zero_()
+    model.lm_head.weight.data[tokenizer.eos_token_id] = 0  # uniform, EOS among the rest
+    after = models.sampled_rows(model, tokenizer, 3000, 3, seed=1)
+    assert len(after[after[:, 1] == tokenizer.eos_token_id, 2].unique()) > 3  # goes on after EOS
+
+
+def test_a_placebo_of_its_own_samples_keeps_the_loss_on_text(pair: Pair, raw_text: str, tmp_path: Path) -> None:
+    recipe = models.Placebo(models.SELF, steps=12, lr=1e-3, rows=4)
+    made = models.train_placebo(pair.base, tmp_path / "model", recipe, context_length=32, seed=0, device="cpu")
+    assert json.loads((made / "made.json").read_text())["train_placebo"] == "self"
+    assert mean_loss(pair.base, made, raw_text) == pytest.approx(mean_loss(pair.base, None, raw_text), abs=0.1)
 
 
 def mean_loss(base: str, tuned: Path | None, text: str) -> float:

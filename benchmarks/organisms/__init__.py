@@ -1,0 +1,1 @@
+"""Organisms: planted fine-tunes of the embedded base, each with a machine-readable truth."""

@@ -1,0 +1,83 @@
+"""The report in a browser, from its file: sort, filter, search, addresses. Needs Chromium and playwright."""
+
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from report_pages import write_run
+
+from diffing.report.publishing import write_report
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium")
+SCRIPT = "<img src=x onerror=\"document.title = 'hacked'\">"
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """The open page of a run; it complains of nothing and asks for nothing but its file."""
+    run = write_run(tmp_path_factory.mktemp("browser") / "run", n_examples=12, tokens=[" zebra", SCRIPT, "\n"])
+    address = write_report(run).html.as_uri()
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        opened = browser.new_page(viewport={"width": 1400, "height": 900})
+        faults: list[str] = []
+        asked: list[str] = []
+        opened.on("pageerror", lambda error: faults.append(str(error)))
+        opened.on("console", lambda message: faults.append(message.text) if message.type == "error" else None)
+        opened.on("request", lambda request: asked.append(request.url))
+        opened.goto(address)
+        yield opened
+        assert faults == [] and opened.title() != "hacked"
+        assert [url for url in asked if url.split("#")[0] != address and not url.startswith("data:")] == []
+        browser.close()
+
+
+@pytest.fixture(autouse=True)
+def fresh(page: Any) -> None:
+    """No filter, no place in the address."""
+    page.evaluate("location.hash = ''")
+    page.locator("#filter").fill("")
+
+
+def shown(page: Any) -> list[str]:
+    return [row.get_attribute("id") for row in page.locator("#table tbody tr:visible").all()]
+
+
+def test_a_heading_sorts_and_sorts_back(page: Any) -> None:
+    head = page.locator("#table thead th", has_text="latent").first.get_by_role("button")
+    head.click()
+    first = shown(page)
+    head.click()
+    assert shown(page) == first[::-1] and len(first) == 40
+
+
+def test_a_number_finds_its_latent_alone_and_words_are_found_in_examples(page: Any) -> None:
+    page.locator("#filter").fill("3")
+    assert shown(page) == ["row-3"]
+    page.locator("#filter").fill("zebra")
+    found = shown(page)
+    assert 0 < len(found) < 40 and {f"latent-{row[4:]}" for row in found} == {
+        card.get_attribute("id") for card in page.locator("details[id^=latent-]").all()
+    }
+
+
+def test_a_row_opens_its_latent_and_the_address_opens_it_again(page: Any) -> None:
+    page.locator("#row-1").click()
+    assert page.evaluate("location.hash") == "#latent-1" and page.locator("#latent-1").get_attribute("open") is not None
+    page.locator("#latent-1 >> text=next").click()
+    following = page.evaluate("location.hash")
+    assert following != "#latent-1" and page.locator(following).get_attribute("open") is not None
+
+
+def test_a_click_on_a_point_opens_its_latent(page: Any) -> None:
+    page.evaluate("document.getElementById('figure-nu').emit('plotly_click', {points: [{text: 'latent 2'}]})")
+    assert page.evaluate("location.hash") == "#latent-2"
+
+
+def test_nothing_is_wider_than_a_phone(page: Any) -> None:
+    page.set_viewport_size({"width": 420, "height": 900})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 420
+    page.set_viewport_size({"width": 1400, "height": 900})
