@@ -47,7 +47,7 @@ TITLES = {
 
 
 class Sharing(NamedTuple):
-    """What of a folder is pushed, and what its card says."""
+    """The files of a folder that are pushed, and what their card says."""
 
     kind: str
     """crosscoder, sae, adapter or topk-lora."""
