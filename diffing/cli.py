@@ -14,6 +14,7 @@ from diffing.report.settings import ReportSettings
 from diffing.sae.settings import SaeSettings
 from diffing.sae_gap.settings import SaeGapSettings
 from diffing.samples.settings import RepliesSettings, SaySettings
+from diffing.sharing.settings import ExportSettings
 from diffing.topk_lora.settings import PRESETS, TopKEvalSettings, TopKFitSettings, TopKSetsSettings
 
 COMMANDS = [
@@ -101,6 +102,13 @@ COMMANDS = [
         "A local page with both models live: prompts, latents, answers.",
         ExploreSettings,
         "diffing.explorer.command:explore",
+        "run",
+    ),
+    Command(
+        "export",
+        "A run as others read it: CSV, Parquet, a folder for Neuronpedia.",
+        ExportSettings,
+        "diffing.sharing.command:export",
         "run",
     ),
     Command(

@@ -40,6 +40,7 @@ from documents import (
 )
 
 from crosscoders import ActivationCache, Crosscoder, CrosscoderConfig
+from diffing.latents.table import scale_run
 from diffing.latents.verdict import VERDICTS
 
 # ----------------------------------------------------------------------------------------------------------- documents
@@ -121,6 +122,7 @@ def test_the_python_examples_run(
     crosscoder = Crosscoder(shape)
     crosscoder.init_weights_(norm=1.0, generator=torch.Generator().manual_seed(0))
     crosscoder.save("runs/gemma/run")
+    scale_run(Path("runs/gemma/run"), ActivationCache(cache_folder))
     for block in blocks(read(document), "python"):
         exec(compile(block, document, "exec"), {})
     assert "relative_decoder_norm" in capsys.readouterr().out

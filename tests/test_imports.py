@@ -35,6 +35,7 @@ FLOORS = [
         "diffing.samples",
     ],
     ["diffing.demo", "diffing.explorer", "diffing.sae"],
+    ["diffing.sharing"],
     ["diffing.baselines"],
     ["diffing.comparison"],
     ["diffing"],

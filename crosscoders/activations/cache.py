@@ -87,35 +87,36 @@ class ActivationCache:
 
     def shard(self, number: int) -> Tokens:
         """Return one whole shard, checked; the last one read is kept in memory."""
-        if self._held is None or self._held[0] != number:
+        held = self._held
+        if held is None or held[0] != number:
             entry = self.manifest["shards"][number]
             expected = files.Written(entry["n_bytes"], entry["checksum"])
-            self._held = None  # free the old shard before the next one is read
+            self._held = held = None  # free the old shard before the next one is read
             tensors = self.folder.read_tensors(entry["name"], expected)
             if fault := fault_in(tensors, self.manifest, entry["n_tokens"]):
                 raise CorruptData(f"{self.folder}/{entry['name']} {fault}. Remove {self.folder} and cache again.")
-            self._held = number, Tokens(**tensors)
-        return self._held[1]
+            self._held = held = (number, Tokens(**tensors))
+        return held[1]  # not what another thread may have put there
 
     def read(self, start: int, stop: int) -> Tokens:
-        """Read tokens start to stop, from whole shards."""
+        """Return tokens start to stop."""
+        return concatenate(list(self.parts(start, stop)))
+
+    def parts(self, start: int, stop: int) -> Iterator[Tokens]:
+        """Yield tokens start to stop, from one shard after the other."""
         if not 0 <= start < stop <= len(self):
             raise InputError(f"tokens {start} to {stop} asked of a cache of {len(self)}.")
         first, last = np.searchsorted(self.starts, [start, stop - 1], side="right") - 1
-        parts = []
         for number in range(int(first), int(last) + 1):
             origin = int(self.starts[number])
-            parts.append(self.shard(number).slice(max(start - origin, 0), stop - origin))
-        return concatenate(parts)
+            yield self.shard(number).slice(max(start - origin, 0), stop - origin)
 
     def batches(self, batch_size: int, start: int = 0, stop: int | None = None) -> Iterator[Tokens]:
         """Yield tokens in cache order, for evaluation; the last batch may be smaller."""
-        stop = len(self) if stop is None else stop
-        for origin, end in zip(self.starts[:-1].tolist(), self.starts[1:].tolist(), strict=True):
-            if end > start and origin < stop:
-                tokens = self.read(max(start, origin), min(stop, end))
-                for i in range(0, len(tokens.token_ids), batch_size):
-                    yield tokens.slice(i, i + batch_size)
+        stop = len(self) if stop is None else min(stop, len(self))
+        for tokens in self.parts(start, stop) if start < stop else ():
+            for i in range(0, len(tokens.token_ids), batch_size):
+                yield tokens.slice(i, i + batch_size)
 
 
 def _lacking(there: dict[str, int], inner: list[str]) -> str:

@@ -5,6 +5,7 @@ over the plan and yields scored tokens in a fixed order; `open_source` does both
 yields, the live stream trains on it directly.
 """
 
+import threading
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -47,6 +48,7 @@ class ActivationSource:
         self.spans = list(iterate_scored(rows, self.batches))
         self.pad_id = padding_id(pair.info.tokenizer, pair.info.n_ids)
         self.is_checked = False
+        self._models = threading.Lock()  # a pass of another thread would run through the hooks of this one
 
     def read(self, start: int, stop: int) -> Iterator[Tokens]:
         """Yield the scored tokens start to stop at the (first) hook point, forward pass by forward pass."""
@@ -74,7 +76,8 @@ class ActivationSource:
         # Numbers instead of a mask: a mask on the GPU would have to wait for it to count them.
         chosen = scored.flatten().nonzero()[:, 0].to(self.pair.device, non_blocking=True)
         activations, finite = {}, {}
-        at_points = self.pair.activations_at(batch)
+        with self._models:
+            at_points = self.pair.activations_at(batch)
         for name in self.hook_points:
             x = at_points.pop(name).flatten(0, 1)[chosen].to(self.dtype)
             finite[name] = torch.isfinite(x).all(dim=-1).to("cpu", non_blocking=True)
@@ -112,11 +115,13 @@ class ActivationSource:
                 continue
             token, model = (~finite).nonzero()[0].tolist()
             name = (self.pair.info.base, self.pair.info.tuned)[model]
+            is_whole = next(self.pair.models[model].parameters()).dtype == torch.float32
+            mend = "Look for NaN in its weights, or take" if is_whole else "Use model_dtype float32, or take"
             raise CorruptData(
                 f"model {name!r} gives a non-finite activation at {hook_point!r}, "
                 f"document {int(running.columns['document_ids'][token])}, "
                 f"position {int(running.columns['positions'][token])}. "
-                "Whole shards are kept. Use model_dtype float32, or take the document out."
+                f"Whole shards are kept. {mend} the document out."
             )
 
     def _require_difference(self, running: _Pass) -> None:

@@ -1,23 +1,25 @@
-"""Batches for training: (batch, n_models, d_model) float32, from a cache, live from the models, or from a tensor.
+"""Batches for training: (batch, n_models, d_model), from a cache, live from the models, or from a tensor.
 
 One rule gives the order for all three: the tokens are cut into buffers of `buffer_tokens` in cache order; inside a
 buffer they are permuted by a generator seeded with (seed, epoch, buffer). A batch never crosses a buffer, so up to
 batch_size - 1 tokens of each buffer, others in each epoch, are not read (all of a last buffer shorter than one batch).
 So the batch of step s is a pure function of (seed, s), a run can start at any step, and a live stream trains the same
-weights as a cache.
+weights as a cache. The next buffer is filled in a thread while the batches of one are taken, so two are in memory.
 """
 
 import random
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from itertools import pairwise
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from crosscoders.activations.cache import ActivationCache
-from crosscoders.activations.scored import Moments, concatenate, moments_of
+from crosscoders.activations.scored import Moments, moments_of
 from crosscoders.activations.source import ActivationSource
 from crosscoders.common.errors import InputError
 
@@ -32,8 +34,8 @@ class BatchStream(Protocol):
     moments: Moments
     """For the input mean and scale."""
 
-    def batches(self, start_step: int) -> Iterator[Float[Tensor, "batch n_models d_model"]]:
-        """Yield the batches from `start_step` on, without end."""
+    def batches(self, start_step: int, stop_step: int) -> Iterator[Float[Tensor, "batch n_models d_model"]]:
+        """Yield the batches of the steps from one to before the other, in any float dtype, in memory of their own."""
         ...
 
 
@@ -46,11 +48,11 @@ class Place(NamedTuple):
 
 
 class BufferedStream:
-    """The order described above, over any `read(start, stop)`."""
+    """The order described above, over any `read(start, stop)` that yields these tokens in parts."""
 
     def __init__(
         self,
-        read: Callable[[int, int], Float[Tensor, "tokens n_models d_model"]],
+        read: Callable[[int, int], Iterable[Float[Tensor, "_ n_models d_model"]]],
         *,
         n_tokens: int,
         batch_size: int,
@@ -84,27 +86,57 @@ class BufferedStream:
             batch -= n
         raise AssertionError("a step lies within its epoch")
 
-    def batches(self, start_step: int) -> Iterator[Float[Tensor, "batch n_models d_model"]]:
-        epoch, buffer, batch = self.place(start_step)
-        while True:
-            start, stop = self.spans[buffer]
-            x = self._buffer(buffer)
-            generator = torch.Generator().manual_seed(random.Random(f"{self.seed}:{epoch}:{buffer}").getrandbits(62))
-            order = torch.randperm(stop - start, generator=generator)
-            for i in range(batch, self.batches_in[buffer]):
-                yield x[order[i * self.batch_size : (i + 1) * self.batch_size]].float()
-            del x  # free the old buffer before the next one is read
-            buffer, batch = buffer + 1, 0
-            if buffer == len(self.spans):
-                epoch, buffer = epoch + 1, 0
+    def batches(self, start_step: int, stop_step: int) -> Iterator[Float[Tensor, "batch n_models d_model"]]:
+        pinned = torch.cuda.is_available()  # a copy to a GPU then need not wait
+        leaving = threading.Event()
+        with ThreadPoolExecutor(1, thread_name_prefix="buffer") as beside:
+            try:
+                following = self._submit(beside, start_step, leaving)
+                while start_step < stop_step:
+                    epoch, buffer, first = self.place(start_step)
+                    last = min(self.batches_in[buffer], first + stop_step - start_step)
+                    start_step += last - first
+                    x = following.result()
+                    if start_step < stop_step:
+                        following = self._submit(beside, start_step, leaving)
+                    order = self._order(epoch, buffer)
+                    for i in range(first, last):
+                        rows = order[i * self.batch_size : (i + 1) * self.batch_size]
+                        batch = torch.empty(len(rows), *x.shape[1:], dtype=x.dtype, pin_memory=pinned)
+                        yield torch.index_select(x, 0, rows, out=batch)
+                    del x  # free the old buffer before the one after the next is filled
+            finally:
+                leaving.set()
 
-    def _buffer(self, number: int) -> Float[Tensor, "tokens n_models d_model"]:
-        """Return a buffer, read again only if it is not the last one that was: for the first and the last steps, which
-        are asked for twice."""
+    def _order(self, epoch: int, buffer: int) -> Int[Tensor, " tokens"]:
+        generator = torch.Generator().manual_seed(random.Random(f"{self.seed}:{epoch}:{buffer}").getrandbits(62))
+        start, stop = self.spans[buffer]
+        return torch.randperm(stop - start, generator=generator)
+
+    def _submit(self, beside: ThreadPoolExecutor, step: int, leaving: threading.Event) -> Future[Tensor]:
+        return beside.submit(self._buffer, self.place(step).buffer, leaving)
+
+    def _buffer(self, number: int, leaving: threading.Event) -> Float[Tensor, "tokens n_models d_model"]:
+        """Return a buffer, read again only if it is not the last one that was: for data of one buffer, and for the
+        first and the last steps, which are asked for twice."""
         if self._held is None or self._held[0] != number:
             self._held = None
-            self._held = (number, self._read(*self.spans[number]))
+            self._held = (number, self._filled(*self.spans[number], leaving))
         return self._held[1]
+
+    def _filled(self, start: int, stop: int, leaving: threading.Event) -> Float[Tensor, "tokens n_models d_model"]:
+        """Return tokens start to stop in one tensor, into which parts are copied one by one."""
+        x, n_filled = torch.empty(0), 0
+        for part in self._read(start, stop):
+            if leaving.is_set():
+                raise CancelledError
+            if len(part) == stop - start:
+                return part
+            if not n_filled:
+                x = torch.empty(stop - start, *part.shape[1:], dtype=part.dtype)
+            x[n_filled : n_filled + len(part)] = part
+            n_filled += len(part)
+        return x
 
 
 def cached_stream(
@@ -112,7 +144,7 @@ def cached_stream(
 ) -> BufferedStream:
     """Return batches from the first `n_tokens` of a cache (default: all)."""
     return BufferedStream(
-        lambda start, stop: cache.read(start, stop).activations,
+        lambda start, stop: (tokens.activations for tokens in cache.parts(start, stop)),
         n_tokens=len(cache) if n_tokens is None else n_tokens,
         batch_size=batch_size,
         buffer_tokens=buffer_tokens,
@@ -135,8 +167,8 @@ def live_stream(
     moments: the cache's, which decide input mean and scale only; default: those of the first 16,384 tokens.
     """
 
-    def read(start: int, stop: int) -> Float[Tensor, "tokens n_models d_model"]:
-        return concatenate(list(source.read(start, stop))).activations
+    def read(start: int, stop: int) -> Iterator[Float[Tensor, "_ n_models d_model"]]:
+        return (tokens.activations for tokens in source.read(start, stop))
 
     return BufferedStream(
         read,
@@ -144,7 +176,7 @@ def live_stream(
         batch_size=batch_size,
         buffer_tokens=buffer_tokens,
         seed=seed,
-        moments=moments or moments_of(read(0, min(16_384, n_tokens))),
+        moments=moments or moments_of(torch.cat(list(read(0, min(16_384, n_tokens))))),
     )
 
 
@@ -153,7 +185,7 @@ def tensor_stream(
 ) -> BufferedStream:
     """Return batches from activations in memory, such as planted ones."""
     return BufferedStream(
-        lambda start, stop: x[start:stop],
+        lambda start, stop: [x[start:stop]],
         n_tokens=len(x),
         batch_size=batch_size,
         buffer_tokens=buffer_tokens,

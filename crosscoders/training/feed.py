@@ -225,8 +225,8 @@ def train_need(
     width = n_models * d_model
     # Pre-activations, and two more of their size in selection or in the dense gradient; inputs and reconstructions.
     batch = config.batch_size * (3 * size + 6 * width) * 4
-    # A buffer is joined from shards, so that both are there for a moment.
-    buffer = 2 * min(config.buffer_tokens, max(config.n_tokens, config.batch_size)) * width * itemsize
+    # One buffer, and the next one that is filled beside it.
+    buffer = min(2 * config.buffer_tokens, max(config.n_tokens, config.batch_size)) * width * itemsize
     buffer += min(n_heldout, MAX_TOKENS) * width * itemsize
     moments = config.adam_bits // 4
     state = (4 + moments) * n_parameters  # a checkpoint: weights and moments, serialised

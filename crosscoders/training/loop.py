@@ -111,8 +111,8 @@ def _take_steps_(
     progress = Progress("train", total=config.n_tokens, start=state.step * config.batch_size, unit="tok")
     logged = time.perf_counter(), state.step
     select = selection.WarmSelection()  # saves time only, so it is no part of the state
-    for x in itertools.islice(stream.batches(state.step), config.n_steps - state.step):
-        x = model.normalise(x.to(device))
+    for x in stream.batches(state.step, config.n_steps):
+        x = model.normalise(x.to(device, non_blocking=True).float())
         dead = state.tokens_since_fired >= config.dead_after_tokens
         k = k_at(config, state.step)
         result = forward(model, config, x, dead=dead, k=k, step=state.step, select=select, products=products)
@@ -171,7 +171,7 @@ def _conclude_(
 def _last_batches(config: TrainConfig, stream: BatchStream) -> Iterator[Float[Tensor, "_ n_models d_model"]]:
     """Yield the last batches of training again, as many as calibration reads."""
     n = min(config.n_steps, -(-MAX_TOKENS // config.batch_size))
-    return itertools.islice(stream.batches(config.n_steps - n), n)
+    return stream.batches(config.n_steps - n, config.n_steps)
 
 
 def _calibrate_(model: Crosscoder, config: TrainConfig, batches: Iterable[Float[Tensor, "_ n_models d_model"]]) -> None:

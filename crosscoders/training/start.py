@@ -65,7 +65,7 @@ def start(config: TrainConfig, stream: BatchStream, out: Path, device: torch.dev
         state.step, state.tokens_since_fired = restored[0], restored[1]["tokens_since_fired"].to(device)
         say(f"going on at step {state.step:,} of {config.n_steps:,}")
     elif config.b_dec_init == "geometric_median":
-        first = next(iter(stream.batches(0))).to(device)
+        first = next(iter(stream.batches(0, 1))).to(device).float()
         with torch.no_grad():
             model.b_dec.copy_(geometric_median(model.normalise(first)))
     checkpoint.cut_log(out / "train.jsonl", state.step)

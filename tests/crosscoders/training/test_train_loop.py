@@ -1,6 +1,11 @@
 """The training loop: order of data, one seed one result on every stream, faults."""
 
+import itertools
 import json
+import random
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,7 +39,7 @@ def test_an_epoch_covers_every_token_once_except_the_rest_of_a_buffer() -> None:
     x = torch.arange(103.0)[:, None, None].expand(-1, 2, 1)
     stream = tensor_stream(x, batch_size=10, buffer_tokens=40, seed=1)
     assert stream.steps_per_epoch == 10  # buffers of 40, 40 and 23 tokens: the last one leaves 3 over
-    batches = stream.batches(0)
+    batches = stream.batches(0, 20)
     first = torch.cat([next(batches)[:, 0, 0] for _ in range(10)])
     second = torch.cat([next(batches)[:, 0, 0] for _ in range(10)])
     for epoch in (first, second):
@@ -45,11 +50,97 @@ def test_an_epoch_covers_every_token_once_except_the_rest_of_a_buffer() -> None:
 
 def test_a_stream_started_at_any_step_gives_the_same_batches() -> None:
     stream = tensor_stream(activations(103), batch_size=10, buffer_tokens=40, seed=1)
-    batches = stream.batches(0)
-    whole = [next(batches) for _ in range(20)]
+    whole = list(stream.batches(0, 20))
+    assert len(whole) == 20
     for step in range(20):
-        assert torch.equal(next(iter(stream.batches(step))), whole[step])
-    assert not torch.equal(next(iter(tensor_stream(activations(103), batch_size=10, seed=2).batches(0))), whole[0])
+        assert torch.equal(torch.stack(list(stream.batches(step, 20))), torch.stack(whole[step:]))
+    assert not torch.equal(next(iter(tensor_stream(activations(103), batch_size=10, seed=2).batches(0, 1))), whole[0])
+
+
+def test_batches_are_those_of_the_written_rule() -> None:
+    x, expected = activations(100), list[torch.Tensor]()
+    for epoch in range(2):
+        for buffer, (start, stop, n_batches) in enumerate([(0, 40, 4), (40, 80, 4), (80, 100, 2)]):
+            seed = random.Random(f"7:{epoch}:{buffer}").getrandbits(62)
+            order = torch.randperm(stop - start, generator=torch.Generator().manual_seed(seed))
+            expected += x[start:stop][order][: n_batches * 10].split(10)
+    found = list(tensor_stream(x, batch_size=10, buffer_tokens=40, seed=7).batches(0, 20))
+    assert torch.equal(torch.stack(found), torch.stack(expected))
+
+
+class Buffers:
+    """Three buffers of 40 tokens, each in four parts; notes which are being filled, and raises in the one named."""
+
+    def __init__(self, x: torch.Tensor, fails: int | None = None) -> None:
+        self.x, self.fails, self.begun, self.second = x, fails, list[int](), threading.Event()
+        self.stream = BufferedStream(
+            self.read, n_tokens=120, batch_size=10, buffer_tokens=40, seed=0, moments=moments_of(x)
+        )
+
+    def read(self, start: int, stop: int) -> Iterator[torch.Tensor]:
+        self.begun.append(start // 40)
+        if self.begun[-1] == 1:
+            self.second.set()
+        if self.begun[-1] == self.fails:
+            raise CorruptData("a shard is damaged")
+        yield from self.x[start:stop].split(10)
+
+
+def test_the_next_buffer_is_filled_while_batches_of_one_are_taken_and_no_other() -> None:
+    buffers = Buffers(activations(120))
+    batches = buffers.stream.batches(0, 24)
+    next(batches)
+    assert buffers.second.wait(60) and buffers.begun == [0, 1]
+    rest = list(batches)
+    assert len(rest) == 23 and buffers.begun == [0, 1, 2, 0, 1, 2]
+
+
+def test_nothing_is_filled_that_no_step_needs() -> None:
+    buffers = Buffers(activations(120))
+    assert len(list(buffers.stream.batches(2, 4))) == 2 and buffers.begun == [0]
+
+
+def test_a_buffer_that_cannot_be_filled_fails_at_its_first_batch() -> None:
+    batches = Buffers(activations(120), fails=1).stream.batches(0, 12)
+    assert len(list(itertools.islice(batches, 4))) == 4
+    with pytest.raises(CorruptData, match="a shard is damaged"):
+        next(batches)
+
+
+def test_leaving_in_the_middle_does_not_wait_for_a_whole_buffer() -> None:
+    x, begun = activations(120), threading.Event()
+
+    def read(start: int, stop: int) -> Iterator[torch.Tensor]:
+        if start:  # the second buffer is never full
+            begun.set()
+            while True:
+                yield x[:1]
+        yield x[start:stop]
+
+    stream = BufferedStream(read, n_tokens=80, batch_size=10, buffer_tokens=40, seed=0, moments=moments_of(x))
+    batches = stream.batches(0, 8)
+    next(batches)
+    assert begun.wait(60)
+    batches.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("buffer")]
+
+
+def test_a_shard_that_two_buffers_share_is_read_once_in_a_pass(
+    cache_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, names = ActivationCache(cache_folder), list[str]()
+    read_tensors = cache.folder.read_tensors
+
+    def counted(name: str, expected: files.Written) -> dict[str, torch.Tensor]:
+        names.append(name)
+        return read_tensors(name, expected)
+
+    monkeypatch.setattr(cache.folder, "read_tensors", counted)
+    shards = [shard["name"] for shard in cache.manifest["shards"]]
+    stream = cached_stream(cache, batch_size=8, buffer_tokens=len(cache) // 2 - 3)
+    assert len(shards) > 1 and len(stream.spans) >= 2
+    list(stream.batches(0, stream.steps_per_epoch))
+    assert names == shards
 
 
 def test_the_first_and_the_last_steps_take_no_reading_of_their_own(
@@ -57,9 +148,9 @@ def test_the_first_and_the_last_steps_take_no_reading_of_their_own(
 ) -> None:
     x, spans = activations(1280), list[tuple[int, int]]()
 
-    def read(start: int, stop: int) -> torch.Tensor:
+    def read(start: int, stop: int) -> list[torch.Tensor]:
         spans.append((start, stop))
-        return x[start:stop]
+        return [x[start:stop]]
 
     stream = BufferedStream(read, n_tokens=1280, batch_size=32, buffer_tokens=640, seed=0, moments=moments_of(x))
     monkeypatch.setattr("crosscoders.training.loop.MAX_TOKENS", 320)  # of the last steps, which calibrate
@@ -114,6 +205,20 @@ def test_cache_and_live_stream_train_the_same_weights(pair: Pair, cache_folder: 
     train(settings, cached_stream(cache, **shared), tmp_path / "cached")
     train(settings, live_stream(source, n_tokens=600, moments=cache.moments, **shared), tmp_path / "live")
     assert weights(tmp_path / "cached") == weights(tmp_path / "live")
+
+
+def test_two_threads_read_the_models_as_one_does(pair: Pair, cache_folder: Path) -> None:
+    loaded = load_pair(pair.base, pair.tuned, "blocks.1.hook_resid_post")
+    rows = tokenize_documents(pair.config(cache_folder).data_config(), loaded.info.tokenizer)
+    source = ActivationSource(loaded, rows, hook_point="blocks.1.hook_resid_post", batch_rows=4, dtype=torch.float32)
+
+    def read(start: int) -> torch.Tensor:
+        return torch.cat([tokens.activations for tokens in source.read(start, 600)])
+
+    with ThreadPoolExecutor(2) as pool:
+        both = list(pool.map(read, [0, 100]))
+    whole = read(0)
+    assert torch.equal(both[0], whole) and torch.equal(both[1], whole[100:])
 
 
 def test_the_geometric_median_survives_a_point_on_the_guess_and_ignores_an_outlier() -> None:
