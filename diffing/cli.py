@@ -81,6 +81,7 @@ COMMANDS = [
         InterpretSettings,
         "diffing.interpretation.command:interpret_run",
         "run",
+        example="--offline",
     ),
     Command(
         "stability",
@@ -115,6 +116,7 @@ COMMANDS = [
         NullSettings,
         "diffing.null.command:null",
         "run",
+        example="--placebo models/placebo",
     ),
     Command(
         "topk-lora fit",
