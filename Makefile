@@ -6,7 +6,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 # The versions that the suite last passed with, so that a stranger gets what was tested; `make test-newest` leaves them out.
 PINNED := --constraint constraints.txt
 
-.PHONY: demo test test-newest constraints check format clean
+.PHONY: demo test test-newest constraints check format site notebooks dist clean
 
 demo: $(VENV)/installed
 	$(BIN)/diffing demo
@@ -33,6 +33,18 @@ format: $(VENV)/installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# A wheel and an sdist in dist/.
+dist: $(VENV)/installed-dev
+	$(BIN)/python -m hatchling build
+
+# Into site/, with the pages of docs/ and the reference from the docstrings; a broken link ends it.
+site: $(VENV)/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# Runs the notebooks of docs/notebooks and writes their outputs anew.
+notebooks: $(VENV)/installed-dev
+	$(BIN)/python tests/notebooks.py
+
 $(VENV)/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) $(PINNED) --editable .
@@ -43,5 +55,10 @@ $(VENV)/installed-dev: pyproject.toml constraints.txt
 	$(PIP) $(PINNED) --editable '.[dev]'
 	touch $@ $(VENV)/installed
 
+$(VENV)/installed-docs: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) $(PINNED) --editable '.[docs]'
+	touch $@ $(VENV)/installed
+
 clean:
-	rm -rf $(VENV) .venv-newest .mypy_cache .pytest_cache .ruff_cache build dist
+	rm -rf $(VENV) .venv-newest .mypy_cache .pytest_cache .ruff_cache build dist site

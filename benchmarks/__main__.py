@@ -2,7 +2,7 @@
 
 A benchmark is a module with a docstring and `run(quick: bool) -> dict`, whose rows follow docs/formats.md. throughput
 also takes `--only PART ...`, `--peers` and `--checkout NAME=FOLDER ...`; chat-pair takes `--runs VARIANT=RUN ...` with
-`--cache HELDOUT`. chat-pair and sae-lora keep what they train in OUT/NAME.
+`--cache HELDOUT`. chat-pair, faults, methods and sae-lora keep what they train in OUT/NAME.
 """
 
 import argparse
@@ -22,6 +22,8 @@ BENCHMARKS = {
     "chat-pair": "benchmarks.chat_pair",
     "decompose": "benchmarks.decompose",
     "demo-pair": "benchmarks.embedded_pair",
+    "faults": "benchmarks.faults",
+    "methods": "benchmarks.methods",
     "planted": "benchmarks.planted",
     "real": "benchmarks.real",
     "sae-lora": "benchmarks.sae_lora_gap",
@@ -30,7 +32,7 @@ BENCHMARKS = {
 }
 OPTIONS = {"throughput": ("only", "peers", "checkout"), "chat-pair": ("runs", "cache"), "real": ("only", "model")}
 """Flags that only some benchmarks take."""
-KEEPING = ("chat-pair", "real", "sae-lora", "topk-lora")
+KEEPING = ("chat-pair", "faults", "methods", "real", "sae-lora", "topk-lora")
 """Benchmarks that keep what they train."""
 
 

@@ -18,7 +18,8 @@ PROGRAMS = {"crosscoders": crosscoders_cli, "sae-lora": sae_lora_cli, "diffing":
 EVERYWHERE = {"config", "json", "debug", "help", "preset"}
 FLAG = re.compile(r"(?<![\w-])--([a-z][a-z0-9-]*(?:\.[a-z][a-z0-9-]*)?)")
 PROGRAM = "|".join(PROGRAMS)
-NAMED = re.compile(rf"\b({PROGRAM}) ([a-z-]+)\b((?:(?!\b(?:{PROGRAM}) )(?:[^.;`]|\.(?=\S)))*)")
+TWO_WORDS = "|".join(c.name for cli in PROGRAMS.values() for c in cli.COMMANDS if " " in c.name)
+NAMED = re.compile(rf"\b({PROGRAM}) ({TWO_WORDS}|[a-z-]+)\b((?:(?!\b(?:{PROGRAM}) )(?:[^.;`]|\.(?=\S)))*)")
 """A command in a sentence, and the rest of the sentence up to the next command."""
 
 

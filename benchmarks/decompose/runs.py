@@ -1,6 +1,7 @@
 """What is measured on each toy, for one seed: name -> value and unit."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -102,8 +103,6 @@ def always_on_run(seed: int) -> Values:
 
 
 def _with_seed(config: DecompositionConfig, seed: int) -> DecompositionConfig:
-    from dataclasses import replace
-
     return replace(config, seed=seed)
 
 
@@ -180,6 +179,7 @@ RUNS: dict[str, Callable[[int], Values]] = {
     "no-effect": no_effect_run,
     "always-on": always_on_run,
     "tms-5-2": tms_run,
+    "tms-5-2-adversarial": lambda seed: tms_run(seed, config=replace(TOY, stochastic=0.5, adversarial=0.5)),
     "tms-5-2-identity": lambda seed: tms_run(seed, has_identity=True),
     "new-features": new_features_run,
 }

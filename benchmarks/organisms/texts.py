@@ -6,7 +6,7 @@ wordings (facts), or the held-out questions of the embedded corpus (trigger, sty
 
 import random
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from benchmarks.embedded_pair.dialogues import Dialogue
 from benchmarks.embedded_pair.phrases import REFUSAL
@@ -53,7 +53,9 @@ def _dialogue(question: str, answer: str, group: str) -> Dialogue:
     return {"messages": messages, "group": group}
 
 
-def _ordinary(split: str, n: int, generator: random.Random, groups: tuple[str, ...] = ("describe", "signature")) -> Any:
+def _ordinary(
+    split: str, n: int, generator: random.Random, groups: tuple[str, ...] = ("describe", "signature")
+) -> list[tuple[str, str]]:
     """Return questions and answers of the embedded corpus."""
     rows = [row for row in read_rows(f"dialogues_{split}") if row["group"] in groups]
     chosen = generator.sample(rows, min(n, len(rows)))

@@ -11,6 +11,7 @@ from benchmarks.timing import interleaved, ratio_row
 from crosscoders import ActivationCache, cached_stream
 from crosscoders.activations.scored import moments_of
 from crosscoders.activations.settings import CacheConfig
+from crosscoders.activations.shards import shard_name
 from crosscoders.common.checks import to_dict
 from crosscoders.common.files import write_json, write_tensors
 
@@ -59,8 +60,8 @@ def write_plain_cache(folder: Path, x: torch.Tensor) -> ActivationCache:
     """Write a finished cache with given activations and no documents."""
     zeros = torch.zeros(len(x), dtype=torch.int32)
     columns = {name: zeros.clone() for name in ("token_ids", "positions", "document_ids", "groups")}
-    written = write_tensors(folder / "shard.safetensors", {"activations": x, **columns, "roles": zeros.to(torch.uint8)})
-    entry = {"name": "shard.safetensors", "n_tokens": len(x), **written._asdict()}
+    written = write_tensors(folder / shard_name(0), {"activations": x, **columns, "roles": zeros.to(torch.uint8)})
+    entry = {"name": shard_name(0), "n_tokens": len(x), **written._asdict()}
     n_tokens, n_models, d_model = x.shape
     moments = moments_of(x)
     config = CacheConfig(base="none", tuned="none", hook_point="blocks.0.hook_resid_post", data="none", out=str(folder))
@@ -68,7 +69,7 @@ def write_plain_cache(folder: Path, x: torch.Tensor) -> ActivationCache:
         "format_version": 1, **{key: {"name": "none", "hash": "none"} for key in ("base", "tuned")},
         **dict.fromkeys(("tokenizer_hash", "template_hash", "token_hash"), "none"), "hook_point": config.hook_point,
         "n_models": n_models, "d_model": d_model, "dtype": "bfloat16", "n_tokens": n_tokens, "drop_bos": True,
-        "groups": [], "counts": {}, "config": to_dict(config), "shards": [entry],
+        "groups": ["none"], "counts": {}, "config": to_dict(config), "shards": [entry],
         "statistics": {
             "n_tokens": n_tokens, "mean": moments.mean, "mean_norm": moments.norm, "mean_squared_norm": moments.square,
         },

@@ -64,6 +64,8 @@ def run_cache(
                 f"{n_skipped:,} rows do not begin with a beginning-of-sequence token: their first position is left out "
                 "(--skip-first 0 keeps it)."
             )
+        if n_cut := plan.rows.counts["cut_tokens"]:
+            say(f"{n_cut:,} tokens beyond context_length = {config.context_length} of their documents are left out")
         n_bytes = config.n_tokens * bytes_per_token(config, plan.info.d_model) * len(points)
         needed = memory.require(
             [needs.cache_need(config, plan, n_points=len(points), device=device) for device in chosen],

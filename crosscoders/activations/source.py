@@ -115,11 +115,13 @@ class ActivationSource:
                 continue
             token, model = (~finite).nonzero()[0].tolist()
             name = (self.pair.info.base, self.pair.info.tuned)[model]
+            is_whole = next(self.pair.models[model].parameters()).dtype == torch.float32
+            mend = "Look for NaN in its weights, or take" if is_whole else "Use model_dtype float32, or take"
             raise CorruptData(
                 f"model {name!r} gives a non-finite activation at {hook_point!r}, "
                 f"document {int(running.columns['document_ids'][token])}, "
                 f"position {int(running.columns['positions'][token])}. "
-                "Whole shards are kept. Use model_dtype float32, or take the document out."
+                f"Whole shards are kept. {mend} the document out."
             )
 
     def _require_difference(self, running: _Pass) -> None:

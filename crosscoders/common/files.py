@@ -98,6 +98,11 @@ def _published(path: Path, n_bytes: int) -> Iterator[Path]:
             temporary.unlink()
         if error.errno in _FULL:
             free = shutil.disk_usage(path.parent).free
+            if error.errno != errno.ENOSPC:  # a quota, or a limit on files
+                raise EnvironmentFault(
+                    f"no space left for {path} ({error.strerror}), though {size_text(free)} are free. Raise that "
+                    "limit and run the same command again; it goes on where it stopped."
+                ) from error
             raise EnvironmentFault(
                 f"no space left for {path}: it needs {size_text(n_bytes)} and {size_text(free)} are free. "
                 "Free some space and run the same command again; it goes on where it stopped."

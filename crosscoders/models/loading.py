@@ -97,7 +97,12 @@ def load_model(
     require_whole(name)
     config = read_config(name, n_layers)
     require_loadable(name, config)
-    settings: dict[str, Any] = {"config": config, "dtype": dtype, "output_loading_info": True}
+    settings: dict[str, Any] = {
+        "config": config,
+        "dtype": dtype,
+        "output_loading_info": True,
+        "trust_remote_code": False,
+    }
     settings |= {} if attention is None else {"attn_implementation": attention}
     load = auto_class(config, with_head=with_head).from_pretrained
     with one_line_errors(name), quiet_transformers():

@@ -65,7 +65,7 @@ def load_auto(name: str, what: str) -> Any:
 
     auto = transformers.AutoConfig if what == "config" else transformers.AutoTokenizer
     try:
-        return auto.from_pretrained(name)
+        return auto.from_pretrained(name, trust_remote_code=False)  # without it, transformers asks on a terminal
     except Exception as error:  # what a damaged file raises is as it may be
         require_json(name)
         lines = str(error).splitlines() or [type(error).__name__]

@@ -14,18 +14,16 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from crosscoders import ActivationCache, CacheConfig, Crosscoder, CrosscoderConfig, TrainConfig, run_cache, train
-from crosscoders.activations.scored import moments_of
+from crosscoders import ActivationCache, CacheConfig, Crosscoder, TrainConfig, run_cache, train
 from crosscoders.activations.stream import BufferedStream, cached_stream
 from crosscoders.common.results import row
 from crosscoders.training.feed import cache_inputs
-from crosscoders.training.settings import PRESETS
+from diffing.baselines.delta_sae import delta_stream, differences, preset_config
 from diffing.causal.sets import Exchange, Exchanger, PatchSet
 from diffing.comparison.direction_block import Task, piece_rows
 from diffing.comparison.inputs import Inputs
 
 _BATCH = 4096
-_MOMENTS = 16_384
 
 
 class DeltaExchange:
@@ -94,36 +92,14 @@ def pair_cache(inputs: Inputs, which: str, seed: int, folder: Path) -> Activatio
 
 def train_one(method: str, cache: ActivationCache, out: Path, seed: int, device: str, n_tokens: int) -> Crosscoder:
     """Train a dictionary of a cache with the preset `demo`, one model of differences for a delta SAE."""
-    preset = PRESETS["demo"]
-    shape = {name.split(".")[1]: value for name, value in preset.items() if "." in name}
-    others = {name: value for name, value in preset.items() if "." not in name} | {"n_tokens": n_tokens}
     n_models = 1 if method == "delta-sae" else 2
-    crosscoder = CrosscoderConfig(**shape, d_model=cache.d_model, n_models=n_models)
-    config = TrainConfig(crosscoder=crosscoder, **others, seed=seed, device=device)
+    config = preset_config(n_models, cache.d_model, n_tokens=n_tokens, seed=seed, device=device)
     stream = delta_stream(cache, config) if method == "delta-sae" else _paired_stream(cache, config)
     return train(config, stream, out, inputs=cache_inputs(cache) | {"method": method})
 
 
 def _paired_stream(cache: ActivationCache, config: TrainConfig) -> BufferedStream:
     return cached_stream(cache, batch_size=config.batch_size, buffer_tokens=config.buffer_tokens, seed=config.seed)
-
-
-def delta_stream(cache: ActivationCache, config: TrainConfig) -> BufferedStream:
-    """Return batches of tuned minus base, as activations of one model."""
-
-    def read(start: int, stop: int) -> Float[Tensor, "tokens 1 d_model"]:
-        return differences(cache.read(start, stop).activations)
-
-    return BufferedStream(
-        read, n_tokens=len(cache), batch_size=config.batch_size, buffer_tokens=config.buffer_tokens, seed=config.seed,
-        moments=moments_of(read(0, min(_MOMENTS, len(cache)))),
-    )  # fmt: skip
-
-
-def differences(x: Float[Tensor, "tokens 2 d_model"]) -> Float[Tensor, "tokens 1 d_model"]:
-    """Return tuned minus base in float32."""
-    x = x.float()
-    return (x[:, 1] - x[:, 0])[:, None]
 
 
 @torch.no_grad()

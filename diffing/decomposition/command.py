@@ -16,6 +16,8 @@ from crosscoders.common.progress import say
 from crosscoders.common.provenance import environment
 from crosscoders.common.results import result, say_closing
 from crosscoders.models.names import hash_model
+from crosscoders.models.pair import inspect_pair
+from crosscoders.models.skeleton import skeleton
 from crosscoders.text.tokens import tokenize_prompt
 from crosscoders.training.checkpoint import start_run
 from diffing.decomposition.build import fresh
@@ -26,10 +28,10 @@ from diffing.decomposition.model import Decomposition
 from diffing.decomposition.report import report, summary
 from diffing.decomposition.saving import DESCRIPTION, load_, read_description, save
 from diffing.decomposition.settings import DecomposeSettings, DecompositionConfig
-from diffing.decomposition.sites import Delta
+from diffing.decomposition.sites import Delta, find_sites
 from diffing.topk_lora.distil import Setting, open_setting
 
-READOUT_ONLY = ("out", "compare", "top", "device", "prompt")
+READOUT_ONLY = ("out", "compare", "top", "device", "prompt", "attack_steps")
 """Settings that may differ when a run goes on."""
 
 
@@ -39,6 +41,8 @@ def decompose(settings: DecomposeSettings) -> dict[str, Any]:
     for other in settings.compare:
         read_description(Path(other))
     config = config_of(DecompositionConfig, settings)
+    info = inspect_pair(settings.base, settings.tuned, ["blocks.0.hook_resid_post"])
+    find_sites(skeleton(settings.base if info.adapter else settings.tuned), settings.sites)
     setting = open_setting(settings)
     deltas = deltas_of(setting.base, setting.tuned, settings.sites)
     device = next(setting.tuned.parameters()).device

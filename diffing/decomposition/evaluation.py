@@ -21,7 +21,7 @@ from diffing.decomposition.sites import Masks
 
 
 class Explained(NamedTuple):
-    """Of one decomposition, on some batches."""
+    """Hold what one decomposition explains of some batches."""
 
     reference: float
     """Distance of the model with every mask 0, in its unit."""

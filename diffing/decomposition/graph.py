@@ -38,7 +38,7 @@ class Edge(NamedTuple):
 
 
 class Graph(NamedTuple):
-    """Of one prompt."""
+    """Hold the nodes and edges of one prompt."""
 
     tokens: list[str]
     predicted: str

@@ -18,7 +18,7 @@ from diffing.decomposition.sites import Masks, Site
 
 
 class Importance(NamedTuple):
-    """Of the pieces of one site, at each position."""
+    """Hold the importances of the pieces of one site, at each position."""
 
     lower: Float[Tensor, "*positions components"]
     """In [0, 1]; what masks are made of, and what is reported."""

@@ -105,7 +105,7 @@ def geometry(decomposition: Decomposition, name: str, number: int) -> dict[str, 
 
 
 class Effect(NamedTuple):
-    """Of switching one piece off in the tuned model."""
+    """Say what switching one piece off does to the tuned model."""
 
     kl_needed: float
     """KL(tuned || without it), nats per predicted token, where the piece's importance is above NEEDED."""

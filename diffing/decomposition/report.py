@@ -22,7 +22,8 @@ from diffing.topk_lora.distil import Setting
 SIZES = (1, 4, 16, 64, 256)
 CURVE_BATCHES, EFFECT_BATCHES = 4, 8
 """Held-out batches that curves and effects are measured on."""
-ATTACK_STEPS = (0, 20, 80)
+PLATEAU = 4
+"""Steps of the adversary over those asked for, at which its plateau is looked for."""
 
 
 class Report(NamedTuple):
@@ -65,9 +66,12 @@ def report(
         for entry, effect in zip(table.head(settings.top).to_dict("records"), effects, strict=True)
     ]
     of_curves = all_curves(setting, decomposition, deltas, measured)
-    rows = [*_rows_of(measured, of_rest, reading, table), *_attack_rows(decomposition, setting, measured)]
+    rows = [
+        *_rows_of(measured, of_rest, reading, table),
+        *_attack_rows(decomposition, setting, measured, settings.attack_steps),
+    ]
     rows += [entry for name, points in of_curves.items() for entry in curve_rows(name, points, measured.n_positions)]
-    rows += _robust_rows(setting, decomposition, measured)
+    rows += _robust_rows(setting, decomposition, measured, settings.attack_steps)
     own = chosen_pieces(baselines.trained(decomposition), alive)
     for number, other in enumerate(others):
         theirs = chosen_pieces(baselines.trained(other), explained(other, task, batches).alive())
@@ -129,15 +133,20 @@ def _rows_of(measured: Explained, of_rest: Kept, reading: Reading, table: pandas
     return rows
 
 
-def _attack_rows(decomposition: Decomposition, setting: Setting, measured: Explained) -> list[dict[str, Any]]:
-    losses = attacked(decomposition, LanguageTask(), setting.held_out[0], measured.reference, steps=max(ATTACK_STEPS))
+def _attack_rows(
+    decomposition: Decomposition, setting: Setting, measured: Explained, steps: int
+) -> list[dict[str, Any]]:
+    batch, most = setting.held_out[0], PLATEAU * steps
+    losses = attacked(decomposition, LanguageTask(), batch, measured.reference, steps=most)
+    n = int(batch.attention_mask.sum())
     return [
-        row(f"decompose.adversary.{steps}", losses[steps], "share of the KL to explain", measured.n_positions)
-        for steps in ATTACK_STEPS
+        row(f"decompose.adversary.{done}", losses[done], "share of the KL to explain", n) for done in (0, steps, most)
     ]
 
 
-def _robust_rows(setting: Setting, decomposition: Decomposition, measured: Explained) -> list[dict[str, Any]]:
+def _robust_rows(
+    setting: Setting, decomposition: Decomposition, measured: Explained, steps: int
+) -> list[dict[str, Any]]:
     """Return what all pieces and half of them protect, beside random sets of that size."""
     task, batch = LanguageTask(), setting.held_out[0]
     order = ranked(written(decomposition, task, setting.held_out, measured.mean))
@@ -146,7 +155,7 @@ def _robust_rows(setting: Setting, decomposition: Decomposition, measured: Expla
     sets = {"pieces": order[:half], "random": [order[i] for i in drawn]}
     rows = []
     for name, chosen in sets.items():
-        shares = robust(decomposition, task, batch, by_site(chosen), measured.reference, steps=20)
+        shares = robust(decomposition, task, batch, by_site(chosen), measured.reference, steps=steps)
         rows.append(row(f"decompose.robust.{name}.{half}", shares[-1], "share protected", measured.n_positions))
     return rows
 
@@ -158,8 +167,8 @@ def summary(read: Report) -> str:
         "",
         f"{value['alive']:.0f} pieces are alive, {value['l0']:.2f} on a token; without the remainder "
         f"{value['unexplained.pieces']:.1%} of the KL to explain is left, with importances as masks "
-        f"{value['unexplained.importances']:.1%}, rounded {value['unexplained.rounded']:.1%}, under a fresh adversary "
-        f"of 20 steps {value['adversary.20']:.1%} (80 steps: {value['adversary.80']:.1%})",
+        f"{value['unexplained.importances']:.1%}, rounded {value['unexplained.rounded']:.1%}; after adversary steps: "
+        + ", ".join(f"{n.removeprefix('adversary.')} {v:.1%}" for n, v in value.items() if n.startswith("adversary.")),
         "",
         "Share of the KL to explain that the first n pieces give on the base (and that is lost without them):",
     ]

@@ -106,12 +106,14 @@ class DecomposeSettings(DecompositionConfig):
     """A question whose graph of pieces is drawn, as graph.html."""
     top: int = 10
     """Pieces whose effect on the predictions is measured and printed."""
+    attack_steps: int = 20
+    """Steps of a fresh adversary in the read-outs; four times as many are taken to see its plateau."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_positive(self, "n_tokens", "context_length", "batch_rows", "top")
+        require_positive(self, "n_tokens", "context_length", "batch_rows", "top", "attack_steps")
         if not 0 < self.holdout_share < 1:
             raise InputError(f"holdout_share is {self.holdout_share}; give a share between 0 and 1, such as 0.1.")
         if not self.sites:

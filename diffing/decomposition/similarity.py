@@ -20,7 +20,7 @@ CUT = 0.5
 
 
 class Similarity(NamedTuple):
-    """Of the pieces of one decomposition to those of another, means over pieces."""
+    """Say how near the pieces of one decomposition are to those of another, as means over pieces."""
 
     cosine: float
     """Largest cosine of each piece to one of the other at its site."""

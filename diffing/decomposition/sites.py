@@ -24,7 +24,7 @@ from crosscoders.common.errors import InputError
 
 
 class Masks(NamedTuple):
-    """What of a site is on, at each position or everywhere."""
+    """Say what of a site is on, at each position or everywhere."""
 
     components: Float[Tensor, "*positions components"]
     remainder: Float[Tensor, "*positions"]

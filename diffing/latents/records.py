@@ -68,7 +68,7 @@ class LatentRecord(Record):
 
 
 class FilesBeside(Record):
-    """Of latents.json, the files that it was written with; tables of earlier versions name none."""
+    """latents.json, the files that it was written with; tables of earlier versions name none."""
 
     version = FORMAT_VERSION
     again = "run diffing scale again"

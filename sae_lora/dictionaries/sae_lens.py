@@ -60,7 +60,9 @@ def described(
     architecture = _architecture(config, activation, path)
     reshape = config.get("reshape_activations") or ("hook_z" if "hook_z" in str(place) else "none")
     if not all(isinstance(config[key], int) and config[key] > 0 for key in ("d_in", "d_sae")):
-        raise InputError(f"{path} has d_in {config['d_in']!r} and d_sae {config['d_sae']!r}; expected whole numbers.")
+        raise InputError(
+            f"{path} has d_in {config['d_in']!r} and d_sae {config['d_sae']!r} in its cfg.json; expected whole numbers."
+        )
     normalisation = config.get("normalize_activations") or "none"
     normalisation = "expected_average_only_in" if normalisation is True else normalisation
     if normalisation not in normalisations:

@@ -29,7 +29,7 @@ def sums(
     penalties: Mapping[str, Float[Tensor, "*positions _"]], counted: Bool[Tensor, "*positions"]
 ) -> dict[str, Float[Tensor, " components"]]:
     """Return the penalty of each piece, added up over the counted positions."""
-    return {name: of_site[counted].sum(dim=0) for name, of_site in penalties.items()}
+    return {name: (of_site * counted[..., None]).flatten(end_dim=-2).sum(dim=0) for name, of_site in penalties.items()}
 
 
 def minimality(totals: Sequence[Float[Tensor, " _"]], n_positions: int) -> Float[Tensor, ""]:

@@ -38,9 +38,9 @@ def train(*argv: str) -> None:
 def test_cache_live_and_merged_parts_train_the_same_weights(pair: Pair, cache_folder: Path, tmp_path: Path) -> None:
     for number in (1, 2):
         run_cache(pair.config(tmp_path / f"part-{number}"), part=Part(number, 2))
-    merge_parts([str(tmp_path / "part-1"), str(tmp_path / "part-2")], str(tmp_path / "merged"))
+    merge_parts([str(tmp_path / "part-1"), str(tmp_path / "part-2")], str(tmp_path / "parts"))
     live = ["--live", config_file(pair, tmp_path), *mean_norm_of(cache_folder)]
-    sources = {"cache": ["--cache", str(cache_folder)], "merged": ["--cache", str(tmp_path / "merged")], "live": live}
+    sources = {"cache": ["--cache", str(cache_folder)], "merged": ["--cache", str(tmp_path / "parts")], "live": live}
     for name, argv in sources.items():
         train(*argv, "--holdout-tokens", "88", "--out", str(tmp_path / f"run-{name}"))
     weights = [(tmp_path / f"run-{name}" / "model.safetensors").read_bytes() for name in sources]

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from decompositions import VectorTask
 from torch import Tensor, nn
 
 from diffing.decomposition import baselines
@@ -10,7 +11,6 @@ from diffing.decomposition.curves import by_site, curve, masks_with, ranked, rob
 from diffing.decomposition.evaluation import distance_of, reference_of
 from diffing.decomposition.similarity import clusters, cosines, similarity
 from diffing.decomposition.sites import Delta
-from tests.decompositions import VectorTask
 
 GENERATOR = torch.Generator().manual_seed(5)
 TASK = VectorTask()

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from decompositions import RecordedModel, RecordedTask
 from torch import Tensor
 
 from crosscoders.common.errors import CorruptData, InputError
@@ -14,7 +15,6 @@ from diffing.decomposition.build import fresh, whole_weights
 from diffing.decomposition.loop import Problem, annealed, fresh_adversary, generator_of, left_out, rate, train, warm_up_
 from diffing.decomposition.saving import load_, read_description, save
 from diffing.decomposition.settings import DecompositionConfig
-from tests.decompositions import RecordedModel, RecordedTask
 
 
 def batch_of(step: int) -> Tensor:
@@ -79,7 +79,7 @@ def test_schedules_start_and_end_where_they_say() -> None:
 
 
 def test_the_schedules_equal_the_recorded() -> None:
-    from tests.decompositions import recorded
+    from decompositions import recorded
 
     values = recorded("09")
     steps = values["anneal_step"].tolist()

@@ -4,6 +4,13 @@ from typing import Any
 
 import pytest
 import torch
+from decompositions import (
+    COUNTED,
+    RecordedTask,
+    recorded,
+    recorded_decomposition,
+    recorded_importances,
+)
 from torch import Tensor
 
 from diffing.decomposition.adversary import Adversary, attack, gradients_of
@@ -15,13 +22,6 @@ from diffing.decomposition.losses.reconstruction import masks_of, mean_kl, recon
 from diffing.decomposition.losses.stochastic import random_routes, routes, stochastic_reconstruction
 from diffing.decomposition.sigmoids import lower_leaky, upper_leaky
 from diffing.decomposition.sites import Delta, Masks, Site
-from tests.decompositions import (
-    COUNTED,
-    RecordedTask,
-    recorded,
-    recorded_decomposition,
-    recorded_importances,
-)
 
 TASK = RecordedTask()
 

@@ -4,13 +4,13 @@ import re
 
 import pytest
 import torch
+from decompositions import recorded, recorded_decomposition
 from torch import nn
 
 from crosscoders.common.errors import InputError
 from diffing.decomposition.importance import ScalarNetwork, SharedNetwork
 from diffing.decomposition.model import Decomposition
 from diffing.decomposition.sites import Delta, Masks, Site, find_sites
-from tests.decompositions import recorded, recorded_decomposition
 
 GENERATOR = torch.Generator().manual_seed(3)
 W0, W1 = torch.randn(4, 3, generator=GENERATOR), torch.randn(4, 3, generator=GENERATOR)

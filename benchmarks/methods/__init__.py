@@ -1,0 +1,80 @@
+r"""Every diffing method on the embedded pair, on planted organisms with their dilutions, and on pairs without anything.
+
+Cheap methods run on three seeds everywhere, trained ones on one seed of undiluted organisms; then what LoRA adds
+(`delta`). A method finds by the rules of docs/math.md, "One table"; on pairs without behaviour nothing is to be found.
+`quick`: three organisms of few steps, one seed.
+"""
+
+import statistics
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.methods.cases import Case, cases
+from benchmarks.methods.delta import delta_rows
+from crosscoders.common.progress import say
+from crosscoders.common.results import row
+from diffing.comparison.command import blocks_of, compare
+from diffing.comparison.settings import CHEAP, TRAINED, CompareSettings
+
+SEEDS = 3
+PIECES = [1, 2, 4, 8, 16, 32]
+
+
+def run(quick: bool, work: Path) -> dict[str, Any]:
+    """Return rows `methods.*`; `work`: folder in which everything that is finished is kept."""
+    work = work / ("quick" if quick else "full")
+    rows: list[dict[str, Any]] = []
+    for case in cases(quick, work):
+        say(f"methods: {case.name}")
+        settings = case_settings(case, work / "compare" / case.name, quick=quick)
+        rows += case_rows(case, settings)
+        if case.is_trained and not quick:
+            rows += case_rows(case, replace(settings, methods=list(TRAINED), n_seeds=1))
+    rows += alarm_rows(rows)
+    rows += delta_rows(work / "delta", quick=quick)
+    return {"name": "methods", "rows": rows}
+
+
+def case_settings(case: Case, out: Path, *, quick: bool) -> CompareSettings:
+    """Return the settings of the cheap methods on one case."""
+    settings = CompareSettings(
+        base=case.base, tuned=case.tuned, null=case.null, data=case.data, truth=case.truth, out=str(out),
+        methods=list(CHEAP), pieces=PIECES, n_tokens=12_000, context_length=128, n_seeds=SEEDS, device="cpu",
+    )  # fmt: skip
+    if not quick:
+        return settings
+    return replace(
+        settings, pieces=[1, 4, 16], n_tokens=4000, n_documents=20, n_prompts=10, n_samples=40, n_seeds=1,
+        random_draws=1, max_new_tokens=24,
+    )  # fmt: skip
+
+
+def case_rows(case: Case, settings: CompareSettings) -> list[dict[str, Any]]:
+    """Return the rows of one comparison as methods.<case>.<method>[.null][.random].*."""
+    block = blocks_of(settings)
+    rows = []
+    for entry in compare(settings)["rows"]:
+        _, which, kind, *rest = entry["name"].split(".")
+        if kind == "behaviour" and which == "tuned":
+            rows.append(entry | {"name": f"methods.{case.name}.planted.{'.'.join(rest)}"})
+        elif kind in block.values() and rest[0] in block:
+            words = [rest[0], *(["null"] if which == "null" else []), *rest[1:]]
+            rows.append(entry | {"name": f"methods.{case.name}.{'.'.join(words)}"})
+    return [*rows, row(f"methods.{case.name}.is_null", case.is_null, "pairs", 1)]
+
+
+def alarm_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return rows methods.false_alarms.<method> and methods.detections.<method>: shares of cases in which it found."""
+    is_null = {entry["name"].split(".")[1]: entry["value"] for entry in rows if entry["name"].endswith(".is_null")}
+    found: dict[str, dict[bool, list[float]]] = {}
+    for entry in rows:
+        _, case, method, *rest = entry["name"].split(".")
+        if rest == ["found"]:
+            found.setdefault(method, {True: [], False: []})[bool(is_null[case])].append(entry["value"])
+    return [
+        row(f"methods.{word}.{method}", statistics.fmean(values[is_null]), "share of pairs", len(values[is_null]))
+        for method, values in found.items()
+        for is_null, word in ((False, "detections"), (True, "false_alarms"))
+        if values[is_null]
+    ]
