@@ -15,6 +15,7 @@ from typing import Any
 
 from crosscoders.common import files
 from crosscoders.common.errors import CorruptData, EnvironmentFault, InputError, nearest
+from crosscoders.common.notices import without_notices
 from crosscoders.common.results import ResultRecord
 
 BENCHMARKS = {
@@ -82,7 +83,8 @@ def main(argv: list[str] | None = None) -> int:
         elif args.command == "run":
             listed = {name: getattr(args, name) for names in OPTIONS.values() for name in names}
             options = {name: tuple(v) if isinstance(v, list) else v for name, v in listed.items() if v}
-            result = run_one(args.name, quick=args.quick, out=args.out, options=options)
+            with without_notices():
+                result = run_one(args.name, quick=args.quick, out=args.out, options=options)
             print(json.dumps(result, indent=1) if args.json else markdown(result))
         else:
             for path in sorted(args.out.glob("*.json")):

@@ -21,6 +21,7 @@ COMMANDS = [
         TrainSettings,
         "crosscoders.training.command:train",
         presets=PRESETS,
+        example="--cache caches/mine --preset demo",
         fit_preset=lambda preset, settings: fit_to_length(preset, settings["n_tokens"], settings["batch_size"]),
     ),
     Command(

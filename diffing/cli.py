@@ -83,6 +83,7 @@ COMMANDS = [
         InterpretSettings,
         "diffing.interpretation.command:interpret_run",
         "run",
+        example="--offline",
     ),
     Command(
         "stability",
@@ -111,6 +112,7 @@ COMMANDS = [
         ExportSettings,
         "diffing.sharing.command:export",
         "run",
+        example="--csv tables",
     ),
     Command(
         "push",
@@ -137,6 +139,7 @@ COMMANDS = [
         NullSettings,
         "diffing.null.command:null",
         "run",
+        example="--placebo models/placebo",
     ),
     Command(
         "topk-lora fit",

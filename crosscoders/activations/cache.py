@@ -51,6 +51,13 @@ class ActivationCache:
         """Where the cache lies: a local path, or a URL."""
         return self.folder.path
 
+    def __repr__(self) -> str:
+        names = " and ".join(str(self.manifest[key]["name"]) for key in ("base", "tuned"))
+        return (
+            f"ActivationCache({str(self.path)!r}: {len(self):,} tokens of {names} at {self.manifest['hook_point']}, "
+            f"d_model={self.d_model:,}, {self.manifest['dtype']})"
+        )
+
     def __len__(self) -> int:
         return int(self.starts[-1])
 

@@ -15,6 +15,21 @@ from crosscoders.common.errors import InputError
 from crosscoders.common.progress import say
 from crosscoders.common.results import result, row, say_closing
 
+PAPER_TOKENS = 10_000_000
+"""Tokens from which the size of the papers is proposed: their 73,728 latents saw 200M, each of them twice."""
+
+
+def next_command(folder: str, n_tokens: int) -> str:
+    """Return a command that trains on a cache, of a size that its tokens can feed: two epochs at the size of the
+    papers, at most 50 epochs of the small preset."""
+    command = f"crosscoders train --cache {shlex.quote(folder)} --out RUN"
+    if n_tokens >= PAPER_TOKENS:
+        n_train = min(2 * n_tokens, 200_000_000)
+        return f"{command} --preset paper-batchtopk" + (f" --n-tokens {n_train}" if n_train < 200_000_000 else "")
+    n_train = min(50 * n_tokens, 2_457_600)
+    batch = f" --batch-size {max(1, n_tokens // 16)}" if n_tokens < 16 * 1024 else ""
+    return f"{command} --preset demo" + (f" --n-tokens {n_train}" if n_train < 2_457_600 else "") + batch
+
 
 def cache(settings: CacheSettings) -> dict[str, Any]:
     """Run `crosscoders cache`."""
@@ -77,5 +92,5 @@ def _describe_caches(started: float, folders: list[str]) -> list[dict[str, Any]]
             row(f"cache{where}.mean_norm.{name}", value, "activation", len(opened))
             for name, value in zip(("base", "tuned"), norms, strict=True)
         ]
-    say(f"next: crosscoders train --cache {shlex.quote(folders[0])} --out RUN --preset paper-batchtopk")
+    say(f"next: {next_command(folders[0], len(ActivationCache(folders[0])))}")
     return rows

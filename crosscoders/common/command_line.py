@@ -4,12 +4,13 @@ A command is a settings dataclass and the name of the function that runs it. Set
 module is imported, so `--help` and a config error answer without torch.
 """
 
+import contextlib
 import dataclasses
 import importlib
+import importlib.metadata
 import io
 import itertools
 import json
-import logging
 import os
 import re
 import sys
@@ -17,15 +18,15 @@ import traceback
 import typing
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from crosscoders.common.errors import CorruptData, EnvironmentFault, InputError, nearest
+from crosscoders.common.help import help_text
+from crosscoders.common.notices import without_notices
 from crosscoders.common.progress import say
 
 TEXTS = ("prompt", "prompts")
 """Settings that may be empty text."""
-TALKATIVE = ("torchao", "torch.utils._pytree")
-"""Loggers that warn when torchao is imported, as transformers does wherever it is installed."""
 
 
 class Command(NamedTuple):
@@ -47,6 +48,8 @@ class Command(NamedTuple):
     """Makes a preset fit the settings beside it; gets the preset and the settings that it would give."""
     takes_url: bool = False
     """Whether `out` may be a URL."""
+    example: str = ""
+    """Flags of the example in `--help`, beside the settings that must be given."""
 
 
 class Parsed(NamedTuple):
@@ -72,12 +75,14 @@ def main(program: str, description: str, commands: list[Command], argv: list[str
                 "\n".join(lines), f"\n{program} COMMAND --help lists the settings of a command.", sep="\n", flush=True
             )
             return 0
-        for name in () if debug else TALKATIVE:
-            logging.getLogger(name).setLevel(logging.ERROR)
+        if argv[0] == "--version":
+            print(f"{program} {importlib.metadata.version('model-diffing')}")
+            return 0
         command = _find(program, commands, argv)
         parsed = parse(program, command, argv[len(command.name.split()) :])
         module, function = command.run.split(":")
-        result = getattr(importlib.import_module(module), function)(parsed.settings)
+        with contextlib.nullcontext() if debug else without_notices():
+            result = getattr(importlib.import_module(module), function)(parsed.settings)
         text = result.pop("text", None)
         if parsed.json:
             print(json.dumps(result, indent=1, allow_nan=False))
@@ -157,8 +162,13 @@ def parse(program: str, command: Command, argv: list[str]) -> Parsed:
     if command.presets:
         parser.add_argument("--preset", choices=sorted(command.presets), help="Start from a named recipe.")
     parser.add_class_arguments(command.settings)
+    if {"-h", "--help"} & set(argv):
+        known = (command.settings, parser._actions, command.positional, command.example)
+        print(help_text(parser.prog, command.help, *known), flush=True)
+        raise SystemExit(0)
     hints = typing.get_type_hints(command.settings)
     argv = _with_true(_with_underscores(argv), [name for name, hint in hints.items() if hint is bool])
+    argv = _with_lists(argv, hints)
     if command.positional and argv and not argv[0].startswith("-"):
         if typing.get_origin(hints[command.positional]) is list:
             words = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
@@ -212,6 +222,33 @@ def _with_true(argv: list[str], switches: list[str]) -> list[str]:
         f"{word}=true" if word[2:] in switches and word.startswith("--") and after.startswith("--") else word
         for word, after in zip(argv, [*argv[1:], "--"], strict=False)
     ]
+
+
+def _with_lists(argv: list[str], hints: dict[str, Any]) -> list[str]:
+    """Return the arguments with lists in the form [a, b], also where they are typed as `6 939` or `6,939`.
+
+    Words without spaces and slashes are parted at commas. One word stays as it is where one value will do.
+    """
+    words: list[str] = []
+    while argv:
+        flag, _, value = argv[0].partition("=")
+        kinds = typing.get_args(hints.get(flag[2:])) or (hints.get(flag[2:]),)
+        lists = [hint for hint in (hints.get(flag[2:]), *kinds) if typing.get_origin(hint) is list]
+        values = [value] if value else list(itertools.takewhile(lambda word: not re.match("-[^0-9.]", word), argv[1:]))
+        if not flag.startswith("--") or not lists or not values or values[0].startswith("["):
+            words, argv = [*words, argv[0]], argv[1:]
+            continue
+        argv = argv[1 if value else 1 + len(values) :]
+        entries = [part for word in values for part in (word.split(",") if re.fullmatch(r"[^\s/]+", word) else [word])]
+        entries = [entry for entry in entries if entry]
+        is_text = typing.get_args(lists[0]) == (str,)
+        is_one = len(entries) == 1 and any(
+            entries[0] in typing.get_args(kind) if typing.get_origin(kind) is Literal else kind in (str, int, float)
+            for kind in kinds
+        )
+        whole = json.dumps(entries) if is_text else f"[{', '.join(entries)}]"
+        words += [flag, entries[0] if is_one else whole]
+    return words
 
 
 def _value_of(argv: list[str], flag: str) -> str | None:

@@ -63,6 +63,16 @@ class Crosscoder(nn.Module):
         self.register_buffer("threshold", torch.full((dict_size,) * (config.activation == "jumprelu"), -1.0))
         self.register_buffer("is_folded", torch.tensor(False))
 
+    def extra_repr(self) -> str:
+        """Return what `print` says of it."""
+        config = self.config
+        chosen = f", k={config.k}" if config.k is not None else ""
+        folded = ", normaliser folded in" if self.is_folded else ""
+        return (
+            f"{config.dict_size:,} latents of {config.n_models} models, d_model={self.W_dec.shape[2]:,}, "
+            f"{config.activation}{chosen}{folded}"
+        )
+
     @torch.no_grad()
     def init_weights_(self, *, norm: float, generator: torch.Generator) -> None:
         """Draw Kaiming-uniform directions of one norm, the same for every model; encoder = decoder transposed.

@@ -21,8 +21,8 @@ def require_adapter(adapter: str, base: str) -> None:
     Raises:
         InputError: no configuration; a kind that does not live in the model's modules, such as prompt tuning.
     """
-    import peft
-
+    with quiet_transformers():
+        import peft
     with one_line_errors(adapter):
         config = peft.PeftConfig.from_pretrained(adapter)
     kind = str(getattr(config.peft_type, "value", config.peft_type))
@@ -54,8 +54,8 @@ def with_adapter(model: Any, adapter: str) -> Any:
     Raises:
         InputError: weights that do not load; tensors that are missing or left over.
     """
-    import peft
-
+    with quiet_transformers():
+        import peft
     mapping = getattr(model, "_checkpoint_conversion_mapping", {})
     with one_line_errors(adapter), quiet_transformers(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Found missing adapter keys")  # an error below

@@ -11,6 +11,7 @@ from typing import Any
 
 from crosscoders.common import files
 from crosscoders.common.errors import InputError
+from crosscoders.common.notices import without_notices
 from crosscoders.models.broken import require_json
 
 PROBE = "The quick brown fox, def f(x): return 42\n\tNäïve 数据 <end>"
@@ -133,8 +134,8 @@ def hash_model(name: str) -> str:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence transformers: loading a cut-off model reports every missing layer as unexpected, which is meant; restores
-    what it found."""
+    """Silence transformers, and what it and peft import: loading a cut-off model reports every missing layer as
+    unexpected, which is meant; restores what it found."""
     import transformers
 
     verbosity = transformers.logging.get_verbosity()
@@ -142,7 +143,7 @@ def quiet_transformers() -> Iterator[None]:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), without_notices():
             warnings.simplefilter("ignore", FutureWarning)  # renames between peft and transformers
             yield
     finally:

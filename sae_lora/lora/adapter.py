@@ -75,8 +75,8 @@ def add_lora(
     Raises:
         InputError: no linear maps in those layers; dropout on experts.
     """
-    import peft
-
+    with quiet_transformers():
+        import peft
     targets = find_targets(model, layers)
     if not targets.shapes:
         raise InputError(f"the layers of {type(model).__name__} hold no linear maps that LoRA could adapt.")

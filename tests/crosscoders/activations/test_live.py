@@ -42,10 +42,10 @@ def test_cache_live_and_merged_parts_train_the_same_weights(pair: Pair, cache_fo
     live = ["--live", config_file(pair, tmp_path), *mean_norm_of(cache_folder)]
     sources = {"cache": ["--cache", str(cache_folder)], "merged": ["--cache", str(tmp_path / "parts")], "live": live}
     for name, argv in sources.items():
-        train(*argv, "--holdout-tokens", "88", "--out", str(tmp_path / name))
-    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in sources]
+        train(*argv, "--holdout-tokens", "88", "--out", str(tmp_path / f"run-{name}"))
+    weights = [(tmp_path / f"run-{name}" / "model.safetensors").read_bytes() for name in sources]
     assert weights[0] == weights[1] == weights[2]
-    evaluations = [json.loads((tmp_path / name / "eval.json").read_text())["rows"] for name in sources]
+    evaluations = [json.loads((tmp_path / f"run-{name}" / "eval.json").read_text())["rows"] for name in sources]
     for others in zip(*evaluations, strict=True):
         # Held-out tokens come in other batches when they are live, so the order of sums differs.
         assert {row["n"] for row in others} == {88}
