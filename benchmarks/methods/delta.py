@@ -15,6 +15,7 @@ Claims of arXiv 2605.28896: `verdicts` says of each confirmed, at chance, or ref
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -194,12 +195,12 @@ def _base_stream(cache: ActivationCache, config: TrainConfig) -> BufferedStream:
     """Return batches of the base's activations alone, as those of one model."""
     from crosscoders.activations.scored import moments_of
 
-    def read(start: int, stop: int) -> torch.Tensor:
-        return cache.read(start, stop).activations[:, :1].float()
+    def read(start: int, stop: int) -> Iterator[torch.Tensor]:
+        return (tokens.activations[:, :1].float() for tokens in cache.parts(start, stop))
 
     return BufferedStream(
         read, n_tokens=len(cache), batch_size=config.batch_size, buffer_tokens=config.buffer_tokens, seed=config.seed,
-        moments=moments_of(read(0, min(16_384, len(cache)))),
+        moments=moments_of(torch.cat(list(read(0, min(16_384, len(cache)))))),
     )  # fmt: skip
 
 

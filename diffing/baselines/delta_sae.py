@@ -52,12 +52,12 @@ def differences(x: Float[Tensor, "tokens 2 d_model"]) -> Float[Tensor, "tokens 1
 def delta_stream(cache: ActivationCache, config: TrainConfig) -> BufferedStream:
     """Return batches of differences of a cache of a pair."""
 
-    def read(start: int, stop: int) -> Float[Tensor, "tokens 1 d_model"]:
-        return differences(cache.read(start, stop).activations)
+    def read(start: int, stop: int) -> Iterator[Float[Tensor, "_ 1 d_model"]]:
+        return (differences(tokens.activations) for tokens in cache.parts(start, stop))
 
     return BufferedStream(
         read, n_tokens=len(cache), batch_size=config.batch_size, buffer_tokens=config.buffer_tokens, seed=config.seed,
-        moments=moments_of(read(0, min(_MOMENTS, len(cache)))),
+        moments=moments_of(torch.cat(list(read(0, min(_MOMENTS, len(cache)))))),
     )  # fmt: skip
 
 

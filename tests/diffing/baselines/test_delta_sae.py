@@ -17,7 +17,7 @@ def test_the_stream_holds_tuned_minus_base_of_the_cache(cache_folder: Path) -> N
     cache = ActivationCache(cache_folder)
     config = preset_config(1, cache.d_model, n_tokens=100_000, seed=0)
     stream = delta_stream(cache, replace(config, batch_size=len(cache)))
-    batch = next(stream.batches(0))
+    batch = next(stream.batches(0, 1))
     x = cache.read(0, len(cache)).activations.float()
     assert batch.shape == (len(cache), 1, cache.d_model)
     assert torch.allclose(batch.sum(dim=0)[0], (x[:, 1] - x[:, 0]).sum(dim=0), atol=1e-4)
