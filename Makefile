@@ -6,7 +6,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 # The versions that the suite last passed with, so that a stranger gets what was tested; `make test-newest` leaves them out.
 PINNED := --constraint constraints.txt
 
-.PHONY: demo test test-newest constraints check format site dist clean
+.PHONY: demo test test-newest constraints check format site notebooks dist clean
 
 demo: $(VENV)/installed
 	$(BIN)/diffing demo
@@ -40,6 +40,10 @@ dist: $(VENV)/installed-dev
 # Into site/, with the pages of docs/ and the reference from the docstrings; a broken link ends it.
 site: $(VENV)/installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# Runs the notebooks of docs/notebooks and writes their outputs anew.
+notebooks: $(VENV)/installed-dev
+	$(BIN)/python tests/notebooks.py
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

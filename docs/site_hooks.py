@@ -31,6 +31,20 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     return site_links(markdown, page.file.src_uri)
 
 
+def on_page_content(html: str, page: Any, files: Any, **_: Any) -> str:
+    """Lead the links of a notebook, which mkdocs leaves as they are, to pages of the site."""
+    if not page.file.src_uri.endswith(".ipynb"):
+        return html
+
+    def rewritten(match: re.Match[str]) -> str:
+        target = files.get_file_from_path(
+            posixpath.normpath(posixpath.join(posixpath.dirname(page.file.src_uri), match[1]))
+        )
+        return f'href="{target.url_relative_to(page.file)}{match[2]}"' if target else match[0]
+
+    return re.sub(r'href="([^":#]+\.(?:md|ipynb))(#[^"]*|)"', rewritten, html)
+
+
 def site_links(markdown: str, page: str) -> str:
     """Return the text with each link to a file of the repository led to the page that it is on the site.
 

@@ -5,8 +5,10 @@ Taken apart by `blocks`, `spans`, `command_lines`, `named_commands`, `python_cal
 
 import ast
 import dataclasses
+import functools
 import importlib
 import importlib.util
+import json
 import re
 import shlex
 import typing
@@ -25,10 +27,11 @@ from crosscoders.training.settings import PRESETS
 
 ROOT = Path(__file__).parent.parent
 GUIDE = tuple(f"docs/guide/{path.name}" for path in sorted((ROOT / "docs/guide").glob("*.md")))
+NOTEBOOKS = tuple(f"docs/notebooks/{path.name}" for path in sorted((ROOT / "docs/notebooks").glob("*.ipynb")))
 REFERENCE = tuple(f"docs/reference/{path.name}" for path in sorted((ROOT / "docs/reference").glob("*.md")))
 DOCUMENTS = (
     "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/math.md", "docs/formats.md", "docs/performance.md", *GUIDE,
-    *REFERENCE,
+    *REFERENCE, *NOTEBOOKS,
 )  # fmt: skip
 PROGRAMS = {
     "crosscoders": crosscoders.cli.COMMANDS,
@@ -42,8 +45,12 @@ FOLDERS = (*PACKAGES, "benchmarks", "tests", "docs")
 
 
 def read(name: str) -> str:
-    """Return the text of a file of the repository."""
-    return (ROOT / name).read_text(encoding="utf-8")
+    """Return the text of a file of the repository; of a notebook its cells, code in fences and outputs left out."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    if not name.endswith(".ipynb"):
+        return text
+    cells = [(cell["cell_type"], "".join(cell["source"])) for cell in json.loads(text)["cells"]]
+    return "\n\n".join(f"```python\n{source}\n```" if kind == "code" else source for kind, source in cells) + "\n"
 
 
 # ------------------------------------------------------------------------------------------------------- taking apart
@@ -91,6 +98,11 @@ def settings_of(kind: type, prefix: str = "") -> set[str]:
         if isinstance(hints[field.name], type) and dataclasses.is_dataclass(hints[field.name]):
             names |= settings_of(hints[field.name], f"{prefix}{field.name}.")
     return names
+
+
+def messages(text: str) -> list[str]:
+    """Return the messages of errors that a page explains: lines of bold code."""
+    return re.findall(r"^\*\*`(.+)`\*\*$", text, re.M)
 
 
 # ----------------------------------------------------------------------------------------------- commands and settings
@@ -201,6 +213,26 @@ def wrong_path(span: str) -> str | None:
     paths = [word for word in span.split() if re.fullmatch(rf"({'|'.join(FOLDERS)})/[\w./-]+", word)]
     missing = [path for path in paths if not (ROOT / path).exists()]
     return f"there is no {missing[0]}" if missing else None
+
+
+@functools.cache
+def literals() -> tuple[str, ...]:
+    """Return every string in the code of the packages, `...` for what is filled in."""
+    texts = []
+    for path in (path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                pieces = (piece.value if isinstance(piece, ast.Constant) else "..." for piece in node.values)
+                texts.append("".join(map(str, pieces)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(node.value)
+    return tuple(texts)
+
+
+def wrong_message(message: str) -> str | None:
+    """Check that a command can end with a message; `...` in it stands for anything."""
+    pattern = re.compile(".*".join(map(re.escape, message.split("..."))), re.S)
+    return None if any(map(pattern.search, literals())) else f"no command says {message!r}"
 
 
 def wrong_index(page: str, index: str) -> str | None:

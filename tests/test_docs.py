@@ -10,11 +10,13 @@ import torch
 from documents import (
     DOCUMENTS,
     GUIDE,
+    NOTEBOOKS,
     PACKAGES,
     ROOT,
     blocks,
     command_lines,
     faults,
+    messages,
     named_commands,
     python_calls,
     read,
@@ -27,6 +29,7 @@ from documents import (
     wrong_link,
     wrong_log,
     wrong_make_target,
+    wrong_message,
     wrong_name,
     wrong_path,
     wrong_presets,
@@ -86,6 +89,12 @@ def test_the_readme_is_short_and_leads_to_every_page_of_the_guide() -> None:
     assert not faults(lambda page: wrong_index(page, read("docs/guide/README.md")), GUIDE)
 
 
+def test_the_messages_that_the_guide_explains_are_said_by_some_command() -> None:
+    explained = messages(read("docs/guide/troubleshooting.md"))
+    assert len(explained) >= 10
+    assert not faults(wrong_message, explained)
+
+
 def test_the_log_is_newest_first_and_says_a_verdict_in_every_entry() -> None:
     assert wrong_log(read("docs/log.md")) is None
 
@@ -96,7 +105,9 @@ def test_the_python_examples_compile_and_import_what_exists() -> None:
     assert not faults(wrong_python, examples)
 
 
-@pytest.mark.parametrize("document", [document for document in DOCUMENTS if blocks(read(document), "python")])
+@pytest.mark.parametrize(
+    "document", [document for document in DOCUMENTS if document not in NOTEBOOKS and blocks(read(document), "python")]
+)
 def test_the_python_examples_run(
     document: str,
     cache_folder: Path,
@@ -178,6 +189,7 @@ def test_public_docstrings_stand_alone(package: str) -> None:
         (wrong_python_call, "benchmarks run no-such-benchmark"),
         (wrong_python_call, "benchmarks run planted --peers"),
         (wrong_python_call, "benchmarks bake planted"),
+        (wrong_message, "the tokenizers are all ..., which no code says"),
         (wrong_path, ".venv/bin/pytest tests/test_nothing.py"),
         (wrong_log, "## 2026-11-21 A\n\nVerdict: yes.\n\n## 2026-11-22 B\n\nVerdict: no.\n"),
         (wrong_log, "## 2026-11-21 A\n\nVerdict: yes.\n\n## 2026-11-20 B\n\nNothing said.\n"),

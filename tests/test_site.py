@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -47,4 +48,6 @@ def test_the_site_builds_without_a_warning_and_loads_nothing_from_elsewhere(tmp_
     assert built.returncode == 0, built.stderr
     pages = [page.read_text(encoding="utf-8") for page in tmp_path.rglob("*.html")]
     assert any('id="crosscoders.train"' in page for page in pages)
+    assert 'href="../../guide/read-the-table/"' in (tmp_path / "notebooks/first-diff/index.html").read_text("utf-8")
+    assert not [page for page in pages if re.search(r'href="(?!https?:)[^"]*\.(md|ipynb)[#"]', page)]
     assert not [page for page in pages if '<script src="http' in page or 'rel="stylesheet" href="http' in page]

@@ -28,6 +28,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         opened.on("pageerror", lambda error: faults.append(str(error)))
         opened.on("console", lambda message: faults.append(message.text) if message.type == "error" else None)
         opened.on("request", lambda request: asked.append(request.url))
+        opened.set_default_timeout(120_000)
         opened.goto(address)
         yield opened
         assert faults == [] and opened.title() != "hacked"
