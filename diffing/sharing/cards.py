@@ -28,7 +28,7 @@ LOADING = {
         "latents = sae.encode(x)  # x: (tokens, d_model) at {place}"
     ),
     "adapter": (
-        "from sae_lora import load_corrector, load_dictionary, splice\n"
+        "from sae_lora import load_corrector, load_dictionary\n"
         "dictionaries = [{dictionaries}]\n"
         'fitted = load_corrector(model, "{repo}", dictionaries)  # model: {base}, of transformers'
     ),
@@ -44,6 +44,8 @@ TITLES = {
     "adapter": "{corrector} around a dictionary in {base}",
     "topk-lora": "TopKLoRA: {tuned} as sparse directions on {base}",
 }
+
+CORRECTORS = {"lora": "LoRA"}
 
 
 class Sharing(NamedTuple):
@@ -65,6 +67,7 @@ def read_sharing(folder: Path) -> Sharing:
         InputError: nothing that is pushed.
         CorruptData: a file of it cannot be read.
     """
+    folder = folder.parent if folder.name == "adapter" else folder
     adapter = folder / "adapter" if (folder / "adapter").is_dir() else folder
     rows = read_model(folder / "eval.json", ResultRecord)["rows"] if (folder / "eval.json").is_file() else []
     run = read_model(folder / "run.json", Record) if (folder / "run.json").is_file() else {}
@@ -82,10 +85,17 @@ def read_sharing(folder: Path) -> Sharing:
         )
     if (adapter / "splice.json").is_file():
         splice = read_model(adapter / "splice.json", Record)
-        paths = ", ".join(f'load_dictionary("{_named(entry["path"])}")' for entry in splice["dictionaries"])
-        names = {"base": splice["model"]["name"], "dictionaries": paths, "corrector": splice["corrector"]}
+        paths = ", ".join(
+            f'load_dictionary("{_named(entry["path"])}", hook_point="{entry["hook_point"]}")'
+            for entry in splice["dictionaries"]
+        )
+        names = {
+            "base": splice["model"]["name"],
+            "dictionaries": paths,
+            "corrector": CORRECTORS.get(splice["corrector"], splice["corrector"]),
+        }
         parts = ("splice.json", "adapter_config.json", "adapter_model.safetensors", "corrector.safetensors")
-        return Sharing("adapter", _files(adapter, *parts), names, run.get("config", {}), rows)
+        return Sharing("adapter", _files(adapter, *parts), names, run.get("config", {}), rows + _last_kl(folder))
     if (folder / "config.json").is_file() and (folder / "model.safetensors").is_file():
         cache = run.get("inputs", {}).get("cache") or {}
         names = {side: str((cache.get(side) or {}).get("name", side)) for side in ("base", "tuned")}
@@ -132,6 +142,14 @@ def _files(folder: Path, *names: str) -> list[Path]:
     return [folder / name for name in names if (folder / name).is_file()]
 
 
+def _last_kl(folder: Path) -> list[dict[str, Any]]:
+    """Return the KL of the last logged steps of a fit, as rows."""
+    path = folder / "train.jsonl"
+    logged = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    last = next((entry for entry in reversed(logged) if "kl" in entry), None)
+    return [row("sae-lora.train.kl", last["kl"], "nats/token", last["n_tokens"])] if last else []
+
+
 def _evidence(folder: Path) -> list[dict[str, Any]]:
     """Return the count of each verdict of a latent table, and the shares of KL closed that are about this table."""
     if not (folder / "latents.json").is_file():
@@ -154,7 +172,11 @@ def _figures(rows: list[dict[str, Any]]) -> str:
     lines = ["| figure | value | 95% interval | n | unit |", "|---|---|---|---|---|"]
     for entry in rows:
         low, high = entry.get("low"), entry.get("high")
-        value = "not defined" if entry["value"] is None else f"{entry['value']:.4g}"
+        value = (
+            "not defined"
+            if entry["value"] is None
+            else format(entry["value"], "," if type(entry["value"]) is int else ".4g")
+        )
         interval = "" if low is None or high is None else f"{low:.4g} to {high:.4g}"
         lines.append(f"| {entry['name']} | {value} | {interval} | {entry['n']:,} | {entry['unit']} |")
     return "\n".join(lines)

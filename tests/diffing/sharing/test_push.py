@@ -96,7 +96,7 @@ def test_a_crosscoder_comes_back_equal_with_a_private_card_made_from_its_run(run
         assert f"| verdict.{word} | {words.count(word)} |  | 24 | latents |" in text
 
 
-def test_no_path_of_this_machine_is_pushed(run: Path, hub: Path) -> None:
+def test_no_path_of_this_machine_is_pushed_with_a_crosscoder(run: Path, hub: Path) -> None:
     push_to_hub(run, REPO)
     for path in (hub / REPO).iterdir():
         if path.suffix in (".md", ".json"):
@@ -113,15 +113,17 @@ def test_causal_figures_of_an_earlier_table_are_left_out(run: Path, tmp_path: Pa
 def test_a_finetuned_sae_comes_back_equal(hub: Path, tmp_path: Path) -> None:
     folder = jumprelu(tmp_path / "twin")
     figure = {"name": "finetune-sae.after.fve", "value": 0.875, "unit": "fraction", "n": 500}
+    count = {"name": "finetune-sae.tokens", "value": 291840, "unit": "tokens", "n": 291840}
     write_json(folder / "finetune.json", {
         "config": {"sae": "google/scope/layer_1", "data": ["/home/x/text.jsonl"], "lr": 0.1},
-        "model": {"name": "google/gemma-9"}, "rows": [figure],
+        "model": {"name": "google/gemma-9"}, "rows": [count, figure],
     })  # fmt: skip
     push_to_hub(folder, REPO)
     loaded, original = load_dictionary(REPO), load_dictionary(folder)
     assert loaded.hook_point == original.hook_point
     x = torch.randn(5, 16)
     assert torch.equal(loaded.encode(x), original.encode(x))
+    assert "| finetune-sae.tokens | 291,840 |" in written(hub)
     assert "| finetune-sae.after.fve | 0.875 |  | 500 | fraction |" in written(hub)
     assert '"text.jsonl"' in written(hub) and "/home/x" not in written(hub)
 
@@ -137,6 +139,8 @@ def test_an_adapter_around_a_dictionary_comes_back_equal(pair: Pair, hub: Path, 
     with torch.no_grad():
         assert torch.equal(here(ids).logits, there(ids).logits)
     assert f'load_corrector(model, "{REPO}", dictionaries)' in written(hub)
+    last = json.loads((tmp_path / "fit" / "train.jsonl").read_text().splitlines()[-1])
+    assert f"| sae-lora.train.kl | {last['kl']:.4g} |  | {last['n_tokens']:,} | nats/token |" in written(hub)
 
 
 def test_a_topk_lora_comes_back_equal(pair: Pair, hub: Path, tmp_path: Path) -> None:
