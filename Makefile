@@ -6,7 +6,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 # The versions that the suite last passed with, so that a stranger gets what was tested; `make test-newest` leaves them out.
 PINNED := --constraint constraints.txt
 
-.PHONY: demo test test-newest constraints check format site notebooks clean
+.PHONY: demo test test-newest constraints check format site notebooks dist clean
 
 demo: $(VENV)/installed
 	$(BIN)/diffing demo
@@ -32,6 +32,10 @@ check:
 format: $(VENV)/installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# A wheel and an sdist in dist/.
+dist: $(VENV)/installed-dev
+	$(BIN)/python -m hatchling build
 
 # Into site/, with the pages of docs/ and the reference from the docstrings; a broken link ends it.
 site: $(VENV)/installed-docs

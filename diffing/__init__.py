@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from diffing.latents.twins import twin_pairs
     from diffing.latents.verdict import Thresholds
     from diffing.report.publishing import write_report
+    from diffing.sharing.pushing import push_to_hub
 
 _HOMES = {
     "LatentScales": "diffing.latents.latent_scaling",
@@ -29,6 +30,7 @@ _HOMES = {
     "latent_table": "diffing.latents.table",
     "logit_lens": "diffing.causal.lens",
     "measure": "diffing.causal.patching",
+    "push_to_hub": "diffing.sharing.pushing",
     "read_chats": "crosscoders.text.chats",
     "scale_latents": "diffing.latents.latent_scaling",
     "scale_run": "diffing.latents.table",
@@ -47,6 +49,7 @@ __all__ = [
     "latent_table",
     "logit_lens",
     "measure",
+    "push_to_hub",
     "read_chats",
     "scale_latents",
     "scale_run",

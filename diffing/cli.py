@@ -6,6 +6,7 @@ from diffing.causal.settings import CausalSettings, LensSettings, SteerSettings
 from diffing.comparison.settings import CompareSettings
 from diffing.decomposition.settings import VPD_PAPER, DecomposeSettings
 from diffing.demo.settings import DemoSettings
+from diffing.doctor.settings import DoctorSettings
 from diffing.explorer.settings import ExploreSettings
 from diffing.interpretation.settings import InterpretSettings
 from diffing.latents.settings import ScaleSettings, StabilitySettings
@@ -14,7 +15,7 @@ from diffing.report.settings import ReportSettings
 from diffing.sae.settings import SaeSettings
 from diffing.sae_gap.settings import SaeGapSettings
 from diffing.samples.settings import RepliesSettings, SaySettings
-from diffing.sharing.settings import ExportSettings
+from diffing.sharing.settings import ExportSettings, PushSettings
 from diffing.topk_lora.settings import PRESETS, TopKEvalSettings, TopKFitSettings, TopKSetsSettings
 
 COMMANDS = [
@@ -112,10 +113,23 @@ COMMANDS = [
         "run",
     ),
     Command(
+        "push",
+        "A crosscoder, SAE, adapter or TopKLoRA to the hub, with a model card made from its run.",
+        PushSettings,
+        "diffing.sharing.command:push",
+        "run",
+    ),
+    Command(
         "demo",
         "The whole path on the embedded pair of models, in minutes on a CPU.",
         DemoSettings,
         "diffing.demo.command:demo",
+    ),
+    Command(
+        "doctor",
+        "What this machine has, and what it can run.",
+        DoctorSettings,
+        "diffing.doctor.command:doctor",
     ),
     Command(
         "null",

@@ -28,13 +28,14 @@ def betas(cc: Crosscoder, x: Tensor, f: Tensor, *, side: int) -> dict[str, Tenso
     x_hat = torch.einsum("nj,jmd->nmd", f, decoder) + bias
     found: dict[str, Tensor] = {}
     for m, name in enumerate(("base", "tuned")):
-        for target in ("error", "reconstruction", "activation", "activation_no_bias"):
+        for target in ("error", "reconstruction", "reconstruction_no_bias", "activation", "activation_no_bias"):
             column = torch.zeros(len(decoder), dtype=torch.float64)
             for j in range(len(decoder)):
                 own = f[:, j, None] * decoder[j, m]
                 t = {
                     "error": x[:, m] - (x_hat[:, m] - own),
                     "reconstruction": x_hat[:, m],
+                    "reconstruction_no_bias": x_hat[:, m] - bias[m],
                     "activation": x[:, m],
                     "activation_no_bias": x[:, m] - bias[m],
                 }[target]

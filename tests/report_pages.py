@@ -85,6 +85,7 @@ def write_run(
         "tuned_leaning": 0.7,
         "base_leaning": 0.3,
         "partner_correlation": 0.7,
+        "same_direction": 0.9,
         "min_active": 30,
     }
     put(

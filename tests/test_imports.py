@@ -34,7 +34,7 @@ FLOORS = [
         "diffing.sae_gap",
         "diffing.samples",
     ],
-    ["diffing.demo", "diffing.explorer", "diffing.sae"],
+    ["diffing.demo", "diffing.doctor", "diffing.explorer", "diffing.sae"],
     ["diffing.sharing"],
     ["diffing.baselines"],
     ["diffing.comparison"],
@@ -56,8 +56,8 @@ PUBLIC = {
         "special_ids splice with_control"
     ),
     "diffing": (
-        "LatentScales Session Thresholds choose_sets latent_table logit_lens measure read_chats scale_latents "
-        "scale_run steered steering_vector twin_pairs with_partners write_report"
+        "LatentScales Session Thresholds choose_sets latent_table logit_lens measure push_to_hub read_chats "
+        "scale_latents scale_run steered steering_vector twin_pairs with_partners write_report"
     ),
 }
 UNSAFE = [

@@ -45,6 +45,7 @@ CALIBRATED = {
     "relative decoder norm at least 0.9 (published)": "tuned-only",
     "|nu_error| below 0.2 and |nu_reconstruction| below 0.5 (published)": "small-ratios",
     "verdict tuned-specific": "tuned-specific",
+    "verdict tuned-leaning": "tuned-leaning",
     "verdict rotated": "rotated",
 }
 """The words of null.json (`fixed`) -> the count that they are of."""

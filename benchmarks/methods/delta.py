@@ -8,6 +8,7 @@ base's activations at the same layer:
     cka          debiased CKA of both codes of the same differences, and of permuted tokens
     fve          of the delta SAE, of the base's SAE with affine rescale, of OMP with D, E and random directions at k
     density      of the delta SAE's latents, against rank / width and layer
+    norms        of x_tuned - x_base beside x_base (total), of scale B A x beside the map's output (local)
 
 Claims of arXiv 2605.28896: `verdicts` says of each confirmed, at chance, or refuted. Reading order: `delta_rows`,
 `tuned`, `layer_values`, `verdicts`.
@@ -30,17 +31,28 @@ from crosscoders.common.progress import say
 from crosscoders.common.records import Record
 from crosscoders.common.results import row
 from crosscoders.common.statistics import t_interval
+from crosscoders.models import hooks
+from crosscoders.models.adapters import with_adapter
+from crosscoders.models.names import load_auto
 from diffing.baselines.chance import alignment_rows, permuted_tokens, random_directions
-from diffing.baselines.delta_sae import affine_fve, delta_stream, densities, differences, omp, preset_config
+from diffing.baselines.delta_sae import (
+    affine_fve,
+    delta_stream,
+    densities,
+    differences,
+    local_deltas,
+    omp,
+    preset_config,
+)
 from diffing.baselines.geometry import max_cosine, minibatch_cka
-from diffing.demo import document_file, model_folder
+from diffing.demo import document_file, model_folder, read_rows
 from diffing.null.models import is_made, publish
 from sae_lora.lora.adapter import add_lora
 
 RANKS, LAYERS, SEEDS = (1, 2, 4, 8, 16, 32), (1, 3), (0, 1, 2)
 STEPS, TOKENS, CACHED = 150, 614_400, 60_000
 QUICK_STEPS, QUICK_TOKENS, QUICK_CACHED = 20, 61_440, 6_000
-L1, K, MEASURED = 1.0, 24, 2048
+L1, K, MEASURED, TEXTS = 1.0, 24, 2048, 40
 Values = dict[str, tuple[float | None, str]]
 
 
@@ -58,6 +70,7 @@ def delta_rows(work: Path, *, quick: bool) -> list[dict[str, Any]]:
         for rank in ranks:
             adapter = tuned(work / f"lora-{rank}-seed-{seed}", rank, seed, QUICK_STEPS if quick else STEPS)
             caches = cached(adapter, layers, QUICK_CACHED if quick else CACHED)
+            local = local_norms(adapter, layers)
             for layer in layers:
                 path = adapter / f"values-{layer}.json"
                 if not path.is_file():
@@ -66,7 +79,8 @@ def delta_rows(work: Path, *, quick: bool) -> list[dict[str, Any]]:
                         path, {"values": layer_values(caches[layer], work, layer, rank, seed, quick=quick)}
                     )
                 of_layer = files.read_model(path, ValuesRecord)["values"]
-                values.setdefault((layer, rank), []).append({name: (v, u) for name, (v, u) in of_layer.items()})
+                listed = {name: (v, u) for name, (v, u) in of_layer.items()} | {"local_norm": (local[layer], "ratio")}
+                values.setdefault((layer, rank), []).append(listed)
     rows = []
     for (layer, rank), of_seeds in values.items():
         rows += over_seeds(f"methods.delta.layer_{layer}.rank_{rank}", of_seeds, signed=("cosine", "CKA", "fraction"))
@@ -109,6 +123,25 @@ def cached(adapter: Path, layers: tuple[int, ...], n_tokens: int) -> dict[int, A
     )  # fmt: skip
     run_cache(config)
     return {layer: ActivationCache(adapter / "cache" / point) for layer, point in zip(layers, points, strict=True)}
+
+
+@torch.inference_mode()
+def local_norms(adapter: Path, layers: tuple[int, ...]) -> dict[int, float]:
+    """Return for each layer the mean ||scale B A x|| of its last MLP map over the mean length of that map's output."""
+    model = with_adapter(load_float32(model_folder("base")), str(adapter))
+    tokenizer = load_auto(str(model_folder("base")), "tokenizer")
+    texts = [entry["text"] for entry in read_rows("raw_heldout")[:TEXTS]]
+    norms = {}
+    for layer in layers:
+        outputs: list[torch.Tensor] = []
+        module = hooks.decoder_layers(hooks.core_model(model))[layer].mlp.down_proj
+        handle = module.register_forward_hook(lambda _m, _a, out, into=outputs: into.append(out))
+        with local_deltas(model, layer) as terms:
+            for text in texts:
+                model(input_ids=torch.tensor([tokenizer(text)["input_ids"][:128]]))
+        handle.remove()
+        norms[layer] = float(sum(x.norm(dim=2).sum() for x in terms) / sum(x.norm(dim=2).sum() for x in outputs))
+    return norms
 
 
 def layer_values(

@@ -3,9 +3,10 @@
 Every variant is trained on the same planted activations, seed by seed (features, tokens and crosscoder), its latents
 are matched to the features, and every score is judged by what it flags. Rows `planted.<variant>...` are of the
 standard size, with the suffixes `-narrow` and `-wide` of other sizes, with `-independent` of a control in which no
-feature depends on another. A value is the mean over seeds, low and high its 95% interval (Student's t over seeds, cut
-to [0, 1]), n the number of seeds on which it is defined. Bounds that are not published were chosen on other seeds of
-the standard size (`benchmarks.planted.calibration`).
+feature depends on another, with `-unkind` and `-unkind-outliers` of the unkind world (three seeds, recall by kind too).
+A value is the mean over seeds, low and high its 95% interval (Student's t over seeds, cut to [0, 1]), n the number of
+seeds on which it is defined. Bounds that are not published were chosen on other seeds of the standard size
+(`benchmarks.planted.calibration`), the bound of siblings on another seed of the unkind world.
 
 `quick`: one seed of the standard size, fewer steps; n = 1 and no interval.
 """
@@ -13,11 +14,13 @@ the standard size (`benchmarks.planted.calibration`).
 import statistics
 from typing import Any
 
+from benchmarks.planted.kinds import by_kind
 from benchmarks.planted.runs import SIZES, VARIANTS, Run, draw, run_one
-from benchmarks.planted.summary import summarise
+from benchmarks.planted.summary import Summary, summarise
 from crosscoders.common.statistics import t_interval
 
 SEEDS = range(5)
+UNKIND_SEEDS = range(3)
 OTHER_VARIANTS = ("l1", "batchtopk")
 """What is trained at other sizes than the standard one: the published pair."""
 QUICK_STEPS = 600
@@ -31,14 +34,20 @@ def run(quick: bool) -> dict[str, Any]:
             continue
         suffix, variants = ("", tuple(VARIANTS)) if name == "standard" else (f"-{name}", OTHER_VARIANTS)
         runs: dict[str, list[Run]] = {variant: [] for variant in variants}
-        for seed in SEEDS[: 1 if quick else None]:
+        unkind = name.startswith("unkind")
+        for seed in (UNKIND_SEEDS if unkind else SEEDS)[: 1 if quick else None]:
             data = draw(SIZES[name], seed)
             for variant in variants:
                 steps = QUICK_STEPS if quick else SIZES[name].n_steps(variant)
                 runs[variant].append(run_one(data, SIZES[name], variant, seed=seed, n_steps=steps))
         for variant, of_seeds in runs.items():
-            rows += over_seeds(f"planted.{variant}{suffix}", [summarise(one) for one in of_seeds])
+            rows += over_seeds(f"planted.{variant}{suffix}", [measures_of(one) for one in of_seeds])
     return {"name": "planted", "rows": rows}
+
+
+def measures_of(one: Run) -> Summary:
+    """Return all measures of one crosscoder, with those by kind in the unkind world."""
+    return summarise(one) | (by_kind(one) if "kind" in one.truth.table else {})
 
 
 def over_seeds(

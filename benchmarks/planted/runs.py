@@ -42,10 +42,12 @@ SIZES = {
         k=11,
         steps=2250,
     ),
+    "unkind": Size(UnkindConfig(), dict_size=768, k=20, steps=1200),
+    "unkind-outliers": Size(UnkindConfig(outlier_share=0.005), dict_size=768, k=20, steps=1200),
 }  # fmt: skip
 """Settings were chosen on seeds 100 to 103; k is about 1.5 times the planted L0. `wide` has half as many features again
 as the others, and so half as many steps again: with 1,500 up to 7 features are missed. `independent` is the control
-without features that fire only under another one."""
+without features that fire only under another one. Settings of the unkind world were chosen on its seed 100."""
 
 VARIANTS: dict[str, tuple[Literal["relu", "batchtopk"], Literal["sum", "concat"]]] = {
     "l1": ("relu", "sum"),

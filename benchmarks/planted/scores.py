@@ -33,8 +33,12 @@ PUBLISHED = Thresholds()._replace(tuned_leaning=Thresholds().tuned_only, base_le
 
 
 def specific(table: pandas.DataFrame, thresholds: Thresholds | None = None) -> np.ndarray:
-    """Return whether norms, cosine and ratios alone say tuned-specific."""
-    return np.array(verdicts(table.drop(columns="partner_correlation"), thresholds)) == "tuned-specific"
+    """Return whether norms, cosine and ratios alone say tuned-specific or tuned-leaning."""
+    return _is_specific(table.drop(columns=["partner_correlation", "sibling_cosine"]), thresholds)
+
+
+def _is_specific(table: pandas.DataFrame, thresholds: Thresholds | None = None) -> np.ndarray:
+    return np.isin(verdicts(table, thresholds), ("tuned-specific", "tuned-leaning"))
 
 
 SCORES = {
@@ -46,9 +50,11 @@ SCORES = {
     "norm_difference": Score(lambda t: (t["decoder_norm_tuned"] - t["decoder_norm_base"]).to_numpy(), 0.61),
     "nu_max": Score(lambda t: -t[["nu_error", "nu_reconstruction"]].abs().max(axis=1).to_numpy(), -0.23),
     "specificity": Score(lambda t: (t["specificity"] * (t["relative_decoder_norm"] >= 0.5)).to_numpy(), 0.12),
-    # Words: 1 where the verdict is tuned-specific.
+    # Words: 1 where the verdict is tuned-specific, or leans where the name says so or nothing tells the two apart.
     "published_verdict": Score(lambda t: specific(t, PUBLISHED).astype(float), 1.0),
     "verdict_by_ratios": Score(lambda t: specific(t).astype(float), 1.0),
+    "without_siblings": Score(lambda t: _is_specific(t.drop(columns="sibling_cosine")).astype(float), 1.0),
+    "verdict_or_leaning": Score(lambda t: _is_specific(t).astype(float), 1.0),
     "verdict": Score(lambda t: (t["verdict"] == "tuned-specific").to_numpy().astype(float), 1.0),
 }
 

@@ -7,7 +7,7 @@ import pandas
 from benchmarks.planted.runs import Run
 from benchmarks.planted.scores import SCORES, Score, alive_rows, judge, weak
 
-COMPOSED = ("norm", "published_verdict", "verdict")
+COMPOSED = ("norm", "published_verdict", "without_siblings", "verdict", "verdict_or_leaning")
 """Scores whose flagged latents are counted by what they match."""
 
 RIGHT_VERDICTS = {
@@ -16,12 +16,13 @@ RIGHT_VERDICTS = {
     "base-only": {"base-specific"},
     "rotated": {"rotated", "decoupled"},
     "rescaled": {"shared", "shrunk", "decoupled"},
-    "split": {"shared", "rotated", "decoupled"},
+    "split": {"shared", "rotated", "decoupled", "split"},
     "recomposed": {"rotated", "decoupled"},
+    "divided": {"rotated", "decoupled", "split", "shared"},
 }
 """Verdicts that are right for the best latent of a feature, by class; rescaled from gain 0.2 on."""
 
-KINDS = ("tuned-only", "rescaled", "split", "recomposed", "rotated", "shared", "unmatched", "weak")
+KINDS = ("tuned-only", "rescaled", "split", "recomposed", "divided", "rotated", "shared", "unmatched", "weak")
 
 GAIN_ESTIMATES = {"gain_error": "error", "norm_gain_error": "norm", "activation_gain_error": "activation_no_bias"}
 

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from crosscoders.common import files
+from crosscoders.common import files, hub
 from crosscoders.common.errors import InputError
 from crosscoders.dictionary.norms import code_norm
 from crosscoders.dictionary.settings import CrosscoderConfig
@@ -227,17 +227,18 @@ class Crosscoder(nn.Module):
         files.write_json(folder / "config.json", described)
 
     def push_to_hub(self, repo: str, *, private: bool = True) -> str:
-        """Upload weights and config to a hub repository and return its address."""
+        """Upload weights, config and a short card to a hub repository and return its address; `diffing.push_to_hub`
+        makes the card from a run.
+
+        Raises:
+            InputError: `repo` is no name of a repository.
+            EnvironmentFault: the hub refuses, or cannot be reached.
+        """
         import tempfile
 
-        import huggingface_hub
-
-        api = huggingface_hub.HfApi()
-        address = str(api.create_repo(repo, private=private, exist_ok=True))
         with tempfile.TemporaryDirectory() as folder:
             self.save(folder)
             shape = json.dumps(asdict(self.config))
             card = f"---\ntags: [crosscoder, model-diffing]\n---\n# Crosscoder\n\n```json\n{shape}\n```\n"
             (Path(folder) / "README.md").write_text(card)
-            api.upload_folder(repo_id=repo, folder_path=folder)
-        return address
+            return hub.upload(Path(folder), repo, private=private)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from crosscoders.common import files
 from crosscoders.common.errors import InputError
+from crosscoders.common.hub import repository_folder
 from crosscoders.common.records import Record
 from crosscoders.dictionary.crosscoder import Crosscoder
 from crosscoders.formats.ckkissane import _read_ckkissane
@@ -33,7 +34,7 @@ def load_crosscoder(
         InputError: nothing there, an unknown layout, a file that needs unpickling, a git-lfs pointer.
         CorruptData: weights that do not match their checksum or each other.
     """
-    folder = _local_folder(path_or_repo)
+    folder = repository_folder(path_or_repo)
     weights = None
     if folder.is_file():
         weights, folder = folder, folder.parent
@@ -73,22 +74,6 @@ def load_crosscoder(
     else:
         model = _read_dictionary_learning(config, weights or _first_weights(folder))
     return model.to(device)
-
-
-def _local_folder(path_or_repo: str | Path) -> Path:
-    path = Path(path_or_repo)
-    if path.exists():
-        return path
-    name = str(path_or_repo)
-    if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise InputError(f"there is no {name!r}. Check the path, or give a hub repository as owner/name.")
-    import huggingface_hub
-
-    try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.pt"]))
-    except (OSError, ValueError) as error:
-        cause = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{name!r} is neither a folder nor a repository that can be read ({cause}).") from None
 
 
 def _first_weights(folder: Path) -> Path:

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from crosscoders.activations.scored import Moments
 from crosscoders.activations.stream import BatchStream
 from crosscoders.common.errors import InputError
 from crosscoders.common.progress import say
@@ -85,7 +86,21 @@ def new_model(config: TrainConfig, stream: BatchStream) -> Crosscoder:
             raise InputError("the activations do not vary, so they cannot be scaled. Give more tokens.")
         model.input_mean.copy_(torch.tensor(moments.mean))
         model.input_scale.copy_((stream.d_model / torch.tensor(spread)).sqrt())
+    elif words := unequal_spread(moments):
+        say(words)
     return model
+
+
+def unequal_spread(moments: Moments) -> str:
+    """Return a warning where, without a scale, the models' centred norms differ by more than a fifth; else nothing."""
+    norms = [max(square, 0.0) ** 0.5 for square in moments.spread()]
+    if len(norms) != 2 or max(norms) <= 1.2 * min(norms):
+        return ""
+    return (
+        f"warning: input_norm is 'none', and the root mean square of ||x - mean x|| is {norms[0]:.4g} in the base "
+        f"model and {norms[1]:.4g} in the tuned one, more than a fifth apart: the larger one is rebuilt at the other's "
+        "cost, and relative decoder norms of concepts of both leave 0.5. Use --input-norm centred"
+    )
 
 
 def geometric_median(

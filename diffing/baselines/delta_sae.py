@@ -5,8 +5,12 @@ r"""Delta-activation SAEs: a dictionary of one model, trained on x_tuned - x_bas
     fve (OMP)       the same of orthogonal matching pursuit: at most k directions a token, chosen and fitted greedily
 
 Reading order: `preset_config` and `delta_stream` are what `training.loop.train` takes; `affine_fve`, `omp`,
-`densities`.
+`densities`; `local_deltas` is what one adapted map adds by itself.
 """
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -16,6 +20,8 @@ from torch.nn.functional import normalize
 from crosscoders import ActivationCache, CrosscoderConfig, TrainConfig
 from crosscoders.activations.scored import moments_of
 from crosscoders.activations.stream import BufferedStream
+from crosscoders.common.errors import InputError
+from crosscoders.models import hooks
 from crosscoders.training.settings import PRESETS
 
 _MOMENTS = 16_384
@@ -93,3 +99,27 @@ def densities(latents: Float[Tensor, "tokens dict_size"]) -> dict[str, float]:
         "dense": float((density > DENSE).float().mean()),
         "l0": float(density.sum()),
     }
+
+
+@contextlib.contextmanager
+def local_deltas(
+    model: Any, layer: int, site: str = "mlp.down_proj"
+) -> Iterator[list[Float[Tensor, "rows seq width"]]]:
+    """Collect what a LoRA adds to the output of one linear map, scale * B A x, while the adapted model runs.
+
+    It is of that map alone and has the rank of the adapter; x is what the adapted model reads there, so that x_tuned -
+    x_base holds more where layers below are adapted too.
+
+    Raises:
+        InputError: the map has no LoRA.
+    """
+    module = hooks.decoder_layers(hooks.core_model(model))[layer].get_submodule(site)
+    if not hasattr(module, "lora_B"):
+        raise InputError(f"layer {layer} has no LoRA at {site!r}. Name a map that the adapter adapts.")
+    ((name, last),) = module.lora_B.items()
+    terms: list[Tensor] = []
+    handle = last.register_forward_hook(lambda _m, _a, out: terms.append(module.scaling[name] * out.detach()))
+    try:
+        yield terms
+    finally:
+        handle.remove()

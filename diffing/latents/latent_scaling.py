@@ -6,7 +6,7 @@ For latent j with decoder d_j^s (s = tuned, or base for the mirror image), model
                 = sum_n f_nj <T_n^m, d_j^s> / (||d_j^s||^2 sum_n f_nj^2)
 
     activation       T = x_m
-    reconstruction   T = x_hat_m, bias and the latent's own part included
+    reconstruction   T = x_hat_m, bias and the latent's own part included; reconstruction_no_bias without b_dec[m]
     error            T = x_m - (x_hat_m - f_j d_j^m): the residual and the latent's own part
 
 The error target differs for every latent and is never built:
@@ -18,8 +18,8 @@ data are needed for; it is made for some latents at a time, since as a whole it 
     nu(T) mirror = beta^tuned(T) / beta^base(T) with the base decoder: near 0 for what only the base model has
 
 Everything is in training space, like decoder norms; in the units of x, nu is larger by input_scale[tuned] /
-input_scale[base]. Source: Minder et al. 2025 (arXiv 2504.02922). Differs: all latents, both directions,
-standard errors, no NaN.
+input_scale[base]. Verdicts take it in units of each model's spread, `verdict.in_common_units`. Source: Minder et al.
+2025 (arXiv 2504.02922). Differs: all latents, both directions, standard errors, no NaN.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -37,17 +37,18 @@ if TYPE_CHECKING:
     import pandas
 
 MODELS = ("base", "tuned")
-TARGETS = ("error", "reconstruction", "activation", "activation_no_bias")
+TARGETS = ("error", "reconstruction", "reconstruction_no_bias", "activation", "activation_no_bias")
 _MIRROR = "_mirror"
 
 
 class LatentScales(Mapping[str, Tensor]):
     """Columns of Latent Scaling, one value per latent, by name.
 
-    `beta_{base,tuned}_{error,reconstruction,activation,activation_no_bias}` with the tuned decoder, `nu_{target}`, both
-    with `_stderr`; the same with suffix `_mirror` (before `_stderr`) for the base decoder. `n_active`: tokens on which
-    the latent was active; `frequency`: their share; `max_activation`. A latent that never fires has beta 0, nu 1 (no
-    evidence of anything), standard errors inf and n_active 0.
+    `beta_{base,tuned}_{target}` with the tuned decoder, one for each of `TARGETS`, and `nu_{target}`, all with
+    `_stderr`; the same with suffix `_mirror` (before `_stderr`) for the base decoder. `n_active`: tokens on which the
+    latent was active; `frequency`: their share; `max_activation`; `norm_ratio`: root mean square of
+    ||x'_m - mean x'_m||, base over tuned, the same for all. A latent that never fires has beta 0, nu 1 (no evidence of
+    anything), standard errors inf and n_active 0.
     """
 
     def __init__(self, columns: dict[str, Tensor], n_tokens: int, n_blocks: int) -> None:
@@ -95,6 +96,8 @@ class ScalingSums:
         self.f_square = torch.zeros(n_blocks, dict_size, dtype=torch.float64)
         self.n_active = torch.zeros(dict_size, dtype=torch.int64)
         self.f_max = torch.zeros(dict_size)
+        self.total = torch.zeros(2, self.decoder.shape[2], dtype=torch.float64)  # of x', for its spread
+        self.square_total = torch.zeros(2, dtype=torch.float64)
         self.n_tokens = self.n_batches = 0
         self.run = 1  # batches in a block
 
@@ -108,7 +111,10 @@ class ScalingSums:
         if crosscoder.is_folded:
             decoded = crosscoder.to_training_space(decoded)
         block = self._block()
-        targets = torch.cat([crosscoder.to_training_space(x), decoded], dim=1)  # (batch, 4, d_model)
+        normalised = crosscoder.to_training_space(x)
+        self.total += normalised.sum(dim=0).double().cpu()
+        self.square_total += normalised.square().sum(dim=(0, 2)).double().cpu()
+        targets = torch.cat([normalised, decoded], dim=1)  # (batch, 4, d_model)
         for some, weighted in sparse.transposed_parts(latents, targets.flatten(1)):
             # One small product per latent: 13 times cheaper than the same sum as one einsum.
             products = torch.bmm(self.decoder[some], weighted.unflatten(1, (4, -1)).transpose(1, 2))
@@ -171,6 +177,9 @@ class ScalingSums:
         columns["n_active"] = self.n_active
         columns["frequency"] = self.n_active.double() / self.n_tokens
         columns["max_activation"] = self.f_max
+        spread = self.square_total / self.n_tokens - (self.total / self.n_tokens).square().sum(dim=1)
+        ratio = float((spread[0] / spread[1]).sqrt()) if bool((spread > 0).all()) else 1.0
+        columns["norm_ratio"] = torch.full((len(self.n_active),), ratio, dtype=torch.float64)
         return LatentScales(columns, self.n_tokens, n_blocks)
 
 
@@ -207,6 +216,8 @@ def _betas(
         numerator = activation
     elif target == "reconstruction":
         numerator = reconstruction
+    elif target == "reconstruction_no_bias":
+        numerator = reconstruction - f[:, None] * geometry.bias[:, side]
     elif target == "error":
         numerator = activation - reconstruction + f_square[:, None] * geometry.gram[:, side]
     else:

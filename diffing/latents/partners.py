@@ -21,7 +21,7 @@ from torch import Tensor
 from crosscoders.dictionary import selection, sparse
 from crosscoders.dictionary.crosscoder import Crosscoder
 from diffing.latents.contexts import ChosenLatents
-from diffing.latents.verdict import is_alive, ranks, verdicts
+from diffing.latents.verdict import STRONG, WEAK, in_common_units, is_alive, ranks, verdicts
 
 OTHER_SIDE = 0.25
 """Largest relative decoder norm of a partner on the base side: its tuned norm is at most half of its base norm."""
@@ -38,11 +38,13 @@ class _Side(NamedTuple):
 
 def _sides(table: pandas.DataFrame) -> list[_Side]:
     """Return the sides with anything to look for."""
-    norm, verdict = table["relative_decoder_norm"], table["verdict"]
+    norm, verdict = in_common_units(table)["relative_decoder_norm"], table["verdict"]
     alive = is_alive(table["n_active"])
     sides = [
-        _Side(np.flatnonzero(verdict == word).tolist(), np.flatnonzero(alive & other).tolist())
-        for word, other in (("tuned-specific", norm <= OTHER_SIDE), ("base-specific", norm >= 1 - OTHER_SIDE))
+        _Side(np.flatnonzero(verdict.isin(words)).tolist(), np.flatnonzero(alive & other).tolist())
+        for words, other in zip(
+            zip(STRONG, WEAK, strict=True), (norm <= OTHER_SIDE, norm >= 1 - OTHER_SIDE), strict=True
+        )
     ]
     return [side for side in sides if side.own and side.others]
 

@@ -32,6 +32,7 @@ from diffing.latents.latent_scaling import LatentScales, ScalingSums
 from diffing.latents.partners import with_partners
 from diffing.latents.positions import PLACES, PositionSums
 from diffing.latents.records import FORMAT_VERSION, LatentRecord, require_one_table
+from diffing.latents.siblings import with_siblings
 from diffing.latents.twins import Pairs, add_twins, divergence, false_pairs, twin_pairs
 from diffing.latents.verdict import Thresholds, ranks, specificity, verdicts
 
@@ -155,7 +156,7 @@ def latent_table(crosscoder: Crosscoder, scales: LatentScales, contexts: Context
         },
         index=table.index,
     )
-    table = pandas.concat([leading, table], axis=1)
+    table = with_siblings(crosscoder, pandas.concat([leading, table], axis=1))
     table["specificity"] = specificity(table)
     table["rank"] = ranks(table)
     table.insert(0, "verdict", verdicts(table))

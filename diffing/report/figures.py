@@ -24,6 +24,9 @@ CLASS_COLOURS = {"base-only": BASE, "shared": "#8f8f8f", "tuned-only": TUNED, "o
 VERDICT_STYLES = {
     "tuned-specific": (TUNED, "star"),
     "base-specific": (BASE, "diamond"),
+    "tuned-leaning": (TUNED, "star-open"),
+    "base-leaning": (BASE, "diamond-open"),
+    "split": ("#cc79a7", "cross"),
     "rotated": ("#cc79a7", "circle"),
     "shrunk": ("#e69f00", "triangle-down"),
     "decoupled": ("#009e73", "square"),

@@ -282,6 +282,9 @@ def card(run: Run, i: int, n_contexts: int) -> Card:
     partner, together = (columns.get(name, {i: None})[i] for name in ("partner", "partner_correlation"))
     if partner is not None and columns["verdict"][i] == "decoupled":
         facts.append(f"fires with latent {partner} of the other model (correlation {together:.2f})")
+    sibling = columns.get("sibling", {i: None})[i]
+    if sibling is not None and columns["verdict"][i] == "split":
+        facts.append(f"in one model it writes the direction of latent {sibling}")
     passed = nulls.beyond(run, latent)
     facts += [f"stands out where {', '.join(passed)} has next to none"] if passed else []
     where = f"mostly {cells(run, 'main_context', [i])[0]}" if columns["main_context"][i] else ""

@@ -171,7 +171,8 @@ def class_sentence(run: Run) -> str:
     published = f"The published class of tuned-only latents (relative decoder norm above {limit:g})"
     if count:
         return f"{published} holds {number(count)} of {alive}."
-    own = [counted(n, f"{word} latent") for word in ("tuned-specific", "rotated") if (n := verdict_counts(run)[word])]
+    words = ("tuned-specific", "tuned-leaning", "split", "rotated")
+    own = [counted(n, f"{word} latent") for word in words if (n := verdict_counts(run)[word])]
     if not own:
         return f"{published} is empty (0 of {alive}), and no latent is rotated either."
     return (

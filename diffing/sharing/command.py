@@ -1,4 +1,4 @@
-"""`diffing export`, as a function of its settings that returns a JSON object."""
+"""`diffing export` and `push`, as functions of their settings that return a JSON object."""
 
 import time
 from pathlib import Path
@@ -14,7 +14,8 @@ from diffing.explorer.pages import read_evidence
 from diffing.latents.runs import open_run_and_cache
 from diffing.latents.table import require_fit
 from diffing.sharing.neuronpedia import write_neuronpedia
-from diffing.sharing.settings import ExportSettings
+from diffing.sharing.pushing import push_to_hub, write_repository
+from diffing.sharing.settings import ExportSettings, PushSettings
 from diffing.sharing.tables import read_tables, write_tables
 
 
@@ -34,6 +35,16 @@ def export(settings: ExportSettings) -> dict[str, Any]:
         lines += [f"{n_features} features of {place}" for place in places]
     say_closing(started, settings.run)
     return result("export", to_dict(settings), rows) | {"text": "\n".join(lines)}
+
+
+def push(settings: PushSettings) -> dict[str, Any]:
+    """Run `diffing push`."""
+    if settings.out is not None:
+        write_repository(settings.run, settings.repo, Path(settings.out))
+        address = settings.out
+    else:
+        address = push_to_hub(settings.run, settings.repo, private=not settings.public)
+    return result("push", to_dict(settings), []) | {"address": address, "text": address}
 
 
 def _neuronpedia(settings: ExportSettings, folder: Path) -> tuple[int, list[Path]]:

@@ -47,6 +47,26 @@ class ExportSettings:
             require_empty(folder, self.overwrite)
 
 
+@dataclass(frozen=True)
+class PushSettings:
+    """Upload what a run made to the hub, with a model card made from it."""
+
+    run: str
+    """A crosscoder's run, or a folder of `sae-lora finetune-sae`, `sae-lora fit` or `diffing topk-lora fit`."""
+    repo: str
+    """Repository of the hub, OWNER/NAME; made where it is not there."""
+    public: bool = False
+    """Make the repository for everybody to see."""
+    out: str | None = None
+    """Write the files into this folder to look at, and upload nothing."""
+
+    def __post_init__(self) -> None:
+        if self.repo.count("/") != 1 or not all(self.repo.split("/")):
+            raise InputError(f"repo is {self.repo!r}; expected OWNER/NAME.")
+        if self.out is not None:
+            require_empty(self.out, False)
+
+
 def require_empty(folder: str, overwrite: bool) -> None:
     """Raise InputError where a folder holds something and may not be written into."""
     path = Path(folder)

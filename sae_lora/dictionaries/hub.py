@@ -2,6 +2,7 @@
 
     <release>/<id>                  a release of SAELens's list, such as gemma-scope-2b-pt-res/layer_12/...
     <owner>/<repository>/<folder>   any repository of the hub with folders that are read here
+    <owner>/<repository>            one whose own files are a dictionary
 
 Files are fetched where the layout is one that `loading` reads itself; releases in other layouts (Llama Scope and more)
 are left to SAELens (`Converted`). Nothing here is asked for a path that exists.
@@ -94,11 +95,6 @@ def _folder(name: str, releases: list[str]) -> Path:
     """Return a folder of a repository that is in no list of SAELens."""
     owner, _, rest = name.partition("/")
     repository, _, folder = rest.partition("/")
-    if not folder:
-        raise InputError(
-            f"there is no dictionary {name!r}: no such path, and SAELens knows no release {owner!r}"
-            f"{nearest(owner, releases)}. Check the name, or give OWNER/REPOSITORY/FOLDER of the hub."
-        )
     repo_id = f"{owner}/{repository}"
     if folder.endswith(".sae.pt"):
         return _file(name, repo_id, folder)
@@ -107,11 +103,20 @@ def _folder(name: str, releases: list[str]) -> Path:
 
         with _one_line(name):
             return Path(huggingface_hub.snapshot_download(repo_id, allow_patterns=f"{folder}/*")) / folder
-    for weights in _FILES:
-        if (path := _files(name, repo_id, folder, weights, may_lack=True)) is not None:
-            return path
+    try:
+        for weights in _FILES:
+            if (path := _files(name, repo_id, folder, weights, may_lack=True)) is not None:
+                return path
+    except InputError as error:
+        if folder:
+            raise
+        raise InputError(
+            f"there is no dictionary {name!r}: no such path, SAELens knows no release {owner!r}"
+            f"{nearest(owner, releases)} As a repository of the hub: {error}"
+        ) from None
     raise InputError(
-        f"{folder!r} of the hub's repository {repo_id!r} holds none of {', '.join(_FILES)}. Give the folder of one SAE."
+        f"{folder or 'the top'!r} of the hub's repository {repo_id!r} holds none of {', '.join(_FILES)}. Give the "
+        "folder of one SAE."
     )
 
 
@@ -128,11 +133,11 @@ def _files(name: str, repo_id: str, folder: str, weights: str) -> Path: ...
 def _files(name: str, repo_id: str, folder: str, weights: str, *, may_lack: bool) -> Path | None: ...
 def _files(name: str, repo_id: str, folder: str, weights: str, *, may_lack: bool = False) -> Path | None:
     """Return the folder that the files were fetched to; None where it may lack these weights, and does."""
-    settings = _FILES[weights]
+    settings, inside = _FILES[weights], f"{folder}/" if folder else ""
     with _one_line(name):
-        path = _fetched(repo_id, f"{folder}/{weights}", may_lack=may_lack)
+        path = _fetched(repo_id, f"{inside}{weights}", may_lack=may_lack)
         if path is not None and settings is not None:
-            _fetched(repo_id, f"{folder}/{settings}", may_lack=weights in _MAY_LACK_SETTINGS)
+            _fetched(repo_id, f"{inside}{settings}", may_lack=weights in _MAY_LACK_SETTINGS)
     return path and path.parent
 
 

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from crosscoders.common import files
 from crosscoders.common.errors import CorruptData, InputError
+from crosscoders.common.hub import repository_folder
 from crosscoders.common.records import FileRecord, Named, Record
 from sae_lora.dictionaries.frozen import FrozenDictionary, Side
 from sae_lora.dictionaries.settings import ControlKind
@@ -109,13 +110,14 @@ def write_sidecar(
 
 
 def read_sidecar(folder: str | Path) -> dict[str, Any]:
-    """Read the sidecar of an adapter folder, or of the `adapter` in a run folder, with `folder` added.
+    """Read the sidecar of an adapter folder, of the `adapter` in a run folder, or of a repository of the hub, with
+    `folder` added.
 
     Raises:
         InputError: no adapter, or one without a sidecar, or of another version.
         CorruptData: the adapter's weights are not those that were saved.
     """
-    path = Path(folder)
+    path = repository_folder(folder)
     path = path / "adapter" if (path / "adapter").is_dir() else path
     if not (path / PEFT_CONFIG).is_file() and not (path / SIDECAR).is_file():
         raise InputError(f"{path} holds no adapter: there is no {SIDECAR}. Give a run of `sae-lora fit`.")

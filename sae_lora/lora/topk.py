@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from crosscoders.common import files
 from crosscoders.common.errors import CorruptData, InputError
+from crosscoders.common.hub import repository_folder
 from crosscoders.common.records import FileRecord, Record
 from crosscoders.models import hooks
 from sae_lora.lora.layer import SparseLoRA, SparseLoRATable
@@ -179,13 +180,13 @@ class TopKLoRA(nn.Module):
 
     @classmethod
     def load(cls, model: nn.Module, folder: str | Path) -> "TopKLoRA":
-        """Put a saved adapter on the model that it was trained on.
+        """Put a saved adapter, from a folder or a repository of the hub, on the model that it was trained on.
 
         Raises:
             InputError: no adapter there, or one for other modules.
             CorruptData: its weights are not those that were saved.
         """
-        path = Path(folder)
+        path = repository_folder(folder)
         path = path / "adapter" if (path / "adapter" / CONFIG).is_file() else path
         if not (path / CONFIG).is_file():
             raise InputError(f"{path} holds no TopKLoRA: there is no {CONFIG}. Give a run of `diffing topk-lora fit`.")

@@ -1,12 +1,17 @@
 """The unkind planted world: what fires with what, directions, the mean, noise and outliers, and its measures."""
 
+from typing import cast
+
 import numpy as np
+import pandas
 import pytest
 import torch
 from torch.nn.functional import cosine_similarity
 
+from benchmarks.planted import kinds, runs
 from benchmarks.planted.unkind import KINDS, TUNED_ONLY, UnkindConfig, make_world, sample
 from crosscoders import InputError
+from crosscoders.dictionary.metrics import Evaluation
 
 CONFIG = UnkindConfig()
 WORLD = make_world(CONFIG, seed=3)
@@ -112,3 +117,36 @@ def test_outliers_are_a_share_of_tokens_of_a_hundred_times_the_length() -> None:
 def test_features_that_come_in_twos_need_an_even_number() -> None:
     with pytest.raises(InputError, match="n_divided is 3; these come in twos"):
         UnkindConfig(n_divided=3)
+
+
+def test_recall_is_by_kind_and_the_first_latents_are_those_of_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    features = pandas.DataFrame({"kind": ["shared", "tuned-only", "tuned-only", "child", "divided", "divided"]})
+    table = pandas.DataFrame(
+        {
+            "feature": [1, 1, 3, 4, 0, -1],
+            "class": ["tuned-only", "tuned-only", "tuned-only", "divided", "shared", "unmatched"],
+            "verdict": ["tuned-specific", "tuned-specific", "tuned-leaning", "split", "split", "shared"],
+            "rank": [1, 2, 3, 4, 5, 6],
+            "n_active": [500] * 5 + [3],
+            "relative_decoder_norm": [0.95, 0.95, 0.8, 0.99, 0.5, 0.5],
+            "decoder_cosine": [0.0] * 5 + [1.0],
+            "decoder_norm_tuned": [1.0] * 6,
+            "decoder_norm_base": [0.1, 0.1, 0.5, 0.0, 1.0, 1.0],
+            "partner_correlation": [float("nan")] * 6,
+            "sibling_role": [None, None, None, "part", "part", None],
+            "sibling_cosine": [float("nan")] * 3 + [0.95, 0.95, float("nan")],
+            **{
+                f"nu_{target}{suffix}": [0.0] * 6
+                for target in ("error", "reconstruction")
+                for suffix in ("", "_stderr", "_mirror", "_mirror_stderr")
+            },
+        }
+    )
+    monkeypatch.setattr(kinds, "FIRST", 4)
+    run = runs.Run(table, WORLD._replace(table=features), cast(Evaluation, None))
+    found = {name: value for name, (value, _) in kinds.by_kind(run).items()}
+    assert found["verdict.recall_by_kind.tuned-only"] == 1 / 2 and found["verdict.recall_by_kind.child"] == 0
+    assert found["verdict_or_leaning.recall_by_kind.child"] == 1 and found["verdict.recall_by_kind.pair"] is None
+    assert found["rank.precision_at_4"] == 3 / 4 and found["norm_difference.precision_at_4"] == 3 / 4
+    assert found["norm.precision_at_4"] == 3 / 4 and found["split.precision"] == found["split.recall"] == 1 / 2
+    assert found["features.missed.tuned-only"] == 1 and found["features.missed.divided"] == 1

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from crosscoders import Crosscoder, CrosscoderConfig, InputError, TrainConfig, evaluate, tensor_stream, train
+from crosscoders.activations.scored import Moments
 from crosscoders.training.calibration import threshold_for
 from crosscoders.training.settings import PRESETS, fit_to_length
+from crosscoders.training.start import unequal_spread
 
 
 def planted(n_tokens: int, seed: int = 0) -> torch.Tensor:
@@ -146,3 +148,16 @@ def test_a_preset_keeps_its_schedule_at_its_own_length_and_shortens_it_for_short
     assert fit_to_length(preset, 200_000_000, 2048)["lr_warmup_steps"] == 1000
     short = fit_to_length(preset, 204_800, 2048)  # 100 steps
     assert (short["lr_warmup_steps"], short["threshold_start_step"], short["dead_after_tokens"]) == (10, 50, 20_480)
+
+
+def test_models_of_unequal_spread_are_warned_of_without_a_scale() -> None:
+    def moments(base: float, tuned: float) -> Moments:
+        """Means of length 3 in both models, which do not count."""
+        return Moments([[3.0, 0.0], [0.0, 3.0]], [3.0, 3.0], [9 + base**2, 9 + tuned**2])
+
+    assert unequal_spread(moments(1.0, 1.19)) == unequal_spread(moments(1.19, 1.0)) == ""
+    for base, tuned in ((1.0, 1.25), (1.25, 1.0)):
+        words = unequal_spread(moments(base, tuned))
+        assert f"is {base:.4g} in the base model and {tuned:.4g} in the tuned one" in words
+        assert words.startswith("warning: input_norm is 'none'") and words.endswith("Use --input-norm centred")
+    assert unequal_spread(Moments([[0.0]], [1.0], [1.0])) == ""  # one model

@@ -5,9 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import Pair
 
-from crosscoders import ActivationCache
-from diffing.baselines.delta_sae import affine_fve, delta_stream, densities, omp, preset_config
+from crosscoders import ActivationCache, InputError
+from crosscoders.models.loading import load_model
+from diffing.baselines.delta_sae import affine_fve, delta_stream, densities, local_deltas, omp, preset_config
+from sae_lora.lora.adapter import add_lora
 
 
 def test_the_stream_holds_tuned_minus_base_of_the_cache(cache_folder: Path) -> None:
@@ -51,3 +54,19 @@ def test_densities_count_tokens_on_which_latents_are_active() -> None:
     latents = torch.zeros(20, 4)
     latents[:10, 0], latents[0, 1] = 1.0, 2.0
     assert densities(latents) == pytest.approx({"density": (0.5 + 0.05) / 2, "alive": 0.5, "dense": 0.25, "l0": 0.55})
+
+
+def test_a_local_delta_is_what_the_merged_weights_add_to_the_map_and_has_the_rank(pair: Pair) -> None:
+    model = add_lora(load_model(pair.base, torch.float32), [1, 2], rank=2, alpha=6)
+    module = model.get_base_model().model.layers[1].mlp.down_proj
+    module.lora_B["default"].weight.data.normal_(generator=torch.Generator().manual_seed(0))
+    read = []
+    handle = module.register_forward_pre_hook(lambda _m, args: read.append(args[0]))
+    with torch.no_grad(), local_deltas(model, 1) as terms:
+        model(input_ids=torch.arange(2, 12)[None])
+    handle.remove()
+    added = module.get_delta_weight("default")
+    assert torch.allclose(terms[0], read[0] @ added.T, atol=1e-5)
+    assert torch.linalg.matrix_rank(terms[0][0]) == 2
+    with pytest.raises(InputError, match="layer 0 has no LoRA at"), local_deltas(model, 0):
+        pass

@@ -43,7 +43,7 @@ def test_betas_equal_those_recorded_from_the_published_code(name: str) -> None:
     assert torch.equal(found["n_active"], recorded["count_active"].long())
     fires = recorded["count_active"] > 0
     for model, ours in (("base", "base"), ("chat", "tuned")):
-        for target in TARGETS:
+        for target in sorted(set(TARGETS) - {"reconstruction_no_bias"}):  # which the published code has not
             column = recorded[f"beta.{model}_{target}"]
             assert (found[f"beta_{ours}_{target}"][fires] - column[fires]).abs().max() < 1e-4, (model, target)
 
@@ -215,9 +215,9 @@ def test_latent_decoupling_is_exposed_by_the_reconstruction_ratio() -> None:
     assert table["verdict"].tolist() == ["decoupled", "decoupled"]
 
 
-def row(**values: float) -> pandas.DataFrame:
+def row(**values: float | str) -> pandas.DataFrame:
     """One latent that is clearly tuned-specific, with changes."""
-    usual: dict[str, float] = {
+    usual: dict[str, float | str] = {
         "n_active": 1000, "relative_decoder_norm": 0.95, "decoder_cosine": 0.0,
         "nu_error": 0.05, "nu_error_stderr": 0.01, "nu_reconstruction": 0.1, "nu_reconstruction_stderr": 0.01,
         "nu_error_mirror": 0.05, "nu_error_mirror_stderr": 0.01,
@@ -242,16 +242,44 @@ def row(**values: float) -> pandas.DataFrame:
         ({"relative_decoder_norm": 0.6, "decoder_cosine": 0.1}, "rotated"),
         ({"relative_decoder_norm": 0.6, "decoder_cosine": 0.9}, "shared"),
         # a rotated latent that leans to a side is judged by its ratios, and stays rotated where they are not small
-        ({"relative_decoder_norm": 0.7, "decoder_cosine": 0.1}, "tuned-specific"),
+        ({"relative_decoder_norm": 0.7, "decoder_cosine": 0.1}, "tuned-leaning"),
         ({"relative_decoder_norm": 0.7, "decoder_cosine": 0.1, "nu_error": 0.4}, "rotated"),
         ({"relative_decoder_norm": 0.7, "decoder_cosine": 0.1, "nu_reconstruction": 0.49}, "rotated"),
         ({"relative_decoder_norm": 0.7, "decoder_cosine": 0.6}, "shared"),
-        ({"relative_decoder_norm": 0.3, "decoder_cosine": 0.1}, "base-specific"),
+        ({"relative_decoder_norm": 0.3, "decoder_cosine": 0.1}, "base-leaning"),
         ({"relative_decoder_norm": 0.3, "decoder_cosine": 0.1, "nu_error_mirror": 0.4}, "rotated"),
     ],
 )
 def test_verdicts_on_paper(changes: dict[str, float], verdict: str) -> None:
     assert verdicts(row(**changes)) == [verdict]
+
+
+@pytest.mark.parametrize(
+    "norm, role, cosine, verdict",
+    [
+        # what leans is told by whose direction its weak decoder has
+        (0.8, "parent", 0.95, "tuned-specific"),
+        (0.8, "part", 0.95, "split"),
+        (0.8, "copy", 0.95, "rotated"),
+        (0.2, "parent", 0.95, "base-specific"),
+        (0.2, "part", 0.95, "split"),
+        # and a latent that is tuned-only by norm is believed but where it is a part or a copy
+        (0.95, "parent", 0.95, "tuned-specific"),
+        (0.95, "part", 0.95, "split"),
+        (0.95, "copy", 0.95, "rotated"),
+        (0.5, "part", 0.95, "split"),
+        (0.5, "copy", 0.95, "rotated"),
+        # another direction is nobody's
+        (0.8, "parent", 0.85, "tuned-leaning"),
+        (0.8, "part", 0.85, "tuned-leaning"),
+        (0.95, "part", 0.85, "tuned-specific"),
+        (0.5, "part", 0.85, "rotated"),
+        (0.8, None, float("nan"), "tuned-leaning"),
+    ],
+)
+def test_verdicts_with_a_sibling_on_paper(norm: float, role: str | None, cosine: float, verdict: str) -> None:
+    table = row(relative_decoder_norm=norm).assign(sibling_role=[role], sibling_cosine=cosine)
+    assert verdicts(table) == [verdict]
 
 
 def test_ranks_put_latents_that_are_dead_or_stronger_in_base_last() -> None:

@@ -73,7 +73,7 @@ def test_counts_in_json_equal_a_hand_count(run: Path) -> None:
     rows = {row["name"]: row for row in json.loads((run / "report.json").read_text())["rows"]}
     # 40 latents repeat a pattern of ten verdicts four times: three shared of ten, one of every other word.
     for verdict in VERDICTS:
-        count = {"shared": 12}.get(verdict, 4)
+        count = {"shared": 12, "tuned-leaning": 0, "base-leaning": 0, "split": 0}.get(verdict, 4)
         row = {
             "name": f"report.verdict.{verdict}.count",
             "value": count,
