@@ -33,6 +33,7 @@ FIXED: dict[str, Test] = {
         _below("nu_error", 0.2)(t) & _below("nu_reconstruction", 0.5)(t)
     ),
     "verdict tuned-specific": lambda t: np.asarray(t["verdict"] == "tuned-specific"),
+    "verdict tuned-leaning": lambda t: np.asarray(t["verdict"] == "tuned-leaning"),
     "verdict rotated": lambda t: np.asarray(t["verdict"] == "rotated"),
     "relative decoder norm at least 0.7": lambda t: np.asarray(t["relative_decoder_norm"] >= 0.7),
     "decoder cosine below 0.2": _below("decoder_cosine", 0.2),

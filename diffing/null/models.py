@@ -29,6 +29,7 @@ from crosscoders.text.refusals import Refusals
 from crosscoders.text.settings import DataConfig, DataSource
 from crosscoders.text.tokens import tokenize_text
 from diffing.finetuning import Schedule, finetune
+from diffing.null.movement import match_change_
 from sae_lora.lora.adapter import add_lora
 
 SELF = "self"
@@ -77,6 +78,8 @@ class Placebo(NamedTuple):
     """Rows of a step."""
     rank: int | None = None
     """Of its LoRA; None: all weights are tuned."""
+    change: float | None = None
+    """Weight change to which its own is scaled at the end; None: as it comes."""
 
 
 def train_placebo(base: str, out: Path, placebo: Placebo, *, context_length: int, seed: int, device: str) -> Path:
@@ -91,7 +94,7 @@ def train_placebo(base: str, out: Path, placebo: Placebo, *, context_length: int
         CorruptData: the loss is not finite.
     """
     recipe = {"base": hash_model(base), "seed": seed, "context_length": context_length, "train_placebo": placebo.text}
-    recipe |= {f"placebo_{name}": getattr(placebo, name) for name in ("steps", "lr", "rows", "rank")}
+    recipe |= {f"placebo_{name}": getattr(placebo, name) for name in ("steps", "lr", "rows", "rank", "change")}
     if is_made(out, recipe):
         return out
     model, tokenizer = load_base(base, "float32")
@@ -109,6 +112,9 @@ def train_placebo(base: str, out: Path, placebo: Placebo, *, context_length: int
             layers = range(len(hooks.decoder_layers(model)))
             model = add_lora(model, layers, rank=placebo.rank, alpha=2 * placebo.rank, seed=seed)
         _tune(model.to(choose_device(device)), rows, placebo, seed)
+    if placebo.change is not None:
+        factor = match_change_(model.cpu(), load_base(base, "float32")[0], placebo.change)
+        say(f"its change of the weights is scaled by {factor:.3g}, to {placebo.change:.1%} of their norm")
     return publish(model, tokenizer, out, recipe)
 
 

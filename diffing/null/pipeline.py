@@ -19,6 +19,7 @@ from crosscoders.models.names import hash_model
 from diffing.latents.records import LatentRecord
 from diffing.null.calibration import Tables, calibrate
 from diffing.null.models import Placebo, round_model, train_placebo
+from diffing.null.movement import weight_change
 from diffing.null.runs import null_cache, null_run, read_config, read_scaled, require_null
 from diffing.null.settings import NullSettings
 
@@ -56,10 +57,20 @@ def calibrate_run(settings: NullSettings, opened: ActivationCache) -> dict[str, 
         "n_tokens": n_tokens,
         "seed": config.seed,
         "nulls": {kind: {"name": model, "hash": hash_model(model)} for kind, model in models.items()},
+        "weight_change": {
+            kind: change_of(opened, model)
+            for kind, model in {"tuned": str(opened.manifest["config"]["tuned"]), **models}.items()
+        },
         **calibrate(tables, settings.rates),
     }
     files.write_json(run / "null.json", calibration)
     return calibration
+
+
+def change_of(opened: ActivationCache, model: str) -> float:
+    """Return how far a model's weights are from those of the base, as a share of their norm."""
+    config = opened.manifest["config"]
+    return weight_change(str(config["base"]), model, str(config["hook_point"]), config["tokenizer"])
 
 
 def require_scaled_on(run: Path, opened: ActivationCache) -> int:
@@ -84,7 +95,7 @@ def null_models(settings: NullSettings, opened: ActivationCache, seed: int) -> d
         assert settings.placebo_steps and settings.placebo_lr and settings.placebo_rows  # its settings say so
         recipe = Placebo(
             settings.train_placebo, settings.placebo_steps, settings.placebo_lr, settings.placebo_rows,
-            settings.placebo_rank,
+            settings.placebo_rank, change_of(opened, config["tuned"]) if settings.placebo_match else None,
         )  # fmt: skip
         length, device = config["context_length"], settings.device
         models["placebo"] = str(

@@ -32,6 +32,8 @@ class NullSettings:
     """Its rows of context_length tokens in a step."""
     placebo_rank: int | None = None
     """Its LoRA rank; default: all weights are tuned."""
+    placebo_match: bool = False
+    """Scale its change of the weights to the size of the tuned model's, at the end."""
     n_seeds: int = 3
     """Crosscoder seeds, of the pair and of the placebo and format-only nulls: the run's own, on which thresholds are
     fixed, and those after it, on which they are checked."""
@@ -60,9 +62,14 @@ class NullSettings:
         training = ("placebo_steps", "placebo_lr", "placebo_rows")
         if self.train_placebo is None:
             unused = [name for name in (*training, "placebo_rank") if getattr(self, name) is not None]
+            unused += ["placebo_match"] if self.placebo_match else []
             if unused:
                 raise InputError(f"{unused[0]} has no effect without text. Give --train-placebo TEXT as well.")
             return
+        if self.placebo_match and self.placebo_rank is not None:
+            raise InputError(
+                "placebo_match scales a change of all weights, but placebo_rank makes an adapter. Leave one out."
+            )
         missing = [name for name in training if getattr(self, name) is None]
         if missing:
             raise InputError(

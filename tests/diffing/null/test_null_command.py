@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Pair, make_model, make_tokenizer
+from safetensors.torch import load_file
 from test_cli import TRAIN, error_line
 
 from crosscoders import (  # fmt: skip
@@ -56,8 +57,15 @@ def null(run: Path, out: Path, *argv: str) -> int:
     return diffing_cli.main(["null", str(run), "--out", str(out), *argv])
 
 
+def change_by_hand(base: str | Path, other: str | Path) -> float:
+    """From the files themselves."""
+    first, second = (load_file(Path(folder) / "model.safetensors") for folder in (base, other))
+    before, after = (torch.cat([w[name].flatten().double() for name in sorted(first)]) for w in (first, second))
+    return float((after - before).norm() / before.norm())
+
+
 def test_the_command_on_tiny_models(
-    scaled_run: Path, placebo: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    pair: Pair, scaled_run: Path, placebo: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv = ["--placebo", placebo, "--rounded-bits", "4", "--n-seeds", "2", "--rates", "[0, 0.2]"]
     out = tmp_path / "nulls"
@@ -66,6 +74,9 @@ def test_the_command_on_tiny_models(
     found = json.loads((scaled_run / "null.json").read_text())
     kinds = [(entry["kind"], entry["seed"]) for entry in found["crosscoders"]]
     assert kinds == [("tuned", 0), ("tuned", 1), ("placebo", 0), ("placebo", 1), ("rounded", 0)]
+    assert set(found["weight_change"]) == {"tuned", "placebo", "rounded"}
+    assert found["weight_change"]["tuned"] == pytest.approx(change_by_hand(pair.base, pair.tuned), rel=1e-5)
+    assert 0 < found["weight_change"]["rounded"] < 2**-4
     assert {row["rate"] for row in found["thresholds"]} == {0.0, 0.2} and found["n_tokens"] == 500
     rows = {row["name"]: row for row in printed["rows"]}
     assert rows["null.placebo.larger_ratio.zero.count"]["unit"] == "latents"
@@ -131,6 +142,12 @@ def test_a_placebo_with_all_weights_learns_its_text_and_is_made_once(pair: Pair,
         train(2e-2)
 
 
+def test_a_placebo_that_is_matched_moved_as_far_as_it_is_told(pair: Pair, raw_text: str, tmp_path: Path) -> None:
+    recipe = models.Placebo(raw_text, steps=4, lr=1e-3, rows=2, change=0.25)
+    made = models.train_placebo(pair.base, tmp_path / "model", recipe, context_length=64, seed=0, device="cpu")
+    assert change_by_hand(pair.base, made) == pytest.approx(0.25, rel=1e-4)
+
+
 def test_a_placebo_with_lora_is_a_null_of_the_pair(pair: Pair, scaled_run: Path, raw_text: str, tmp_path: Path) -> None:
     argv = ["--train-placebo", raw_text, "--placebo-steps", "6", "--placebo-lr", "3e-2", "--placebo-rows", "1"]
     assert null(scaled_run, tmp_path / "out", *argv, "--placebo-rank", "2", "--n-seeds", "1") == 0
@@ -191,6 +208,11 @@ def mean_loss(base: str, tuned: Path | None, text: str) -> float:
         (["--placebo", "x", "--n-seeds", "0"], "n_seeds is 0; give a number from 1 to 1000."),
         (["--placebo", "x", "--train-placebo", "y"], "placebo and train_placebo name the same null. Give one"),
         (["--placebo", "x", "--placebo-lr", "1"], "placebo_lr has no effect without text. Give --train-placebo TEXT"),
+        (["--placebo", "x", "--placebo-match", "true"], "placebo_match has no effect without text"),
+        (
+            ["--train-placebo", "y", "--placebo-match", "true", "--placebo-rank", "2"],
+            "placebo_match scales a change of all weights, but placebo_rank makes an adapter",
+        ),
         (["--train-placebo", "y"], "train_placebo needs placebo_steps. Take the value with which the tuned model"),
         (["--placebo", "./nowhere"], "model folder './nowhere' does not exist."),
     ],
