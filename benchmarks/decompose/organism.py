@@ -1,6 +1,7 @@
 """A LoRA organism: the embedded base with two planted behaviours, refusal and identity, by one LoRA on every map.
 
-No part of `python -m benchmarks run decompose` yet: it has been tried with a few steps, not run in full.
+No part of `python -m benchmarks run decompose` yet: making and decomposing one was tried with a few steps, the
+matrix of behaviours (`matrix_rows`) was never run.
 
 WORK/seed-<n>/chats_{train,heldout}.jsonl, adapter/, run/: the dialogues of both, the LoRA, its decomposition
 """
