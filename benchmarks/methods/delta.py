@@ -135,7 +135,8 @@ def local_norms(adapter: Path, layers: tuple[int, ...]) -> dict[int, float]:
     norms = {}
     for layer in layers:
         outputs: list[torch.Tensor] = []
-        module = hooks.decoder_layers(hooks.core_model(model))[layer].mlp.down_proj
+        block: Any = hooks.decoder_layers(hooks.core_model(model))[layer]
+        module = block.mlp.down_proj
         handle = module.register_forward_hook(lambda _m, _a, out, into=outputs: into.append(out))
         with local_deltas(model, layer) as terms:
             for text in texts:

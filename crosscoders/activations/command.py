@@ -25,10 +25,9 @@ def next_command(folder: str, n_tokens: int) -> str:
     command = f"crosscoders train --cache {shlex.quote(folder)} --out RUN"
     if n_tokens >= PAPER_TOKENS:
         n_train = min(2 * n_tokens, 200_000_000)
-        return f"{command} --preset paper-batchtopk" + (f" --n-tokens {n_train}" if n_train < 200_000_000 else "")
-    n_train = min(50 * n_tokens, 2_457_600)
-    batch = f" --batch-size {max(1, n_tokens // 16)}" if n_tokens < 16 * 1024 else ""
-    return f"{command} --preset demo" + (f" --n-tokens {n_train}" if n_train < 2_457_600 else "") + batch
+        return f"{command} --preset paper-batchtopk --n-tokens {n_train}"
+    n_train, batch_size = min(50 * n_tokens, 2_457_600), min(1024, max(1, n_tokens // 16))
+    return f"{command} --preset demo --n-tokens {n_train} --batch-size {batch_size}"
 
 
 def cache(settings: CacheSettings) -> dict[str, Any]:

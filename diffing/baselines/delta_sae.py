@@ -113,7 +113,7 @@ def local_deltas(
     Raises:
         InputError: the map has no LoRA.
     """
-    module = hooks.decoder_layers(hooks.core_model(model))[layer].get_submodule(site)
+    module: Any = hooks.decoder_layers(hooks.core_model(model))[layer].get_submodule(site)
     if not hasattr(module, "lora_B"):
         raise InputError(f"layer {layer} has no LoRA at {site!r}. Name a map that the adapter adapts.")
     ((name, last),) = module.lora_B.items()
