@@ -13,8 +13,8 @@ EXAMPLES = {
     "base": "google/gemma-2-2b", "tuned": "google/gemma-2-2b-it", "hook_point": "blocks.13.hook_resid_post",
     "data": "chats.jsonl", "run": "runs/mine", "runs": "runs/a runs/b", "cache": "caches/mine", "out": "runs/mine",
     "parts": "caches/1 caches/2", "latent": "939", "prompt": "'Who are you?'", "prompts": "asked.jsonl",
-    "audit": "others.jsonl", "repo": "me/crosscoder", "heldout": "heldout.jsonl", "model": "google/gemma-2-2b", "sae": "saes/layer13",
-    "dictionary": "saes/layer13",
+    "audit": "others.jsonl", "repo": "me/crosscoder", "heldout": "heldout.jsonl", "model": "google/gemma-2-2b",
+    "sae": "saes/layer13", "dictionary": "saes/layer13",
 }  # fmt: skip
 """Values in examples, by setting."""
 
