@@ -11,14 +11,16 @@ from diffing.report.causes import CAUSAL, DIRECTIONS, percent
 from diffing.report.data import Run
 from diffing.report.text import clip, counted, number
 
-SIDES = {"tuned-specific": "tuned", "base-specific": "base"}
-"""The verdicts that call a latent specific, with the model that it belongs to."""
+STRONG = {"tuned-specific": "tuned", "base-specific": "base"}
+WEAK = {"tuned-leaning": "tuned", "base-leaning": "base"}
+SIDES = STRONG | WEAK
+"""The verdicts that give a latent to one model."""
 SHOWN_CONTEXTS = 12
 NO_CONTEXT = "no context"
 
 
 def specific_latents(run: Run) -> list[int]:
-    """Return the rows of the alive latents that are specific to a model, best rank first."""
+    """Return the rows of the alive latents that are specific to a model or lean to it, best rank first."""
     verdicts = run.latents.columns["verdict"]
     return [i for i in run.latents.order if run.latents.alive[i] and verdicts[i] in SIDES]
 
@@ -33,19 +35,26 @@ def contexts_of(run: Run, verdict: str) -> Counter[str]:
 def answer(run: Run) -> list[str]:
     """Return one sentence for each model's own latents: how many, and where they fire; or that there is none."""
     alive = number(int(run.latents.alive.sum()))
-    sentences = []
-    for verdict, model in SIDES.items():
-        counts = contexts_of(run, verdict)
-        if not counts:
-            continue
-        named = [f"{clip(context, 40)} ({number(n)})" for context, n in counts.most_common(SHOWN_CONTEXTS)]
-        n, more = counts.total(), " …" if len(counts) > SHOWN_CONTEXTS else ""
-        verb = "is" if n == 1 else "are"
-        sentences.append(
-            f"{counted(n, 'latent')} of {alive} alive ones {verb} specific to the {model} model; where most of their "
-            f"activation lies: {', '.join(named)}{more}."
-        )
-    return sentences or [f"No latent is specific to either model: 0 of {alive} alive ones."]
+    strong = [_counted(run, verdict, f"specific to the {model} model") for verdict, model in STRONG.items()]
+    weak = [
+        _counted(run, verdict, f"leaning to the {model} model, a weak verdict that a null has to confirm")
+        for verdict, model in WEAK.items()
+    ]
+    none = f"No latent is specific to either model: 0 of {alive} alive ones."
+    return [*(list(filter(None, strong)) or [none]), *filter(None, weak)]
+
+
+def _counted(run: Run, verdict: str, words: str) -> str:
+    counts = contexts_of(run, verdict)
+    if not counts:
+        return ""
+    named = [f"{clip(context, 40)} ({number(n)})" for context, n in counts.most_common(SHOWN_CONTEXTS)]
+    n, more = counts.total(), " …" if len(counts) > SHOWN_CONTEXTS else ""
+    alive, verb = number(int(run.latents.alive.sum())), "is" if n == 1 else "are"
+    return (
+        f"{counted(n, 'latent')} of {alive} alive ones {verb} {words}; "
+        f"where most of their activation lies: {', '.join(named)}{more}."
+    )
 
 
 def null_answer(run: Run) -> tuple[str, str]:

@@ -34,7 +34,7 @@ def test_the_first_sentence_counts_specific_latents_by_where_they_fire(tmp_path:
 
 def test_latents_that_are_not_specific_are_not_listed_as_such(tmp_path: Path) -> None:
     page = page_of(with_verdicts(tmp_path / "run", ["rotated", "tuned-specific"], ["refusal", "template"]))
-    assert "The first 1 of 1 specific latents" in page.text and "come nearest" not in page.text
+    assert "The first 1 of 1 latents that are specific or leaning" in page.text and "come nearest" not in page.text
 
 
 def test_where_nothing_is_specific_the_page_says_so(tmp_path: Path) -> None:
@@ -42,3 +42,10 @@ def test_where_nothing_is_specific_the_page_says_so(tmp_path: Path) -> None:
     assert "No latent is specific to either model: 0 of 40 alive ones." in page.text
     assert "None. The 5 alive latents that come nearest, by rank; they are not specific." in page.text
     assert not any(value.startswith("width") for name, value in page.values if name == "style")
+
+
+def test_a_weak_verdict_is_called_weak(tmp_path: Path) -> None:
+    page = page_of(with_verdicts(tmp_path / "run", ["tuned-leaning", "tuned-leaning"], ["refusal", "gap"]))
+    assert "No latent is specific to either model: 0 of 40 alive ones." in page.text
+    assert "2 latents of 40 alive ones are leaning to the tuned model, a weak verdict" in page.text
+    assert "come nearest" not in page.text
