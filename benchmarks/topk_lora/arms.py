@@ -20,7 +20,7 @@ from diffing.topk_lora.settings import DistilConfig
 from sae_lora.lora.topk import TopKLoRA
 
 PROBE_STEPS = 60
-RATES = (2.5e-3, 5e-3, 1e-2, 2e-2)
+RATES = (2.5e-3, 5e-3, 1e-2)
 """Learning rates that are probed, for each arm on seed 0."""
 
 
