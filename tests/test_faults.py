@@ -73,7 +73,7 @@ def test_an_out_that_is_no_local_folder_is_refused(
 def test_empty_data_is_not_the_current_folder(pair: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["cache", "--base", pair.base, "--tuned", pair.tuned, "--hook-point", "blocks.1.hook_resid_post"]
     assert crosscoders_cli.main([*words, "--data", "", "--out", str(tmp_path / "c")]) == 2
-    assert "--data is empty" in capsys.readouterr().err
+    assert "data is an empty list; name at least one file" in capsys.readouterr().err
 
 
 def test_an_infinite_rate_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -39,9 +39,9 @@ def per_target(crosscoder: Crosscoder, batches: list[Tensor], model: int, target
             numerator += error_numerator(x[:, model] - x_hat, latents, crosscoder.W_dec[:, model], decoder)
         else:
             y = x[:, model]
-            if target == "reconstruction":
+            if target.startswith("reconstruction"):
                 y = crosscoder.decode(latents)[:, model]
-            elif target == "activation_no_bias":
+            if target.endswith("_no_bias"):
                 y = y - crosscoder.b_dec[model]
             numerator += (decoder * (latents.T @ y)).sum(dim=1)
         square += latents.pow(2).sum(dim=0)

@@ -22,12 +22,12 @@ PAPER_TOKENS = 10_000_000
 def next_command(folder: str, n_tokens: int) -> str:
     """Return a command that trains on a cache, of a size that its tokens can feed: two epochs at the size of the
     papers, at most 50 epochs of the small preset."""
-    command = f"crosscoders train --cache {shlex.quote(folder)} --out RUN"
+    cache = shlex.quote(folder)
     if n_tokens >= PAPER_TOKENS:
         n_train = min(2 * n_tokens, 200_000_000)
-        return f"{command} --preset paper-batchtopk --n-tokens {n_train}"
-    n_train, batch_size = min(50 * n_tokens, 2_457_600), min(1024, max(1, n_tokens // 16))
-    return f"{command} --preset demo --n-tokens {n_train} --batch-size {batch_size}"
+        return f"crosscoders train --cache {cache} --out RUN --preset paper-batchtopk --n-tokens {n_train}"
+    n_train, batch = min(50 * n_tokens, 2_457_600), min(1024, max(1, n_tokens // 16))
+    return f"crosscoders train --cache {cache} --out RUN --preset demo --n-tokens {n_train} --batch-size {batch}"
 
 
 def cache(settings: CacheSettings) -> dict[str, Any]:

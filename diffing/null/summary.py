@@ -22,7 +22,7 @@ def null_summary(calibration: dict[str, Any]) -> str:
             allowed = f"{entry['rate']:.1%}" if entry["rate"] else "none"
             lines.append(f"  {entry['null']} at {allowed}, threshold {at}:  {counts_text(entry['counts'])}")
             lines.append(f"      rate {rate_text(entry)}")
-    moved = [f"{kind} {change:.1%}" for kind, change in calibration["weight_change"].items()]
+    moved = [f"{kind} {change:.1%}" for kind, change in calibration.get("weight_change", {}).items()]
     lines += [f"How far the weights moved from the base, as a share of their norm: {', '.join(moved)}."]
     lines += ["Thresholds that no null decided:"]
     lines += [f"  {entry['words']}:  {counts_text(entry['counts'])}" for entry in calibration["fixed"]]
@@ -56,7 +56,7 @@ def result_rows(calibration: dict[str, Any]) -> list[dict[str, Any]]:
         rows.append(row(f"{name}.count", first["count"], "latents", first["n"]))
         rate = entry["false_positive_rate"]
         rows.append(row(f"{name}.false_positive_rate", rate, "fraction", entry["n"], entry["low"], entry["high"]))
-    for kind, change in calibration["weight_change"].items():
+    for kind, change in calibration.get("weight_change", {}).items():
         rows.append(row(f"null.weight_change.{kind}", change, "fraction", 1))
     return rows
 
