@@ -81,7 +81,8 @@ def commands(base: str, work: Path, sizes: Sizes) -> dict[str, list[str]]:
             f"sae-lora fit --model {shlex.quote(base)} --dictionary {w}/sae --data {data} --context-length 128 "
             f"--chat-template {w}/tuned/chat_template.jinja "
             f"--n-tokens {sizes.tokens // 4} --rank 8 --out {w}/sae-lora",
-            f"sae-lora eval {w}/sae-lora --data {held} --chat-template {w}/tuned/chat_template.jinja --n-tokens {sizes.heldout_tokens // 2}",
+            f"sae-lora eval {w}/sae-lora --data {held} --chat-template {w}/tuned/chat_template.jinja "
+            f"--n-tokens {sizes.heldout_tokens // 2}",
         ],
     }
 
