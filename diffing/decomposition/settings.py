@@ -5,7 +5,7 @@ from typing import Literal
 
 from crosscoders.common.checks import require_positive, require_range
 from crosscoders.common.errors import InputError
-from crosscoders.text.settings import DataConfig, DataSource
+from diffing.topk_lora.settings import PairData
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,29 +77,13 @@ VPD_PAPER: dict[str, object] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecomposeSettings(DecompositionConfig):
-    """Decompose what a fine-tune changed in a model's linear maps into rank-one pieces."""
+class DecomposeSettings(PairData, DecompositionConfig):
+    """Decompose what a fine-tune changed in linear maps into rank-one pieces, a LoRA between its factors."""
 
-    base: str
-    """Base model: folder or hub id."""
-    tuned: str
-    """Tuned model: folder, hub id or PEFT adapter of the base; of a LoRA the pieces live between its factors."""
-    data: str | list[str | DataSource]
-    """Documents that both models read, as `crosscoders cache` takes them."""
     out: str
     """Run folder; a run that was stopped goes on with the same command."""
     sites: list[str] = field(default_factory=lambda: ["*"])
     """Linear maps to decompose, as patterns of their names, such as '*.mlp.down_proj'."""
-    n_tokens: int = 200_000
-    """Scored tokens to read, with the held-out ones."""
-    eval_data: str | list[str | DataSource] | None = None
-    """Other documents that only the read-outs see; default: the last batches of `data`."""
-    holdout_share: float = 0.1
-    """Share of the batches of `data` that are kept for them then; with `eval_data`, its scored tokens over n_tokens."""
-    context_length: int = 128
-    """Tokens of a document that are read."""
-    batch_rows: int = 8
-    """Documents in a step."""
     compare: list[str] = field(default_factory=list)
     """Finished runs of the same sites with other seeds, whose pieces are looked for."""
     prompt: str | None = None
@@ -108,24 +92,10 @@ class DecomposeSettings(DecompositionConfig):
     """Pieces whose effect on the predictions is measured and printed."""
     attack_steps: int = 20
     """Steps of a fresh adversary in the read-outs; four times as many are taken to see its plateau."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_positive(self, "n_tokens", "context_length", "batch_rows", "top", "attack_steps")
-        if not 0 < self.holdout_share < 1:
-            raise InputError(f"holdout_share is {self.holdout_share}; give a share between 0 and 1, such as 0.1.")
+        self.require_data()
+        require_positive(self, "top", "attack_steps")
         if not self.sites:
             raise InputError("sites is empty. Give patterns of the linear maps to decompose, such as '*'.")
-
-    def data_config(self) -> DataConfig:
-        """Return the part that says which documents are read."""
-        return DataConfig(data=self.data, n_tokens=self.n_tokens, context_length=self.context_length)
-
-    def eval_config(self) -> DataConfig | None:
-        """Return the same of the documents for the read-outs alone, if there are any."""
-        if self.eval_data is None:
-            return None
-        n_tokens = max(1, round(self.holdout_share * self.n_tokens))
-        return DataConfig(data=self.eval_data, n_tokens=n_tokens, context_length=self.context_length)

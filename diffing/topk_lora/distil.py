@@ -10,7 +10,7 @@ follows: small KL alone can be reached by another route inside, and then the ada
 """
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,32 +25,13 @@ from crosscoders.models.pair import inspect_pair, load_pair
 from crosscoders.models.predictions import ce, kl, log_probs
 from crosscoders.text.chats import RESPONSE
 from crosscoders.text.padding import Batch, pad, padding_id
-from crosscoders.text.settings import DataConfig
 from crosscoders.text.tokens import Rows, pad_rows, tokenize_documents
 from diffing.finetuning import Schedule, finetune
-from diffing.topk_lora.settings import DistilConfig
+from diffing.topk_lora.settings import DistilConfig, PairData
 from sae_lora.lora.settings import TopKLoRAConfig
 from sae_lora.lora.topk import TopKLoRA
 
 WARMUP_STEPS = 20
-
-
-@runtime_checkable
-class PairData(Protocol):
-    """Settings that say which models read which documents."""
-
-    @property
-    def base(self) -> str: ...
-    @property
-    def tuned(self) -> str: ...
-    @property
-    def batch_rows(self) -> int: ...
-    @property
-    def holdout_share(self) -> float: ...
-    @property
-    def device(self) -> str: ...
-    def data_config(self) -> DataConfig: ...
-    def eval_config(self) -> DataConfig | None: ...
 
 
 class Setting(NamedTuple):

@@ -10,8 +10,8 @@ from sae_lora.lora.settings import TopKLoRAConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistilConfig(TopKLoRAConfig):
-    """How a tuned model is distilled into the base with a TopKLoRA."""
+class PairData:
+    """Two models, and what they read: `open_setting` opens it."""
 
     base: str
     """Base model: folder or hub id."""
@@ -27,31 +27,14 @@ class DistilConfig(TopKLoRAConfig):
     """Share of the batches of `data` that are kept for it then; with `eval_data`, its scored tokens over n_tokens."""
     context_length: int = 128
     """Tokens of a document that are read."""
-    steps: int = 450
-    """Training steps."""
     batch_rows: int = 8
     """Documents in a step."""
-    lr: float = 5e-3
-    """Peak learning rate of Adam (0.9, 0.98), after 20 steps of warm-up, falling as a cosine. 1e-2 suits rank <= 8."""
-    objective: Literal["distil", "sft"] = "distil"
-    """distil: the tuned model's predictions. sft: the responses of the chats in `data`; the tuned model is then only
-    what the evaluation compares with."""
-    hidden_weight: float = 0.0
-    """Weight of the normalised squared error of the residual stream, mean over layers, beside the KL."""
-    cutover_weight: float = 0.0
-    """Weight of the KL of the tuned model's upper layers on the adapted base's lower ones, cut at a random layer."""
-    revive_after: int | None = None
-    """Directions that have not fired on as many tokens of training are drawn anew; default: none."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_positive(self, "n_tokens", "steps", "batch_rows", "lr", "context_length")
-        require_range(self, 1, None, "revive_after")
-        require_range(self, 0, None, "hidden_weight", "cutover_weight")
-        if self.objective == "sft" and (self.hidden_weight or self.cutover_weight):
-            raise InputError("hidden_weight and cutover_weight have no effect with objective sft. Leave them out.")
+    def require_data(self) -> None:
+        """Raise InputError for numbers that nothing can be read with."""
+        require_positive(self, "n_tokens", "context_length", "batch_rows")
         if not 0 < self.holdout_share < 1:
             raise InputError(f"holdout_share is {self.holdout_share}; give a share between 0 and 1, such as 0.1.")
 
@@ -65,6 +48,34 @@ class DistilConfig(TopKLoRAConfig):
             return None
         n_tokens = max(1, round(self.holdout_share * self.n_tokens))
         return DataConfig(data=self.eval_data, n_tokens=n_tokens, context_length=self.context_length)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistilConfig(PairData, TopKLoRAConfig):
+    """How a tuned model is distilled into the base with a TopKLoRA."""
+
+    steps: int = 450
+    """Training steps."""
+    lr: float = 5e-3
+    """Peak learning rate of Adam (0.9, 0.98), after 20 steps of warm-up, falling as a cosine. 1e-2 suits rank <= 8."""
+    objective: Literal["distil", "sft"] = "distil"
+    """distil: the tuned model's predictions. sft: the responses of the chats in `data`; the tuned model is then only
+    what the evaluation compares with."""
+    hidden_weight: float = 0.0
+    """Weight of the normalised squared error of the residual stream, mean over layers, beside the KL."""
+    cutover_weight: float = 0.0
+    """Weight of the KL of the tuned model's upper layers on the adapted base's lower ones, cut at a random layer."""
+    revive_after: int | None = None
+    """Directions that have not fired on as many tokens of training are drawn anew; default: none."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_data()
+        require_positive(self, "steps", "lr")
+        require_range(self, 1, None, "revive_after")
+        require_range(self, 0, None, "hidden_weight", "cutover_weight")
+        if self.objective == "sft" and (self.hidden_weight or self.cutover_weight):
+            raise InputError("hidden_weight and cutover_weight have no effect with objective sft. Leave them out.")
 
 
 @dataclass(frozen=True, kw_only=True)
