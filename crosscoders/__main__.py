@@ -1,17 +1,13 @@
-"""`python -m crosscoders` and the console command `crosscoders`: Ctrl-C is one line from the first import on."""
+"""`python -m crosscoders` and the console command `crosscoders`."""
 
 import sys
+
+from crosscoders.common.start import run_program
 
 
 def main() -> int:
     """Run the command and return its exit status."""
-    try:
-        from crosscoders.cli import main as run
-
-        return run()
-    except KeyboardInterrupt:
-        print("error: interrupted.", file=sys.stderr)
-        return 130
+    return run_program("crosscoders.cli")
 
 
 if __name__ == "__main__":

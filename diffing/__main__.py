@@ -1,17 +1,13 @@
-"""`python -m diffing` and the console command `diffing`: Ctrl-C is one line from the first import on."""
+"""`python -m diffing` and the console command `diffing`."""
 
 import sys
+
+from crosscoders.common.start import run_program
 
 
 def main() -> int:
     """Run the command and return its exit status."""
-    try:
-        from diffing.cli import main as run
-
-        return run()
-    except KeyboardInterrupt:
-        print("error: interrupted.", file=sys.stderr)
-        return 130
+    return run_program("diffing.cli")
 
 
 if __name__ == "__main__":

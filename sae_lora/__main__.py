@@ -1,17 +1,13 @@
-"""`python -m sae_lora` and the console command `sae-lora`: Ctrl-C is one line from the first import on."""
+"""`python -m sae_lora` and the console command `sae-lora`."""
 
 import sys
+
+from crosscoders.common.start import run_program
 
 
 def main() -> int:
     """Run the command and return its exit status."""
-    try:
-        from sae_lora.cli import main as run
-
-        return run()
-    except KeyboardInterrupt:
-        print("error: interrupted.", file=sys.stderr)
-        return 130
+    return run_program("sae_lora.cli")
 
 
 if __name__ == "__main__":
