@@ -15,7 +15,7 @@ Claims of arXiv 2605.28896: `verdicts` says of each confirmed, at chance, or ref
 """
 
 import math
-from collections.abc import Iterator
+import statistics
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,7 @@ import torch
 from benchmarks.embedded_pair.build import Corpus, fixed_threads, load_float32
 from benchmarks.embedded_pair.training import Recipe, train_model
 from benchmarks.planted import over_seeds
-from crosscoders import ActivationCache, CacheConfig, Crosscoder, TrainConfig, run_cache, train
-from crosscoders.activations.stream import BufferedStream
+from crosscoders import ActivationCache, CacheConfig, Crosscoder, run_cache, train
 from crosscoders.common import files
 from crosscoders.common.progress import say
 from crosscoders.common.records import Record
@@ -38,11 +37,12 @@ from crosscoders.models.names import load_auto
 from diffing.baselines.chance import alignment_rows, permuted_tokens, random_directions
 from diffing.baselines.delta_sae import (
     affine_fve,
-    delta_stream,
+    base_alone,
     densities,
     differences,
     local_deltas,
     omp,
+    one_model_stream,
     preset_config,
 )
 from diffing.baselines.geometry import max_cosine, minibatch_cka
@@ -154,10 +154,12 @@ def layer_values(
     config = preset_config(1, cache.d_model, n_tokens=n_tokens, seed=seed, device="cpu", l1=L1)
     here = work / f"lora-{rank}-seed-{seed}" / f"layer-{layer}"
     deltas = [
-        train(one, delta_stream(cache, one), here / f"sae-{number}").requires_grad_(False)
+        train(one, one_model_stream(cache, one), here / f"sae-{number}").requires_grad_(False)
         for number, one in enumerate((config, replace(config, seed=seed + 1000)))
     ]
-    base = train(config, _base_stream(cache, config), work / f"base-{layer}-seed-{seed}").requires_grad_(False)
+    base = train(
+        config, one_model_stream(cache, config, base_alone), work / f"base-{layer}-seed-{seed}"
+    ).requires_grad_(False)
     x = cache.read(0, min(MEASURED, len(cache))).activations.float()
     return {name: (float(value), unit) for name, (value, unit) in _figures(x, deltas, base, rank, seed).items()}
 
@@ -192,19 +194,6 @@ def _figures(x: Any, deltas: list[Crosscoder], base: Crosscoder, rank: int, seed
     return figures | {"norm": (float(norms), "ratio"), "rank_by_width": (rank / x.shape[2], "ratio")}
 
 
-def _base_stream(cache: ActivationCache, config: TrainConfig) -> BufferedStream:
-    """Return batches of the base's activations alone, as those of one model."""
-    from crosscoders.activations.scored import moments_of
-
-    def read(start: int, stop: int) -> Iterator[torch.Tensor]:
-        return (tokens.activations[:, :1].float() for tokens in cache.parts(start, stop))
-
-    return BufferedStream(
-        read, n_tokens=len(cache), batch_size=config.batch_size, buffer_tokens=config.buffer_tokens, seed=config.seed,
-        moments=moments_of(torch.cat(list(read(0, min(16_384, len(cache)))))),
-    )  # fmt: skip
-
-
 SLOPED = {"density_rises_with_rank": "density", "divergence_is_stable_over_ranks": "alignment.max_cosine"}
 """Claims about ranks -> the figure whose slope they rest on."""
 
@@ -225,13 +214,9 @@ def verdicts(values: dict[tuple[int, int], list[Values]]) -> list[dict[str, Any]
         means = {name: _mean(of_rank, name) for name in ("max_cosine", "random.max_cosine", "matched.max_cosine",
                                                          "second_seed.max_cosine")}  # fmt: skip
         chance = max(means["random.max_cosine"], means["matched.max_cosine"])
-        weak = (
-            0
-            if abs(means["max_cosine"] - chance) < 0.02
-            else 1
-            if means["max_cosine"] < means["second_seed.max_cosine"] / 2
-            else -1
-        )
+        weak = 1 if means["max_cosine"] < means["second_seed.max_cosine"] / 2 else -1
+        if abs(means["max_cosine"] - chance) < 0.02:
+            weak = 0
         rows.append(row(f"methods.delta.weak_alignment.layer_{layer}", weak, "verdict", len(ranks)))
         for claim, figure in SLOPED.items():
             slopes = _slopes(of_rank, figure)
@@ -265,7 +250,6 @@ def _slopes(of_rank: dict[int, list[Values]], name: str) -> list[float]:
             for rank, seeds in of_rank.items()
             if name in seeds[seed]
         ]
-        mean_x, mean_y = (sum(column) / len(points) for column in zip(*points, strict=True))
-        spread = sum((a - mean_x) ** 2 for a, _ in points)
-        slopes.append(sum((a - mean_x) * (b - mean_y) for a, b in points) / spread if spread else 0.0)
+        ranks = {x for x, _ in points}
+        slopes.append(statistics.linear_regression(*zip(*points, strict=True)).slope if len(ranks) > 1 else 0.0)
     return slopes

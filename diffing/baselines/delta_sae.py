@@ -4,12 +4,12 @@ r"""Delta-activation SAEs: a dictionary of one model, trained on x_tuned - x_bas
                     of activations of another size is not at a disadvantage
     fve (OMP)       the same of orthogonal matching pursuit: at most k directions a token, chosen and fitted greedily
 
-Reading order: `preset_config` and `delta_stream` are what `training.loop.train` takes; `affine_fve`, `omp`,
+Reading order: `preset_config` and `one_model_stream` are what `training.loop.train` takes; `affine_fve`, `omp`,
 `densities`; `local_deltas` is what one adapted map adds by itself.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -49,11 +49,20 @@ def differences(x: Float[Tensor, "tokens 2 d_model"]) -> Float[Tensor, "tokens 1
     return (x[:, 1] - x[:, 0])[:, None]
 
 
-def delta_stream(cache: ActivationCache, config: TrainConfig) -> BufferedStream:
-    """Return batches of differences of a cache of a pair."""
+def base_alone(x: Float[Tensor, "tokens 2 d_model"]) -> Float[Tensor, "tokens 1 d_model"]:
+    """Return the base's activations in float32, as those of one model."""
+    return x[:, :1].float()
+
+
+def one_model_stream(
+    cache: ActivationCache,
+    config: TrainConfig,
+    of_pair: Callable[[Float[Tensor, "tokens 2 d_model"]], Float[Tensor, "tokens 1 d_model"]] = differences,
+) -> BufferedStream:
+    """Return batches of what `of_pair` makes of the activations in a cache of a pair, such as their differences."""
 
     def read(start: int, stop: int) -> Iterator[Float[Tensor, "_ 1 d_model"]]:
-        return (differences(tokens.activations) for tokens in cache.parts(start, stop))
+        return (of_pair(tokens.activations) for tokens in cache.parts(start, stop))
 
     return BufferedStream(
         read, n_tokens=len(cache), batch_size=config.batch_size, buffer_tokens=config.buffer_tokens, seed=config.seed,

@@ -18,7 +18,7 @@ from crosscoders import ActivationCache, CacheConfig, Crosscoder, TrainConfig, r
 from crosscoders.activations.stream import BufferedStream, cached_stream
 from crosscoders.common.results import row
 from crosscoders.training.feed import cache_inputs
-from diffing.baselines.delta_sae import delta_stream, differences, preset_config
+from diffing.baselines.delta_sae import differences, one_model_stream, preset_config
 from diffing.causal.sets import Exchange, Exchanger, PatchSet
 from diffing.comparison.direction_block import Task, piece_rows
 from diffing.comparison.inputs import Inputs
@@ -39,7 +39,7 @@ class DeltaExchange:
     ) -> tuple[Tensor, Tensor]:
         """Return the activations of both models, and the latents of their difference."""
         x = x.float()
-        return x, self.sae.encode((x[:, 1] - x[:, 0])[:, None])
+        return x, self.sae.encode(differences(x))
 
     @torch.no_grad()
     def patched(self, parts: tuple[Tensor, Tensor], patch: PatchSet, target: int) -> Float[Tensor, "tokens d_model"]:
@@ -94,7 +94,7 @@ def train_one(method: str, cache: ActivationCache, out: Path, seed: int, device:
     """Train a dictionary of a cache with the preset `demo`, one model of differences for a delta SAE."""
     n_models = 1 if method == "delta-sae" else 2
     config = preset_config(n_models, cache.d_model, n_tokens=n_tokens, seed=seed, device=device)
-    stream = delta_stream(cache, config) if method == "delta-sae" else _paired_stream(cache, config)
+    stream = one_model_stream(cache, config) if method == "delta-sae" else _paired_stream(cache, config)
     return train(config, stream, out, inputs=cache_inputs(cache) | {"method": method})
 
 

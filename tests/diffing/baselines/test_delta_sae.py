@@ -9,14 +9,14 @@ from conftest import Pair
 
 from crosscoders import ActivationCache, InputError
 from crosscoders.models.loading import load_model
-from diffing.baselines.delta_sae import affine_fve, delta_stream, densities, local_deltas, omp, preset_config
+from diffing.baselines.delta_sae import affine_fve, densities, local_deltas, omp, one_model_stream, preset_config
 from sae_lora.lora.adapter import add_lora
 
 
 def test_the_stream_holds_tuned_minus_base_of_the_cache(cache_folder: Path) -> None:
     cache = ActivationCache(cache_folder)
     config = preset_config(1, cache.d_model, n_tokens=100_000, seed=0)
-    stream = delta_stream(cache, replace(config, batch_size=len(cache)))
+    stream = one_model_stream(cache, replace(config, batch_size=len(cache)))
     batch = next(stream.batches(0, 1))
     x = cache.read(0, len(cache)).activations.float()
     assert batch.shape == (len(cache), 1, cache.d_model)
