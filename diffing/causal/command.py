@@ -4,20 +4,15 @@ import time
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from crosscoders.common import files
 from crosscoders.common.checks import LEAST_CHATS, to_dict
 from crosscoders.common.devices import choose_device
-from crosscoders.common.errors import InputError
 from crosscoders.common.progress import say
 from crosscoders.common.results import publish, result, say_closing
 from crosscoders.formats.load import load_crosscoder
-from crosscoders.models.limits import require_ids
-from crosscoders.text.chats import read_chats
 from crosscoders.text.tokens import read_template
 from diffing.causal.lens import logit_lens
-from diffing.causal.patching import DIRECTIONS, inspect_cached, load_whole, measure
+from diffing.causal.patching import DIRECTIONS, inspect_cached, load_whole, measure, read_enough_chats
 from diffing.causal.sets import choose_sets
 from diffing.causal.settings import CausalSettings, LensSettings, SteerSettings
 from diffing.causal.steering import answer, steered, steering_vector
@@ -54,13 +49,8 @@ def causal(settings: CausalSettings) -> dict[str, Any]:
     if settings.data is not None:
         config = replace(config, data=settings.data)
     info = inspect_cached(cache)
-    chats = read_chats(config, info.tokenizer, settings.n_documents)
-    if len(chats) < LEAST_CHATS:
-        raise InputError(
-            f"{config.paths()} has {len(chats)} chats with a response; intervals over fewer than {LEAST_CHATS} say "
-            "nothing. Name more chats with --data."
-        )
-    require_ids(np.concatenate([chat.ids for chat in chats]), info.n_ids, info.tokenizer, info.base)
+    too_few = f"intervals over fewer than {LEAST_CHATS} say nothing. Name more chats with --data."
+    chats = read_enough_chats(config, info, settings.n_documents, too_few)
     pair = load_whole(info, cache.manifest["hook_point"], settings.device, settings.model_dtype)
     measured = measure(
         crosscoder, pair, chats, sets, batch_rows=settings.batch_rows, first_tokens=settings.first_tokens

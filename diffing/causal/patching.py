@@ -21,14 +21,17 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from crosscoders.activations.cache import ActivationCache
+from crosscoders.common.checks import LEAST_CHATS
 from crosscoders.common.errors import InputError
 from crosscoders.common.progress import Progress, say
 from crosscoders.dictionary.crosscoder import Crosscoder
 from crosscoders.models import predictions
+from crosscoders.models.limits import require_ids
 from crosscoders.models.pair import ModelPair, PairInfo, inspect_pair, load_pair
 from crosscoders.models.resume import ResumableModel, State
-from crosscoders.text.chats import Chat, ChatBatch, batches
+from crosscoders.text.chats import Chat, ChatBatch, batches, read_chats
 from crosscoders.text.padding import padding_id
+from crosscoders.text.settings import DataConfig
 from diffing.causal.sets import Exchange, Exchanger, PatchSet
 
 DIRECTIONS = {"base_to_tuned": 1, "tuned_to_base": 0}
@@ -54,6 +57,19 @@ def inspect_cached(cache: ActivationCache) -> PairInfo:
     """Check the pair that a cache was made with, without its weights."""
     config = cache.config
     return inspect_pair(config.base, config.tuned, [cache.manifest["hook_point"]], tokenizer=config.tokenizer)
+
+
+def read_enough_chats(config: DataConfig, info: PairInfo, n_documents: int, too_few: str) -> list[Chat]:
+    """Return at most `n_documents` chats with a response, that intervals can be made over.
+
+    Raises:
+        InputError: fewer than LEAST_CHATS, with `too_few` as what follows; ids that a model does not have.
+    """
+    chats = read_chats(config, info.tokenizer, n_documents)
+    if len(chats) < LEAST_CHATS:
+        raise InputError(f"{config.paths()} has {len(chats)} chats with a response; {too_few}")
+    require_ids(np.concatenate([chat.ids for chat in chats]), info.n_ids, info.tokenizer, info.base)
+    return chats
 
 
 def load_whole(info: PairInfo, hook_point: str, device: str, dtype: str) -> ModelPair:

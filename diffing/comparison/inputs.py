@@ -3,19 +3,18 @@
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from crosscoders.common import files
 from crosscoders.common.checks import LEAST_CHATS, to_dict
 from crosscoders.common.errors import InputError
 from crosscoders.models.adapters import with_adapter
-from crosscoders.models.limits import require_ids, require_readable
+from crosscoders.models.limits import require_readable
 from crosscoders.models.loading import load_model
 from crosscoders.models.names import hash_model, quiet_transformers
 from crosscoders.models.pair import ModelPair, PairInfo, inspect_pair, load_pair
-from crosscoders.text.chats import Chat, read_chats
+from crosscoders.text.chats import Chat
 from crosscoders.text.settings import DataConfig
 from crosscoders.text.tokens import Rows, read_template, tokenize_documents
+from diffing.causal.patching import read_enough_chats
 from diffing.comparison.settings import DIRECTIONS, TRAINED, CompareSettings
 from diffing.comparison.truth import Behaviour, read_truth
 from diffing.samples.pairs import inspect_null, inspect_two
@@ -56,14 +55,11 @@ class Inputs:
         if not settings.chosen((*DIRECTIONS, *TRAINED)):
             return []
         config = self.data_config(seed, settings.n_tokens)
-        chats = read_chats(config, info.tokenizer, settings.n_documents)
-        if len(chats) < LEAST_CHATS:
-            raise InputError(
-                f"{config.paths()} has {len(chats)} chats with a response; shares of KL need at least {LEAST_CHATS}. "
-                "Name more chats with --data, or methods without directions with --methods."
-            )
-        require_ids(np.concatenate([chat.ids for chat in chats]), info.n_ids, info.tokenizer, info.base)
-        return chats
+        too_few = (
+            f"shares of KL need at least {LEAST_CHATS}. Name more chats with --data, or methods without directions "
+            "with --methods."
+        )
+        return read_enough_chats(config, info, settings.n_documents, too_few)
 
     def fingerprint(self, which: str, unit: str, methods: list[str]) -> str:
         """Return what decides the result of one part, as a hash."""
