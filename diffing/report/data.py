@@ -135,7 +135,7 @@ class Run(NamedTuple):
     replies: dict[str, Any] = {}  # noqa: RUF012
     """say.json and replies.json, by `samples`; empty where there is none."""
     sections: Any = ()
-    """Of other methods, by `sections.read_sections`."""
+    """Of other methods, by `publishing.read_sections`."""
 
     def look(self, *keys: str) -> Any:
         """Return the value under nested keys of run.json, or None."""

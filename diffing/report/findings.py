@@ -107,8 +107,3 @@ def context_bars(run: Run) -> list[Bar]:
         Bar(clip(name, 40), [(v, of[name], 100 * of[name] / longest) for v, of in counts.items() if of[name]])
         for name, _ in total.most_common(SHOWN_CONTEXTS)
     ]
-
-
-def plain(text: str) -> str:
-    """Return the letters, digits and simple marks of a text: a figure shows no markup of a file."""
-    return "".join(c for c in clip(text, 40) if c.isalnum() or c in " _-./") or "?"

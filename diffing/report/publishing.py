@@ -12,7 +12,8 @@ from diffing.report.causes import read_causal
 from diffing.report.data import read_run
 from diffing.report.render import render_html, render_json, render_methods, table_rows
 from diffing.report.samples import read_replies, read_say
-from diffing.report.sections import read_sections
+from diffing.report.sections import Section, sae_section
+from diffing.report.topk_lora import topk_section
 
 
 class ReportFiles(NamedTuple):
@@ -22,6 +23,25 @@ class ReportFiles(NamedTuple):
     """The page."""
     json: Path
     """The same numbers as data."""
+
+
+READERS = {"topk-run.json": topk_section, "sae.json": sae_section}
+"""File of another method's folder -> what makes a section of that folder."""
+
+
+def read_sections(run: Path) -> list[Section]:
+    """Return the sections of the methods whose results are in the run folder or directly inside it.
+
+    Raises:
+        CorruptData: a file of theirs is damaged.
+    """
+    folders = [run, *sorted(path for path in run.iterdir() if path.is_dir())] if run.is_dir() else []
+    return [
+        read(folder, place)
+        for name, read in READERS.items()
+        for place, folder in enumerate(folders)
+        if (folder / name).is_file()
+    ]
 
 
 def write_report(run: Path, *, html: Path | None = None, json: Path | None = None) -> ReportFiles:

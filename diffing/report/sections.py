@@ -1,6 +1,6 @@
 """What other methods wrote, as sections of tables and figures: TopKLoRA runs and results of `diffing sae`.
 
-A folder of theirs is the run folder itself or one directly inside it. Reading order: `Section`, `read_sections`.
+Reading order: `Section`, `sae_section`; `topk_lora` has the other one.
 """
 
 from pathlib import Path
@@ -10,7 +10,7 @@ from crosscoders.common.files import read_model
 from crosscoders.common.records import Record
 from crosscoders.common.results import ResultRecord
 from diffing.report.figures import Figure
-from diffing.report.text import NONE, clip, number
+from diffing.report.text import NONE, clip, model_name, number
 
 TOPK = "diffing topk-lora fit --base BASE --tuned TUNED --data DATA --out {run}/topk-lora"
 SAE = "diffing sae --base BASE --tuned TUNED --sae SAE --data DATA --out {run}/sae"
@@ -65,31 +65,9 @@ class TopKRun(Record):
     config: dict[str, Any]
 
 
-def read_sections(run: Path) -> list[Section]:
-    """Return the sections of the methods whose results are in the run folder or directly inside it.
-
-    Raises:
-        CorruptData: a file of theirs is damaged.
-    """
-    from diffing.report.topk_lora import topk_section
-
-    folders = [run, *sorted(path for path in run.iterdir() if path.is_dir())] if run.is_dir() else []
-    readers = {"topk-run.json": topk_section, "sae.json": sae_section}
-    return [
-        read(folder, place)
-        for name, read in readers.items()
-        for place, folder in enumerate(folders)
-        if (folder / name).is_file()
-    ]
-
-
 def pair_of(config: dict[str, Any]) -> tuple[str, str]:
-    """Return the names of base and tuned model; of a local folder the last part."""
-    base, tuned = (str(config.get(key, key)) for key in ("base", "tuned"))
-    return (
-        Path(base).name if Path(base).is_absolute() else base,
-        Path(tuned).name if Path(tuned).is_absolute() else tuned,
-    )
+    """Return the names of base and tuned model."""
+    return model_name(config.get("base", "base")), model_name(config.get("tuned", "tuned"))
 
 
 def absent(run: Path, sections: list[Section]) -> list[str]:

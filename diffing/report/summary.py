@@ -3,7 +3,6 @@
 Reading order: `measures`, `count_rows`, `result_rows`, then the words: `headline`, `class_sentence`.
 """
 
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from crosscoders.activations.outliers import MULTIPLE, TOP
@@ -11,7 +10,7 @@ from diffing.latents.decoder_norms import NORM_CLASSES
 from diffing.latents.readable import reasons
 from diffing.latents.verdict import VERDICTS
 from diffing.report.data import Run, is_number
-from diffing.report.text import amount, counted, number
+from diffing.report.text import amount, counted, model_name, number
 
 MEASURES = {
     "fve.base": "fraction", "fve.tuned": "fraction", "l0": "latents/token", "dead": "fraction",
@@ -81,8 +80,8 @@ def pair_names(run: Run) -> tuple[str, str]:
     """Return the names of base and tuned model; of a local folder only the last part, the whole stands in the
     inputs."""
     names = [run.look("inputs", "cache", model, "name") for model in ("base", "tuned")]
-    base, tuned = (Path(str(name)).name if name and Path(str(name)).is_absolute() else name for name in names)
-    return str(base or "base"), str(tuned or "tuned")
+    base, tuned = (model_name(name or side) for name, side in zip(names, ("base", "tuned"), strict=True))
+    return base, tuned
 
 
 def dict_size(run: Run) -> int:

@@ -8,6 +8,7 @@ import json
 from collections.abc import Sequence
 from html import escape
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from diffing.report.data import Example
@@ -88,6 +89,16 @@ def amount(count: float) -> str:
         if count >= size:
             return f"{count / size:.3g}{unit}"
     return f"{count:,.0f}"
+
+
+def plain(text: str) -> str:
+    """Return the letters, digits and simple marks of a text: a figure shows no markup of a file."""
+    return "".join(c for c in clip(text, 40) if c.isalnum() or c in " _-./") or "?"
+
+
+def model_name(name: Any) -> str:
+    """Return the name of a model to read: of a local folder only the last part."""
+    return Path(str(name)).name if Path(str(name)).is_absolute() else str(name)
 
 
 def clip(text: str, characters: int = 80) -> str:

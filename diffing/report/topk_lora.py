@@ -12,9 +12,8 @@ import pandas
 from crosscoders.common.files import read_model
 from crosscoders.common.results import ResultRecord
 from diffing.report.figures import Figure, spec
-from diffing.report.findings import plain
 from diffing.report.sections import Section, SetsRecord, Table, TopKRun, pair_of, with_interval
-from diffing.report.text import NONE, clip, number
+from diffing.report.text import NONE, clip, number, plain
 
 SHOWN_DIRECTIONS = 40
 COLOURS = ("#d55e00", "#2f86c9", "#009e73", "#cc79a7", "#e69f00", "#8a8a8a")
