@@ -28,10 +28,16 @@ def svd(deltas: Mapping[str, Delta]) -> Pieces:
     """Return the singular pieces of each change, those above 1e-6 of the largest."""
     pieces = {}
     for name, delta in deltas.items():
-        u, s, vh = torch.linalg.svd(delta.whole().double(), full_matrices=False)
-        n = int((s > 1e-6 * s[0]).sum())
-        pieces[name] = (vh[:n].T.float(), (u[:, :n] * s[:n]).T.float())
+        v, written = _singular(delta.whole().double())
+        pieces[name] = (v.float(), written.float())
     return pieces
+
+
+def _singular(matrix: Float[Tensor, "d_out d_in"]) -> tuple[Tensor, Tensor]:
+    """Return V and S U^T of a matrix, of the singular values above 1e-6 of the largest."""
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    n = int((s > 1e-6 * s[0]).sum())
+    return vh[:n].T, (u[:, :n] * s[:n]).T
 
 
 def weighted_svd(deltas: Mapping[str, Delta], moments: Mapping[str, Float[Tensor, "_ _"]]) -> Pieces:
@@ -40,9 +46,8 @@ def weighted_svd(deltas: Mapping[str, Delta], moments: Mapping[str, Float[Tensor
     for name, delta in deltas.items():
         values, vectors = torch.linalg.eigh(moments[name].double())
         root = values.clamp_min(1e-8 * float(values[-1])).sqrt()
-        u, s, vh = torch.linalg.svd(delta.whole().double() @ (vectors * root), full_matrices=False)
-        n = int((s > 1e-6 * s[0]).sum())
-        pieces[name] = ((vectors / root @ vh[:n].T).float(), (u[:, :n] * s[:n]).T.float())
+        v, written = _singular(delta.whole().double() @ (vectors * root))
+        pieces[name] = ((vectors / root @ v).float(), written.float())
     return pieces
 
 

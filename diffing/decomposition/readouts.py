@@ -17,6 +17,7 @@ from crosscoders.text.padding import Batch
 from diffing.decomposition.curves import masks_with
 from diffing.decomposition.evaluation import Explained, looked_at
 from diffing.decomposition.language import LanguageTask
+from diffing.decomposition.loop import ON
 from diffing.decomposition.model import Decomposition
 from diffing.topk_lora.distil import Setting, logits_at, predicted
 from diffing.topk_lora.readouts import context_of
@@ -70,8 +71,6 @@ def read_pieces(
     ||D||^2 of its site), written (mean importance times rms of what it writes), main_label and main_label_share (of its
     importance), tokens (those with most of its importance), context (of its largest importance times activation).
     """
-    from diffing.decomposition.loop import ON
-
     labels = np.array(setting.rows.group_names)[setting.rows.groups[reading.documents]]
     entries: list[dict[str, Any]] = []
     for column, (name, number) in enumerate(reading.pieces):
