@@ -144,13 +144,13 @@ def decode_steps(
     ids = torch.tensor([[*[0] * (width - len(p)), *p] for p in prompts], device=device)
     mask = torch.tensor([[*[0] * (width - len(p)), *[1] * len(p)] for p in prompts], device=device)
     caches: list[Any] = [None] * len(cores)
+    known = [inspect.signature(core.forward).parameters for core in cores]
     for step in itertools.count() if draws is None else range(draws.shape[1]):
         places = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         logs = []
         for number, core in enumerate(cores):
-            known = inspect.signature(core.forward).parameters
-            given: dict[str, Any] = {"position_ids": places} if "position_ids" in known else {}
-            if "logits_to_keep" in known:
+            given: dict[str, Any] = {"position_ids": places} if "position_ids" in known[number] else {}
+            if "logits_to_keep" in known[number]:
                 given["logits_to_keep"] = 1
             out = core(input_ids=ids, attention_mask=mask, past_key_values=caches[number], use_cache=keeps, **given)
             caches[number] = out.past_key_values if keeps else None

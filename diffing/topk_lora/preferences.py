@@ -68,15 +68,11 @@ def tokenize_preferences(
 
 
 def _padded(half: list[tuple[list[int], int]], pad_id: int) -> Replies:
-    ids, mask, is_reply = (
-        pad([np.array(part(*row)) for row in half], fill, dtype)
-        for part, fill, dtype in (
-            (lambda ids, n: ids, pad_id, torch.int64),
-            (lambda ids, n: [1] * len(ids), 0, torch.int64),
-            (lambda ids, n: [i >= n for i in range(len(ids))], 0, torch.bool),
-        )
+    return Replies(
+        pad([np.array(ids) for ids, _ in half], pad_id, torch.int64),
+        pad([np.ones(len(ids), dtype=np.int64) for ids, _ in half], 0, torch.int64),
+        pad([np.arange(len(ids)) >= start for ids, start in half], 0, torch.bool),
     )
-    return Replies(ids, mask, is_reply)
 
 
 def reply_log_probs(model: Any, replies: Replies) -> Float[Tensor, " rows"]:
