@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from diffing.decomposition.importance import ScalarNetwork
-from diffing.decomposition.losses.reconstruction import mean_kl, mean_square
+from diffing.decomposition.losses.reconstruction import mean_kl
 from diffing.decomposition.model import Decomposition, Importance
 from diffing.decomposition.sigmoids import lower_leaky, upper_leaky
 from diffing.decomposition.sites import Delta, Site, matrix
@@ -72,16 +72,3 @@ def recorded_importances() -> tuple[dict[str, Importance], dict[str, Tensor]]:
     values = recorded("00")
     pre = {name: values[f"pre_{name}"].clone().requires_grad_() for name in "ab"}
     return {name: Importance(lower_leaky(z), upper_leaky(z)) for name, z in pre.items()}, pre
-
-
-class VectorTask:
-    """A model of vectors; the distance is the mean square."""
-
-    distance = staticmethod(mean_square)
-
-    def outputs(self, model: Any, batch: Tensor) -> Float[Tensor, "answers out"]:
-        out: Tensor = model(batch)
-        return out
-
-    def counted(self, batch: Tensor) -> Bool[Tensor, "*positions"]:
-        return torch.ones(len(batch), dtype=torch.bool)

@@ -1,6 +1,8 @@
 """A run folder of the tiny pair that tests of the explorer open, and answers by a slow route."""
 
-from collections.abc import Callable
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ from torch import Tensor
 from crosscoders import ActivationCache
 from crosscoders.models import hooks
 from crosscoders.training.feed import cache_inputs
+from diffing import Session
+from diffing.explorer.server import ExplorerServer
 from diffing.latents.table import scale_run
 
 
@@ -20,6 +24,17 @@ def explorer_run(folder: Path, cache_folder: Path) -> Path:
     uneven_crosscoder(cache_folder).save(folder, provenance=cache_inputs(cache))
     scale_run(folder, cache, n_examples=8)
     return folder
+
+
+@contextlib.contextmanager
+def serving(session: Session) -> Iterator[ExplorerServer]:
+    """A server of a session, in a thread of its own."""
+    with ExplorerServer(session) as served:
+        thread = threading.Thread(target=served.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield served
+        served.shutdown()
+        thread.join()
 
 
 def slow_answer(

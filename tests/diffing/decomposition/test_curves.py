@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from decompositions import VectorTask
 from torch import Tensor, nn
 
+from benchmarks.decompose.toys import VectorTask
 from diffing.decomposition import baselines
 from diffing.decomposition.curves import by_site, curve, masks_with, ranked, robust, whole_sites, written
 from diffing.decomposition.evaluation import distance_of, reference_of

@@ -1,25 +1,19 @@
 """The page in a browser: what a person types, clicks and copies. Needs the system's Chromium and playwright."""
 
 import json
-import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from explorer_runs import explorer_run
+from browsers import NEEDS_CHROMIUM, chromium
+from explorer_runs import explorer_run, serving
 
 from diffing import Session
 from diffing.explorer.server import ExplorerServer
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium")
-FLAGS = [
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
-]  # fmt: skip
+pytestmark = NEEDS_CHROMIUM
 PROMPT = "What does it do?"
 SCRIPT = "<script>document.title = 'hacked'</script><img src=x onerror=\"document.title = 'hacked'\">"
 
@@ -31,20 +25,14 @@ def session(cache_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ses
 
 @pytest.fixture(scope="module")
 def server(session: Session) -> Iterator[ExplorerServer]:
-    with ExplorerServer(session) as served:
-        thread = threading.Thread(target=served.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
+    with serving(session) as served:
         yield served
-        served.shutdown()
-        thread.join()
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as started:
-        opened = started.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+    with chromium() as opened:
         yield opened
-        opened.close()
 
 
 @pytest.fixture

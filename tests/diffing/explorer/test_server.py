@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from explorer_runs import explorer_run
+from explorer_runs import explorer_run, serving
 
 from crosscoders import EnvironmentFault
 from diffing import Session, cli
@@ -33,12 +33,8 @@ def session(run: Path, cache_folder: Path) -> Session:
 
 @pytest.fixture
 def server(session: Session) -> Iterator[ExplorerServer]:
-    with ExplorerServer(session) as served:
-        thread = threading.Thread(target=served.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
+    with serving(session) as served:
         yield served
-        served.shutdown()
-        thread.join()
 
 
 def asked(

@@ -1,17 +1,15 @@
 """The report in a browser, from its file: sort, filter, search, addresses. Needs Chromium and playwright."""
 
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from browsers import NEEDS_CHROMIUM, chromium
 from report_pages import write_run
 
 from diffing.report.publishing import write_report
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium")
+pytestmark = NEEDS_CHROMIUM
 SCRIPT = "<img src=x onerror=\"document.title = 'hacked'\">"
 
 
@@ -20,8 +18,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """The open page of a run; it complains of nothing and asks for nothing but its file."""
     run = write_run(tmp_path_factory.mktemp("browser") / "run", n_examples=12, tokens=[" zebra", SCRIPT, "\n"])
     address = write_report(run).html.as_uri()
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+    with chromium() as browser:
         opened = browser.new_page(viewport={"width": 1400, "height": 900})
         faults: list[str] = []
         asked: list[str] = []
@@ -33,7 +30,6 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         yield opened
         assert faults == [] and opened.title() != "hacked"
         assert [url for url in asked if url.split("#")[0] != address and not url.startswith("data:")] == []
-        browser.close()
 
 
 @pytest.fixture(autouse=True)
