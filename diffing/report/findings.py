@@ -7,14 +7,13 @@ from collections import Counter
 from typing import NamedTuple
 
 from diffing.latents.nulls import NULL, counts_beside
+from diffing.latents.verdict import STRONG, WEAK
 from diffing.report.causes import CAUSAL, DIRECTIONS, percent
 from diffing.report.data import Run
 from diffing.report.text import clip, counted, number
 
-STRONG = {"tuned-specific": "tuned", "base-specific": "base"}
-WEAK = {"tuned-leaning": "tuned", "base-leaning": "base"}
-SIDES = STRONG | WEAK
-"""The verdicts that give a latent to one model."""
+SIDES = (*STRONG, *WEAK)
+"""The verdicts that give a latent to one model, which they name first."""
 SHOWN_CONTEXTS = 12
 NO_CONTEXT = "no context"
 
@@ -35,10 +34,9 @@ def contexts_of(run: Run, verdict: str) -> Counter[str]:
 def answer(run: Run) -> list[str]:
     """Return one sentence for each model's own latents: how many, and where they fire; or that there is none."""
     alive = number(int(run.latents.alive.sum()))
-    strong = [_counted(run, verdict, f"specific to the {model} model") for verdict, model in STRONG.items()]
+    strong = [_counted(run, verdict, "specific to the {} model") for verdict in STRONG]
     weak = [
-        _counted(run, verdict, f"leaning to the {model} model, a weak verdict that a null has to confirm")
-        for verdict, model in WEAK.items()
+        _counted(run, verdict, "leaning to the {} model, a weak verdict that a null has to confirm") for verdict in WEAK
     ]
     none = f"No latent is specific to either model: 0 of {alive} alive ones."
     return [*(list(filter(None, strong)) or [none]), *filter(None, weak)]
@@ -51,6 +49,7 @@ def _counted(run: Run, verdict: str, words: str) -> str:
     named = [f"{clip(context, 40)} ({number(n)})" for context, n in counts.most_common(SHOWN_CONTEXTS)]
     n, more = counts.total(), " …" if len(counts) > SHOWN_CONTEXTS else ""
     alive, verb = number(int(run.latents.alive.sum())), "is" if n == 1 else "are"
+    words = words.format(verdict.partition("-")[0])
     return (
         f"{counted(n, 'latent')} of {alive} alive ones {verb} {words}; "
         f"where most of their activation lies: {', '.join(named)}{more}."
