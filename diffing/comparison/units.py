@@ -25,9 +25,10 @@ from diffing.comparison.inputs import Inputs, load
 from diffing.comparison.overlap import score_overlaps, span_overlaps
 from diffing.comparison.patched_replies import prompts_of
 from diffing.comparison.score_block import score_rows, token_scores
-from diffing.comparison.settings import SCORES, TEXTS, TRAINED
+from diffing.comparison.settings import DICTIONARIES, SCORES, TEXTS
 from diffing.comparison.text_block import Texts, text_rows
-from diffing.comparison.trained import trained_rows
+from diffing.comparison.topk_block import topk_rows
+from diffing.comparison.trained import dictionary_rows
 from diffing.comparison.truth import planted_tokens
 
 SPANS = ("pca", "mean-difference")
@@ -74,10 +75,10 @@ def units_of(inputs: Inputs) -> dict[str, list[str]]:
     settings = inputs.settings
     units = {"behaviour": ["behaviour"]} if inputs.truth else {}
     units |= {"span": settings.chosen(SPANS), "weight-svd": settings.chosen(("weight-svd",))}
-    units |= {"scores": settings.chosen(SCORES)}
-    return {name: methods for name, methods in units.items() if methods} | {
-        name: [name] for name in settings.chosen((*TEXTS, *TRAINED))
-    }
+    units |= {"scores": settings.chosen(SCORES)} | {name: settings.chosen((name,)) for name in TEXTS}
+    units |= {name: settings.chosen(methods) for name, methods in DICTIONARIES.items()}
+    units |= {"topk-lora": settings.chosen(("topk-lora",))}
+    return {name: methods for name, methods in units.items() if methods}
 
 
 def run_unit(reader: Reader, unit: str, methods: list[str]) -> dict[str, Any]:
@@ -107,14 +108,16 @@ def _measured(reader: Reader, unit: str, methods: list[str]) -> tuple[list[dict[
         rows = weight_rows(task)
     elif unit == "scores":
         rows = _scored(reader, methods)
-    elif unit in TRAINED:
-        rows = trained_rows(unit, inputs, reader.which, task, reader.folder)
+    elif unit in DICTIONARIES:
+        rows = dictionary_rows(unit, methods, inputs, reader.which, task, reader.folder)
+    elif unit == "topk-lora":
+        rows = topk_rows(inputs, reader.which, task, reader.folder)
     else:
         null = None if reader.null is None else reader.null.observed
         made = Texts(reader.pair, reader.observed, inputs.settings, reader.seed, null).of(unit)
         rows, texts = text_rows(unit, made, reader.pair.info.tokenizer, inputs.truth), made
     seconds = time.perf_counter() - started
-    block = "directions" if unit in ("span", "weight-svd", *TRAINED) else "scores" if unit == "scores" else "texts"
+    block = "scores" if unit == "scores" else "texts" if unit in TEXTS else "directions"
     rows += [row(f"{block}.{method}.seconds", seconds / len(methods), "s", 1) for method in methods]
     return rows, texts
 

@@ -33,7 +33,7 @@ def test_rows_of_a_case_name_its_methods_null_and_planted_behaviour(monkeypatch:
         "compare.tuned.behaviour.base.owl", "compare.tuned.overlap.pca.mean-difference.top_1",
     ]  # fmt: skip
     monkeypatch.setattr(methods, "compare", lambda _: {"rows": [row(name, 0.5, "fraction", 1) for name in names]})
-    case = Case("owls", "base", "tuned", "null", "data", "truth")
+    case = Case("owls", "base", "tuned", "null", "data", "train", "truth")
     rows = case_rows(case, CompareSettings(base="base", tuned="tuned", data="data", out="out"))
     assert [entry["name"] for entry in rows] == [
         "methods.owls.pca.top_1.share_closed", "methods.owls.pca.null.random.top_1.share_closed",
