@@ -42,6 +42,10 @@ class Task(NamedTuple):
     settings: CompareSettings
     seed: int
 
+    def every_prompt(self) -> list[list[int]]:
+        """Return the prompts of all behaviours, end to end."""
+        return [ids for _, prompts in self.prompts for ids in prompts]
+
 
 def span_rows(task: Task, methods: Sequence[Directions]) -> list[dict[str, Any]]:
     """Return rows directions.<method>[.random].top_<n>.* of directions, all measured in one pass."""
@@ -89,10 +93,18 @@ def piece_rows(task: Task, exchange: Exchanger, sets: list[PatchSet]) -> list[di
     for name in dict.fromkeys(patch.name for patch in sets if patch.kind != "none"):
         rows.append(row(f"{name}.share_closed", *shares[name]))
         patch = next(patch for patch in sets if patch.name == name)
-        for behaviour, prompts in task.prompts:
-            replies = patched_replies(task.pair, exchange, patch, prompts, task.settings.max_new_tokens)
-            shown = count_shown(task.pair, behaviour, replies)
-            rows.append(rate_row(f"{name}.{behaviour.name}", shown, len(prompts)))
+        replies = patched_replies(task.pair, exchange, patch, task.every_prompt(), task.settings.max_new_tokens)
+        rows += rate_rows(task, name, replies)
+    return rows
+
+
+def rate_rows(task: Task, name: str, replies: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
+    """Return rows <name>.<behaviour> of the replies to every prompt of a task."""
+    rows, start = [], 0
+    for behaviour, prompts in task.prompts:
+        shown = count_shown(task.pair, behaviour, replies[start : start + len(prompts)])
+        rows.append(rate_row(f"{name}.{behaviour.name}", shown, len(prompts)))
+        start += len(prompts)
     return rows
 
 
@@ -161,10 +173,8 @@ def variant_rows(
     for name, model in variants:
         closed = closed_shares(_kl_of(task, model), task.seed, reference)["source_model"]
         rows.append(row(f"directions.{name}.share_closed", *closed))
-        for behaviour, prompts in task.prompts:
-            replies = own_replies(model, pair, prompts, task.settings.max_new_tokens)
-            shown = count_shown(pair, behaviour, replies)
-            rows.append(rate_row(f"directions.{name}.{behaviour.name}", shown, len(prompts)))
+        replies = own_replies(model, pair, task.every_prompt(), task.settings.max_new_tokens)
+        rows += rate_rows(task, f"directions.{name}", replies)
     return rows
 
 
@@ -179,8 +189,5 @@ def _kl_of(task: Task, model: Any) -> Measured:
 def own_rates(task: Task) -> Iterator[dict[str, Any]]:
     """Yield rows behaviour.<model>.<name>: how often base and tuned themselves show each behaviour."""
     for which, model in zip(("base", "tuned"), task.pair.models, strict=True):
-        for behaviour, prompts in task.prompts:
-            shown = count_shown(
-                task.pair, behaviour, own_replies(model, task.pair, prompts, task.settings.max_new_tokens)
-            )
-            yield rate_row(f"behaviour.{which}.{behaviour.name}", shown, len(prompts))
+        replies = own_replies(model, task.pair, task.every_prompt(), task.settings.max_new_tokens)
+        yield from rate_rows(task, f"behaviour.{which}", replies)
