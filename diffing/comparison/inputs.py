@@ -15,7 +15,7 @@ from crosscoders.text.chats import Chat
 from crosscoders.text.settings import DataConfig, DataSource
 from crosscoders.text.tokens import Rows, read_template, tokenize_documents
 from diffing.causal.patching import read_enough_chats
-from diffing.comparison.settings import DIRECTIONS, TRAINED, CompareSettings
+from diffing.comparison.settings import DIRECTIONS, TRAINED, TRAINED_DIRECTIONS, CompareSettings
 from diffing.comparison.truth import Behaviour, read_truth
 from diffing.samples.pairs import inspect_null, inspect_two
 
@@ -70,7 +70,7 @@ class Inputs:
     def chats(self, seed: int) -> list[Chat]:
         """Return the chats of one seed; none where no method of directions is chosen."""
         settings, info = self.settings, self.infos["tuned"]
-        if not settings.chosen((*DIRECTIONS, *TRAINED)):
+        if not settings.chosen((*DIRECTIONS, *TRAINED_DIRECTIONS)):
             return []
         config = self.data_config(seed, settings.n_tokens)
         too_few = (

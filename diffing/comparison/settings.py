@@ -14,7 +14,9 @@ DICTIONARIES = {
     "crosscoder": ("crosscoder", "crosscoder-norm", "crosscoder-scaling"),
 }
 """Dictionary that is trained -> methods, which order its latents differently."""
-TRAINED = (*(method for methods in DICTIONARIES.values() for method in methods), "topk-lora")
+TRAINED_DIRECTIONS = (*(method for methods in DICTIONARIES.values() for method in methods), "topk-lora")
+TRAINED_SCORES = ("latents",)
+TRAINED = (*TRAINED_DIRECTIONS, *TRAINED_SCORES)
 SCORES = ("kl-map", "norm-difference", "diff-mining")
 TEXTS = ("say", "replies", "mined-tokens", "mined-topics", "difference-lens", "weight-amplification")
 CHEAP = (*DIRECTIONS, *SCORES, *(name for name in TEXTS if name != "mined-topics"))
@@ -40,7 +42,7 @@ class CompareSettings:
     """File of planted behaviours (docs/formats.md): rates by generation, AUROC and hits are measured against it."""
     methods: list[str] = field(default_factory=lambda: list(CHEAP))
     """Methods to run; by name also those that train (delta-sae, base-sae, crosscoder, crosscoder-norm,
-    crosscoder-scaling, topk-lora) or need scikit-learn (mined-topics)."""
+    crosscoder-scaling, topk-lora, latents) or need scikit-learn (mined-topics)."""
     hook_point: str | None = None
     """Where directions are read; default: the residual stream after the middle layer."""
     pieces: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16])

@@ -5,6 +5,7 @@ r"""Trained dictionaries: their latents as pieces, in several orders.
     crosscoder            of both models:                            f_j(x) (d_j^t - d_j^s), as `diffing causal`
     crosscoder-norm       the same, by relative decoder norm
     crosscoder-scaling    the same, by Latent Scaling (`diffing.causal.sets.orders`)
+    latents               a score per token: what the first 32 of these write
 
 Order, but for the last two: the mean over tokens of ||what the piece writes||, largest first; the control takes alive
 latents at random.
@@ -15,8 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from crosscoders import ActivationCache, CacheConfig, Crosscoder, TrainConfig, run_cache, train
@@ -31,6 +33,8 @@ from diffing.latents.decoder_norms import decoder_difference
 from diffing.latents.table import latent_table, scale_cache
 
 _BATCH = 4096
+SCORED = 32
+"""Latents whose writing is a token's score."""
 Lengths = Float[Tensor, " dict_size"]
 
 
@@ -86,10 +90,9 @@ def dictionary_rows(
     """Train one dictionary, unless it is trained already, and return rows directions.<method>[.random].* of its
     methods."""
     started, settings = time.perf_counter(), inputs.settings
-    cache = pair_cache(inputs, which, task.seed, folder)
-    model = train_one(name, cache, folder / name, task.seed, settings.device, settings.train_tokens)
+    model, cache = trained(name, inputs, which, task.seed, folder)
     trained_seconds = time.perf_counter() - started
-    model = model.requires_grad_(False).to(task.pair.device)
+    model = model.to(task.pair.device)
     exchange: Exchanger = Exchange(model) if name == "crosscoder" else ChangeExchange(name, model)
     written = writes(name, model, cache)
     alive = (written.density > 0).nonzero()[:, 0]
@@ -117,6 +120,28 @@ def dictionary_rows(
     return rows
 
 
+def trained(name: str, inputs: Inputs, which: str, seed: int, folder: Path) -> tuple[Crosscoder, ActivationCache]:
+    """Return a dictionary of a pair and the cache that it was trained on, both made where they are not there."""
+    settings, cache = inputs.settings, pair_cache(inputs, which, seed, folder)
+    model = train_one(name, cache, folder / name, seed, settings.device, settings.train_tokens)
+    return model.requires_grad_(False), cache
+
+
+def latent_scores(
+    inputs: Inputs, which: str, seed: int, folder: Path, x: Float[Tensor, "tokens 2 d_model"]
+) -> Float[np.ndarray, " tokens"]:
+    """Return the length of what the first SCORED latents of a crosscoder by Latent Scaling write into the difference of
+    each token, ||sum_j f_j (d_j^t - d_j^s)||."""
+    model, cache = trained("crosscoder", inputs, which, seed, folder)
+    model = model.to(x.device)
+    first = by_score(model, cache)["scaling"][:SCORED].tolist()
+    decoder = model.fold().W_dec
+    difference = (decoder[:, 1] - decoder[:, 0])[first]
+    with torch.no_grad():
+        lengths = [(model.encode(part)[:, first] @ difference).norm(dim=1) for part in x.split(_BATCH)]
+    return torch.cat(lengths).double().numpy()
+
+
 def _orders(
     methods: Sequence[str], model: Crosscoder, cache: ActivationCache, written: Written
 ) -> dict[str, list[int]]:
@@ -125,10 +150,15 @@ def _orders(
     ordered = {method: by_length for method in methods}
     scored = {method: _SCORES[method] for method in methods if method in _SCORES}
     if scored:
-        table = latent_table(model, scale_cache(model, cache)[0])
-        by_score = orders(table, 1, decoder_difference(model).cpu().numpy())
-        ordered |= {method: by_score[score].tolist() for method, score in scored.items()}
+        of_score = by_score(model, cache)
+        ordered |= {method: of_score[score].tolist() for method, score in scored.items()}
     return ordered
+
+
+def by_score(model: Crosscoder, cache: ActivationCache) -> dict[str, Int[np.ndarray, " alive"]]:
+    """Return the alive latents of a crosscoder in the orders of `diffing causal`, tuned ones first."""
+    table = latent_table(model, scale_cache(model, cache)[0])
+    return orders(table, 1, decoder_difference(model).cpu().numpy())
 
 
 _SCORES = {"crosscoder-norm": "norm", "crosscoder-scaling": "scaling"}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import Pair, make_model, make_tokenizer
 
-from crosscoders import Crosscoder, CrosscoderConfig, InputError
+from crosscoders import Crosscoder, CrosscoderConfig, InputError, load_crosscoder
 from crosscoders.models.pair import ModelPair, load_pair
 from crosscoders.text.tokens import tokenize_documents
 from diffing.baselines.directions import SpanExchange
@@ -18,7 +18,7 @@ from diffing.comparison.command import compare
 from diffing.comparison.inputs import inspect
 from diffing.comparison.patched_replies import own_replies, patched_replies
 from diffing.comparison.settings import DICTIONARIES, CompareSettings
-from diffing.comparison.trained import ChangeExchange
+from diffing.comparison.trained import ChangeExchange, latent_scores
 from diffing.comparison.truth import Behaviour, planted_tokens, read_truth
 
 POST = "blocks.1.hook_resid_post"
@@ -101,6 +101,27 @@ def test_trained_methods_give_pieces_beside_random_ones_and_all_of_them_together
         assert method in described["text"]
         assert 0 < values[f"{method}.top_1.numbers"] <= values[f"{method}.top_2.numbers"] <= 2
     assert len({values[f"{method}.every.share_closed"] for method in methods}) == 1  # the same dictionary
+
+
+def test_latents_score_tokens_beside_permuted_ones_and_the_null(
+    pair: Pair, null: str, truth: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from crosscoders.training.settings import PRESETS
+
+    small = {"crosscoder.dict_size": 32, "crosscoder.k": 4, "batch_size": 64, "lr_warmup_steps": 2}
+    monkeypatch.setitem(PRESETS, "demo", PRESETS["demo"] | small)
+    given = settings(pair, tmp_path, methods=["latents"], n_seeds=1, cached_tokens=600, train_tokens=64 * 40,
+                     device="cpu", null=null, truth=truth)  # fmt: skip
+    described = compare(given)
+    values = {entry["name"].removeprefix("compare."): entry["value"] for entry in described["rows"]}
+    assert {f"tuned.scores.latents.{name}" for name in ("auroc", "random.auroc", "above", "found")} <= values.keys()
+    crosscoder = load_crosscoder(tmp_path / "tuned" / "seed-0" / "crosscoder")
+    inputs = inspect(given)
+    x = torch.randn(3, 2, 16)
+    scores = latent_scores(inputs, "tuned", 0, tmp_path / "tuned" / "seed-0", x)
+    decoder = crosscoder.fold().W_dec
+    everything = (crosscoder.encode(x)[:, :, None] * (decoder[:, 1] - decoder[:, 0])).sum(dim=1).norm(dim=1)
+    assert scores == pytest.approx(everything.detach().numpy(), abs=1e-5)  # all 32 latents are alive
 
 
 def test_every_latent_of_an_exact_sae_of_the_base_gives_the_tuned_activation() -> None:
