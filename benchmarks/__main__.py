@@ -127,7 +127,10 @@ def run_one(name: str, *, quick: bool, out: Path, options: dict[str, Any]) -> di
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """Return machine and date, the rows as one Markdown table, what the rows are noted for, and what was left out."""
+    """Return machine and date, the rows as one Markdown table, what the rows are noted for, and what was left out.
+
+    A benchmark of thousands of rows gives tables of its own, `text`, in place of that one.
+    """
     machine = result["environment"]
     machine_facts = [
         machine.get("cpu"),
@@ -136,6 +139,8 @@ def markdown(result: dict[str, Any]) -> str:
         f"torch {machine['torch']}",
     ]
     lines = [f"## {result['name']}", "", ", ".join(filter(None, [*machine_facts, result.get("date")])), ""]
+    if "text" in result:
+        return "\n".join([*lines, result["text"], "", f"{len(result['rows']):,} rows are in the JSON file."]) + "\n"
     lines += ["| row | value | interval | unit | n |", "|---|---|---|---|---|"]
     notes = dict.fromkeys(row["note"] for row in result["rows"] if row.get("note"))
     for row in result["rows"]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from benchmarks.methods.cases import Case, cases
 from benchmarks.methods.delta import delta_rows
+from benchmarks.methods.table import methods_table
 from crosscoders.common.progress import say
 from crosscoders.common.results import row
 from diffing.comparison.command import blocks_of, compare
@@ -37,7 +38,7 @@ def run(quick: bool, work: Path) -> dict[str, Any]:
             rows += case_rows(case, replace(settings, methods=list(TRAINED), n_seeds=1))
     rows += alarm_rows(rows)
     rows += delta_rows(work / "delta", quick=quick)
-    return {"name": "methods", "rows": rows}
+    return {"name": "methods", "rows": rows, "text": methods_table(rows)}
 
 
 def share_null(first: Path, out: Path) -> None:
