@@ -35,7 +35,9 @@ def run(quick: bool, work: Path) -> dict[str, Any]:
         settings = case_settings(case, out, quick=quick)
         rows += case_rows(case, settings)
         if case.is_trained and not quick:
-            rows += case_rows(case, replace(settings, methods=list(TRAINED), n_seeds=1))
+            known = {entry["name"] for entry in rows}
+            of_trained = case_rows(case, replace(settings, methods=list(TRAINED), n_seeds=1))
+            rows += [entry for entry in of_trained if entry["name"] not in known]
     rows += alarm_rows(rows)
     rows += delta_rows(work / "delta", quick=quick)
     return {"name": "methods", "rows": rows, "text": methods_table(rows)}

@@ -26,6 +26,7 @@ def methods_table(rows: list[dict[str, Any]]) -> str:
         f"| method | {' | '.join(undiluted)} |",
         f"|---{'|---' * len(undiluted)}|",
     ]
+    lines.append(f"| *tuned model itself (base)* | {' | '.join(_shown(values, case) for case in undiluted)} |")
     for method in ran:
         lines.append(f"| {method} | {' | '.join(_cell(values, case, method) for case in undiluted)} |")
     lines += [
@@ -36,6 +37,8 @@ def methods_table(rows: list[dict[str, Any]]) -> str:
         f"| {' | '.join(['method', *diluted, 'false alarms', 'seconds', 'tokens trained on'])} |",
         f"|---{'|---' * (len(diluted) + 3)}|",
     ]
+    rates = [", ".join(_shown(values, name) for name in (case, *_full(cases, case))) for case in diluted]
+    lines.append(f"| {' | '.join(['*tuned model itself (base), by dilution*', *rates, '', '', ''])} |")
     for method in ran:
         found = [_largest(values, cases, case, method) for case in diluted]
         alarms = [values[name]["value"] for case in nulls if (name := f"{case}.{method}.found") in values]
@@ -46,6 +49,16 @@ def methods_table(rows: list[dict[str, Any]]) -> str:
         spent = f"{sum(seconds) / max(1, len(seconds)):.0f}"
         lines.append(f"| {' | '.join([method, *found, alarmed, spent, cost])} |")
     return "\n".join([*lines, *_delta(values)])
+
+
+def _shown(values: Values, case: str) -> str:
+    """Return the rate at which a tuned model shows what was planted in it, and its base's; mean over behaviours."""
+    rates = [
+        [entry["value"] for name, entry in values.items() if name.startswith(f"{case}.planted.{which}.")]
+        for which in ("tuned", "base")
+    ]
+    own, base = (f"{sum(of_model) / len(of_model):.0%}" if of_model else "-" for of_model in rates)
+    return f"{own} ({base})"
 
 
 def _cell(values: Values, case: str, method: str) -> str:
@@ -84,6 +97,10 @@ def _parts(cases: dict[str, float], case: str) -> list[str]:
     return [name.removeprefix(start) for name in cases if name.startswith(start)]
 
 
+def _full(cases: dict[str, float], case: str) -> list[str]:
+    return [f"{case}{_DILUTED}{part}" for part in _parts(cases, case)]
+
+
 def _largest(values: Values, cases: dict[str, float], case: str, method: str) -> str:
     """Return the largest dilution up to which a method found everywhere; where it ran undiluted only, yes or -."""
     if f"{case}.{method}.found" not in values:
@@ -91,8 +108,8 @@ def _largest(values: Values, cases: dict[str, float], case: str, method: str) ->
     if not values[f"{case}.{method}.found"]["value"]:
         return "-"
     largest = "0"
-    for part in _parts(cases, case):
-        name = f"{case}{_DILUTED}{part}.{method}.found"
+    for part, diluted in zip(_parts(cases, case), _full(cases, case), strict=True):
+        name = f"{diluted}.{method}.found"
         if name not in values:
             return "yes"
         if not values[name]["value"]:

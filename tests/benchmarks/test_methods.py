@@ -55,9 +55,11 @@ def test_the_table_says_what_is_found_to_which_dilution_and_what_cries_wolf() ->
         row("methods.owls.pca.seconds", 12, "s", 3), row("methods.owls.kl-map.seconds", 1, "s", 3),
         *(row(f"methods.{case}.is_null", case == "self", "pairs", 1)
           for case in ("owls", "owls-diluted-0_5", "owls-diluted-1", "self")),
+        row("methods.owls.planted.tuned.owl", 0.9, "share", 9), row("methods.owls.planted.base.owl", 0, "share", 9),
         row("methods.delta.weak_alignment.layer_1", -1, "verdict", 2),
     ]  # fmt: skip
     lines = methods_table(listed).splitlines()
+    assert "| *tuned model itself (base)* | 90% (0%) |" in lines
     assert "| pca | **50% (0%; 0%), 80% (30%; 70%)** |" in lines
     assert "| kl-map | 0.91 (-; -) |" in lines
     assert "| pca | 0.5 | 0 of 1 | 12 |  |" in lines
