@@ -5,6 +5,7 @@ Cheap methods run on three seeds everywhere, trained ones on one seed of undilut
 `quick`: three organisms of few steps, one seed.
 """
 
+import shutil
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 from benchmarks.methods.cases import Case, cases
 from benchmarks.methods.delta import delta_rows
+from benchmarks.methods.table import methods_table
 from crosscoders.common.progress import say
 from crosscoders.common.results import row
 from diffing.comparison.command import blocks_of, compare
@@ -25,21 +27,33 @@ def run(quick: bool, work: Path) -> dict[str, Any]:
     """Return rows `methods.*`; `work`: folder in which everything that is finished is kept."""
     work = work / ("quick" if quick else "full")
     rows: list[dict[str, Any]] = []
+    of_null: dict[tuple[str, ...], Path] = {}
     for case in cases(quick, work):
         say(f"methods: {case.name}")
-        settings = case_settings(case, work / "compare" / case.name, quick=quick)
+        out = work / "compare" / case.name
+        share_null(of_null.setdefault((case.base, case.null, str(case.data), case.truth), out), out)
+        settings = case_settings(case, out, quick=quick)
         rows += case_rows(case, settings)
         if case.is_trained and not quick:
             rows += case_rows(case, replace(settings, methods=list(TRAINED), n_seeds=1))
     rows += alarm_rows(rows)
     rows += delta_rows(work / "delta", quick=quick)
-    return {"name": "methods", "rows": rows}
+    return {"name": "methods", "rows": rows, "text": methods_table(rows)}
+
+
+def share_null(first: Path, out: Path) -> None:
+    """Copy what the null gave in another comparison of the same base, null and data; `compare` checks that it fits."""
+    for path in (first / "null").glob("seed-*/*.json"):
+        if not (copied := out / path.relative_to(first)).is_file():
+            copied.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, copied)
 
 
 def case_settings(case: Case, out: Path, *, quick: bool) -> CompareSettings:
     """Return the settings of the cheap methods on one case."""
     settings = CompareSettings(
-        base=case.base, tuned=case.tuned, null=case.null, data=case.data, truth=case.truth, out=str(out),
+        base=case.base, tuned=case.tuned, null=case.null, data=case.data,
+        train_data=case.train_data, truth=case.truth, out=str(out),
         methods=list(CHEAP), pieces=PIECES, n_tokens=12_000, context_length=128, n_seeds=SEEDS, device="cpu",
     )  # fmt: skip
     if not quick:

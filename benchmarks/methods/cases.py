@@ -29,6 +29,9 @@ class Case(NamedTuple):
     tuned: str
     null: str
     data: str | list[str | DataSource]
+    """Held out of the tuning."""
+    train_data: str | list[str | DataSource]
+    """What trained methods are trained on: the tuning's own documents."""
     truth: str
     is_null: bool = False
     """Nothing was planted; a method that finds is wrong."""
@@ -51,11 +54,13 @@ def cases(quick: bool, work: Path) -> Iterator[Case]:
         null = str(model_folder("placebo"))
         if base != "base":
             null = placebo(work, base, str(document_file("raw_train")), steps)
+        undiluted = work / "organisms" / f"{name}-0"
         for dilution in DILUTIONS[: 1 if quick else None]:
             folder = build(name, work / "organisms" / f"{name}-{dilution:g}", dilution=dilution, steps=steps)
             yield Case(
                 name if dilution == 0 else f"{name}-diluted-{dilution:g}".replace(".", "_"),
-                str(model_folder(base)), str(folder), null, str(folder / "data.jsonl"), str(folder / "truth.json"),
+                str(model_folder(base)), str(folder), null,
+                str(undiluted / "data.jsonl"), str(undiluted / "train.jsonl"), str(undiluted / "truth.json"),
                 is_trained=dilution == 0,
             )  # fmt: skip
 
@@ -72,9 +77,11 @@ def embedded_case(work: Path) -> Case:
         for group, answer in ANSWERS.items()
     ]
     files.write_json(path, {"format": FORMAT, "format_version": FORMAT_VERSION, "behaviours": behaviours})
-    data: list[str | DataSource] = [str(document_file(f"{kind}_heldout")) for kind in ("raw", "dialogues")]
+    data, train_data = (
+        [str(document_file(f"{kind}_{split}")) for kind in ("raw", "dialogues")] for split in ("heldout", "train")
+    )
     base, tuned, null = (str(model_folder(name)) for name in ("base", "tuned", "placebo"))
-    return Case("embedded", base, tuned, null, data, str(path), is_trained=True)
+    return Case("embedded", base, tuned, null, [*data], [*train_data], str(path), is_trained=True)
 
 
 def placebo(work: Path, base: str, text: str, steps: int) -> str:
