@@ -70,7 +70,7 @@ def _trained(
     settings, info = inputs.settings, inputs.infos[which]
     config = DistilConfig(
         base=info.base, tuned=info.adapter or info.tuned, data=inputs.train_data(), n_tokens=settings.cached_tokens,
-        context_length=settings.context_length, chat_template=settings.chat_template,
+        context_length=min(settings.context_length, DistilConfig.context_length), chat_template=settings.chat_template,
         template_date=settings.template_date, batch_rows=settings.batch_rows, steps=settings.distil_steps,
         embedding=True, seed=task.seed, device=settings.device,
     )  # fmt: skip
