@@ -22,7 +22,7 @@ from diffing.comparison.settings import CHEAP, TRAINED, CompareSettings
 
 SEEDS = 3
 DELTA = "delta"
-PIECES = [1, 2, 4, 8, 16, 32]
+PIECES, TRAINED_PIECES = [1, 2, 4, 8, 16, 32], [1, 4, 16, 32, 64, 128, 256]
 ORGANISM_TOKENS, ORGANISM_STEPS = 1_024_000, 200
 """What trained methods get on organisms, whose tuning is a fifth as long as the embedded pair's."""
 
@@ -50,7 +50,7 @@ def run(quick: bool, work: Path, only: tuple[str, ...] = ()) -> dict[str, Any]:
         rows += case_rows(case, settings)
         if case.is_trained and not quick:
             listed = {entry["name"] for entry in rows}
-            of_trained = case_rows(case, replace(settings, methods=list(TRAINED), n_seeds=1))
+            of_trained = case_rows(case, replace(settings, methods=list(TRAINED), n_seeds=1, pieces=TRAINED_PIECES))
             rows += [entry for entry in of_trained if entry["name"] not in listed]
     rows += alarm_rows(rows)
     if not only or DELTA in only:

@@ -103,7 +103,7 @@ def inspect(settings: CompareSettings) -> Inputs:
     infos = {"tuned": info}
     if settings.null is not None:
         infos["null"] = inspect_null(info, settings.null)
-    if max(settings.pieces) > info.d_model:
+    if max(settings.pieces) > info.d_model and not settings.chosen(TRAINED_DIRECTIONS):
         raise InputError(
             f"pieces has {max(settings.pieces)}, more than the width {info.d_model} of the models. Lower it."
         )
