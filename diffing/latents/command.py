@@ -15,7 +15,7 @@ from diffing.latents.readable import run_reasons
 from diffing.latents.records import TwinRecord
 from diffing.latents.runs import open_run_and_cache
 from diffing.latents.settings import ScaleSettings, StabilitySettings
-from diffing.latents.stability import read_runs
+from diffing.latents.stability import TOP, read_runs, returns, write_returns
 from diffing.latents.stability import stability as survival_rows
 from diffing.latents.table import scale_run
 from diffing.latents.verdict import VERDICTS
@@ -53,7 +53,16 @@ def scale(settings: ScaleSettings) -> dict[str, Any]:
 
 
 def stability(settings: StabilitySettings) -> dict[str, Any]:
-    """Run `diffing stability`."""
-    rows = survival_rows(read_runs(settings.runs), seed=settings.seed)
+    """Run `diffing stability`; what came back of the first run lies in its stability.json."""
+    runs = read_runs(settings.runs)
+    rows = survival_rows(runs, seed=settings.seed)
     lines = [f"{entry['name']:<44}{entry['value']:>8.1%}  n {entry['n']:,}" for entry in rows]
+    table = returns(runs)
+    path = write_returns(settings.runs, table)
+    first = runs[0].table.loc[table.index].nsmallest(TOP, "rank")
+    lines += ["", f"first {len(first)} of {settings.runs[0]}: came back, with the same verdict, in other runs"]
+    for latent, rank, verdict in zip(first.index, first["rank"], first["verdict"], strict=True):
+        back, same = table.loc[latent, ["came_back", "same_verdict"]]
+        lines.append(f"  {rank:>4}  latent {latent:<7} {verdict:<16} {back} of {len(runs) - 1}, {same}")
+    lines.append(f"all latents: {path}")
     return result("stability", to_dict(settings), rows) | {"text": "\n".join(lines)}
