@@ -94,7 +94,7 @@ def case_rows(case: Case, settings: CompareSettings) -> list[dict[str, Any]]:
         elif kind in block.values() and rest[0] in block:
             words = [rest[0], *(["null"] if which == "null" else []), *rest[1:]]
             rows.append(entry | {"name": f"methods.{case.name}.{'.'.join(words)}"})
-    return [*rows, row(f"methods.{case.name}.is_null", case.is_null, "pairs", 1)]
+    return [*rows, row(f"methods.{case.name}.is_null", int(case.is_null), "pairs", 1)]
 
 
 def alarm_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
