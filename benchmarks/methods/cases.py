@@ -4,6 +4,7 @@ A null model is tuned from the same base: the embedded placebo, or one that is m
 embedded tuned model. Pairs in which nothing is to be found: format-only, and the base tuned on its own samples.
 """
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -93,4 +94,6 @@ def placebo(work: Path, base: str, text: str, steps: int) -> str:
     """Return a placebo of an embedded model, tuned as long as an organism on other text."""
     folder = work / "placebos" / f"{base}-{'self' if text == SELF else 'raw'}"
     recipe = Placebo(text, steps, LR, ROWS)
-    return str(train_placebo(str(model_folder(base)), folder, recipe, context_length=128, seed=0, device="cpu"))
+    train_placebo(str(model_folder(base)), folder, recipe, context_length=128, seed=0, device="cpu")
+    shutil.copy(model_folder("tuned") / "chat_template.jinja", folder)  # which the embedded base lacks
+    return str(folder)
