@@ -14,6 +14,7 @@ from typing import Any
 from benchmarks.methods.cases import PAIRS, Case, each_case
 from benchmarks.methods.delta import delta_rows
 from benchmarks.methods.table import methods_table
+from benchmarks.organisms.texts import ORGANISMS
 from crosscoders.common.errors import InputError, nearest
 from crosscoders.common.progress import say
 from crosscoders.common.results import row
@@ -73,8 +74,8 @@ def case_settings(case: Case, out: Path, *, quick: bool) -> CompareSettings:
         train_data=case.train_data, truth=case.truth, out=str(out),
         methods=list(CHEAP), pieces=PIECES, n_tokens=12_000, context_length=128, n_seeds=SEEDS, device="cpu",
     )  # fmt: skip
-    if case.name != "embedded":
-        settings = replace(settings, train_tokens=ORGANISM_TOKENS, distil_steps=ORGANISM_STEPS)
+    if case.name.startswith(ORGANISMS):  # their held-out text has little more than 8,000 tokens
+        settings = replace(settings, n_tokens=8000, train_tokens=ORGANISM_TOKENS, distil_steps=ORGANISM_STEPS)
     if not quick:
         return settings
     return replace(
