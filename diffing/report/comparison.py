@@ -57,7 +57,7 @@ def _sentences(record: dict[str, Any], values: Values) -> list[str]:
     beside = f"null {model_name(null)}" if null else "no null, so that what any fine-tune would give is not known"
     sentences = [f"At {record['hook_point']}, {seeds} {'seed' if seeds == 1 else 'seeds'}, {beside}."]
     if not record["behaviours"]:
-        return [*sentences, "Nothing planted was named (--truth), so there are no rates, AUROC or hits."]
+        return [*sentences, "No file of planted behaviours was named, so there are no rates, AUROC or hits."]
     found = [name.split(".")[2] for name, entry in values.items() if name.endswith(".found") and entry["value"]]
     shown = {
         name: [_cell(values, f"tuned.behaviour.{which}.{name}", ".0%") for which in ("base", "tuned")]

@@ -20,6 +20,7 @@ from torch import Tensor
 from crosscoders.common.errors import InputError
 from crosscoders.common.progress import Progress
 from crosscoders.models import hooks
+from crosscoders.models.names import require_two_models
 from crosscoders.models.pair import ModelPair, PairInfo, inspect_pair, load_pair
 from crosscoders.models.predictions import ce, kl, log_probs
 from crosscoders.text.chats import RESPONSE
@@ -71,9 +72,10 @@ def open_setting(config: PairData) -> Setting:
     """Read the documents, then load both models whole.
 
     Raises:
-        InputError: models that do not fit each other, too few tokens.
+        InputError: models that do not fit each other or are one, too few tokens.
     """
     info = inspect_pair(config.base, config.tuned, ["blocks.0.hook_resid_post"])
+    require_two_models(config.base, config.tuned)
     read = read_batches(config, info)
     pair = load_pair(config.base, config.tuned, "blocks.0.hook_resid_post", device=config.device, info=info, whole=True)
     return setting_of(pair, *read)

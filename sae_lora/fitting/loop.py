@@ -35,7 +35,7 @@ from sae_lora.fitting.stored import open_states
 from sae_lora.lora.adapter import choose_layers
 from sae_lora.lora.sidecar import SIDECAR
 
-PLACES = ("model", "dictionary", "data", "store_folder")
+PLACES = ("model", "dictionary", "data", "store_folder", "tokenizer", "chat_template", "other_model")
 """Settings that say where something is, of which the run records hashes."""
 
 
