@@ -1,21 +1,24 @@
 """`diffing doctor`, as a function of its settings that returns a JSON object.
 
-Nearly all of its time is the import of torch, which every command that computes needs too.
+Nothing heavy is imported: versions are those of the installed packages, GPUs those that nvidia-smi lists, and what the
+processor can is what /proc says, so the answer is there at once.
 """
 
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
-import time
+import subprocess
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from crosscoders.common.checks import to_dict
 from crosscoders.common.errors import InputError
 from crosscoders.common.files import size_text
 from crosscoders.common.provenance import cpu_name
-from crosscoders.common.results import result, row
+from crosscoders.common.results import row
+from crosscoders.common.room import Room, ram_room
 from diffing.doctor.settings import DoctorSettings
 
 PACKAGES = ("transformers", "transformer-lens", "sae-lens", "peft")
@@ -32,32 +35,20 @@ def doctor(settings: DoctorSettings) -> dict[str, Any]:
     """Run `diffing doctor`."""
     if not Path(settings.folder).is_dir():
         raise InputError(f"folder {settings.folder!r} is not there. Name one whose disk is to be looked at.")
-    started = time.perf_counter()
-    import torch
-
-    from crosscoders.common.devices import has_fast_bfloat16
-    from crosscoders.common.memory import Room, gpu_room, ram_room
-
-    seconds = time.perf_counter() - started
-    n_gpus = torch.cuda.device_count()
-    rooms = {"memory": ram_room()} | {f"memory on cuda:{i}": gpu_room(torch.device("cuda", i)) for i in range(n_gpus)}
+    gpus = list_gpus()
+    rooms = {"memory": ram_room()} | {f"memory on cuda:{i}": gpu.room for i, gpu in enumerate(gpus)}
     rooms["disk"] = Room(*reversed(shutil.disk_usage(settings.folder)[::2]))
-    place = (
-        f"memory on cuda:{max(range(n_gpus), key=lambda i: rooms[f'memory on cuda:{i}'].free)}" if n_gpus else "memory"
-    )
-    fitting = pairs_that_fit(rooms[place].free, 2 if n_gpus else 4)
-    bfloat16 = "bfloat16" if has_fast_bfloat16() else "bfloat16 only emulated"
-    gpus = [torch.cuda.get_device_name(i) for i in range(n_gpus)]
+    free = max((gpu.room.free for gpu in gpus), default=rooms["memory"].free)
+    fitting = pairs_that_fit(free, 2 if gpus else 4)
     lines = {
         "Python": f"{platform.python_version()}, {platform.platform()}",
-        "packages": ", ".join(f"{name} {_version(name)}" for name in ("model-diffing", "torch", *PACKAGES)),
-        "processor": f"{cpu_name()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}, {bfloat16}",
-        "GPU": ", ".join(gpus) or f"none that torch {torch.__version__} sees; models run on the processor",
+        "packages": ", ".join(f"{name} {version_of(name)}" for name in ("model-diffing", "torch", *PACKAGES)),
+        "processor": f"{cpu_name()}, {os.cpu_count()} cores, {instructions()}",
+        "GPU": gpu_line(gpus),
         **{name: f"{size_text(room.free)} free of {size_text(room.total)}" for name, room in rooms.items()},
         "hub": hub_line(),
         "pairs": f"both models at once: {', '.join(fitting)}" if fitting else "no pair beyond the embedded one",
         "first": "diffing demo, the embedded pair: minutes on a processor, 1 GB of memory",
-        "time": f"{seconds:.1f} s of {time.perf_counter() - started:.1f} s were the import of torch",
     }
     rows = [
         row(f"doctor.{name.replace(' ', '_')}.{part}", getattr(room, part), "bytes", 1)
@@ -65,7 +56,8 @@ def doctor(settings: DoctorSettings) -> dict[str, Any]:
         for part in ("free", "total")
     ]
     text = "\n".join(f"{name + ':':<18}{line}" for name, line in lines.items())
-    return result("doctor", to_dict(settings), rows) | {"machine": lines, "pairs": fitting, "text": text}
+    described = {"name": "doctor", "config": to_dict(settings), "rows": rows}
+    return described | {"machine": lines, "pairs": fitting, "text": text}
 
 
 def pairs_that_fit(n_bytes: int, bytes_per_weight: int) -> list[str]:
@@ -73,16 +65,51 @@ def pairs_that_fit(n_bytes: int, bytes_per_weight: int) -> list[str]:
     return [name for name, weights in SIZES.items() if 2 * weights * bytes_per_weight + BESIDE <= n_bytes]
 
 
-def hub_line() -> str:
-    """Say whether the hub can be logged in to, and where its files are kept; asks nobody."""
-    import huggingface_hub
-    from huggingface_hub.constants import HF_HUB_CACHE
+class Gpu(NamedTuple):
+    """One GPU, as nvidia-smi lists it."""
 
-    token = "a token is there" if huggingface_hub.get_token() else "no token: public models only (`hf auth login`)"
+    name: str
+    room: Room
+
+
+def list_gpus() -> list[Gpu]:
+    """Return the GPUs that nvidia-smi lists; none where it is not there, fails, or takes over five seconds."""
+    asked = ["nvidia-smi", "--query-gpu=name,memory.free,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        said = subprocess.run(asked, capture_output=True, text=True, timeout=5, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    entries = re.findall(r"^(.+), *(\d+), *(\d+)$", said, re.M)
+    return [Gpu(name, Room(int(free) << 20, int(total) << 20)) for name, free, total in entries]  # MiB
+
+
+def gpu_line(gpus: list[Gpu]) -> str:
+    """Say which GPUs there are, and whether the installed torch is one for them."""
+    if not gpus:
+        return "none that nvidia-smi lists; models run on the processor"
+    without = ", but the installed torch is one for processors alone" if version_of("torch").endswith("+cpu") else ""
+    return ", ".join(gpu.name for gpu in gpus) + without
+
+
+def instructions() -> str:
+    """Say what the processor can at once, and whether it multiplies bfloat16 itself (AVX512-BF16 or AMX)."""
+    info = Path("/proc/cpuinfo")
+    flags = set(re.findall(r"\w+", info.read_text())) if info.is_file() else set()
+    widest = "AVX512" if {"avx512f", "avx512bw", "avx512vl"} <= flags else "AVX2" if "avx2" in flags else "no AVX2"
+    return f"{widest}, {'bfloat16' if {'avx512_bf16', 'amx_bf16'} & flags else 'bfloat16 only emulated'}"
+
+
+def hub_line() -> str:
+    """Say whether a token of the hub is there, and where its files are kept; asks nobody."""
+    from huggingface_hub.constants import HF_HUB_CACHE, HF_TOKEN_PATH
+
+    is_there = os.environ.get("HF_TOKEN") or os.environ.get("HUGGING_FACE_HUB_TOKEN") or Path(HF_TOKEN_PATH).is_file()
+    token = "a token is there" if is_there else "no token: public models only (`hf auth login`)"
     return f"{token}; files in {HF_HUB_CACHE}"
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
+    """Return the version of an installed package."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -12,7 +12,7 @@ from crosscoders import CacheConfig, CrosscoderConfig, TrainConfig, load_pair, r
 from crosscoders import cli as crosscoders_cli
 from crosscoders.activations import needs
 from crosscoders.activations.plan import make_plan
-from crosscoders.common import memory
+from crosscoders.common import memory, room
 from crosscoders.models import skeleton
 from crosscoders.training import feed
 
@@ -44,8 +44,8 @@ def test_control_groups_limit_what_is_free(tmp_path: Path, monkeypatch: pytest.M
     proc = tmp_path / "proc"
     (proc / "self").mkdir(parents=True)
     (proc / "self/cgroup").write_text("5:cpu:/\n0::/outer/inner\n")
-    monkeypatch.setattr(memory, "Path", lambda first, *rest: Path(f"{tmp_path}{first}", *rest))
-    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=8000, total=9000))
+    monkeypatch.setattr(room, "Path", lambda first, *rest: Path(f"{tmp_path}{first}", *rest))
+    monkeypatch.setattr(room.psutil, "virtual_memory", lambda: SimpleNamespace(available=8000, total=9000))
     assert memory.ram_room() == (5000 - 4000 + 700, 5000)
     (group.parent / "memory.max").write_text("max\n")
     assert memory.ram_room() == (8000, 9000)
