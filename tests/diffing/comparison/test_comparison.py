@@ -1,6 +1,7 @@
 """`diffing compare`: the whole command on the tiny pair, its parts against hand-made values, its refusals."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,10 @@ import pytest
 import torch
 from conftest import Pair, make_model, make_tokenizer
 
+from benchmarks.methods import share_null
 from crosscoders import Crosscoder, CrosscoderConfig, InputError, load_crosscoder
+from crosscoders.common import files
+from crosscoders.common.results import ResultRecord
 from crosscoders.models.pair import ModelPair, load_pair
 from crosscoders.text.tokens import tokenize_documents
 from diffing.baselines.directions import SpanExchange
@@ -66,6 +70,7 @@ def test_every_cheap_method_stands_beside_random_the_null_its_cost_and_its_seeds
     assert "compare.tuned.directions.pca.top_1.empty" in names and "compare.tuned.behaviour.base.empty" in names
     again = compare(settings(pair, tmp_path, null=null, truth=truth))
     assert again["rows"] == described["rows"]  # seconds too: nothing was measured again
+    assert files.read_model(tmp_path / "compare.json", ResultRecord)["rows"] == described["rows"]
 
 
 def test_another_setting_is_measured_again_and_another_method_alone(
@@ -77,6 +82,21 @@ def test_another_setting_is_measured_again_and_another_method_alone(
     assert "seed 0: say" in (said := capsys.readouterr().err) and "kl-map" not in said
     compare(settings(pair, tmp_path, methods=["kl-map"], n_seeds=1, batch_rows=4))
     assert "kl-map" in capsys.readouterr().err
+
+
+def test_what_a_null_gave_serves_another_tuned_model_and_not_another_null(
+    pair: Pair, null: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = settings(pair, tmp_path / "first", methods=["kl-map"], n_seeds=1, null=null)
+    compare(given)
+    share_null(tmp_path / "first", tmp_path / "other")
+    capsys.readouterr()
+    make_tokenizer(tmp_path / "tuned")
+    make_model(tmp_path / "tuned", seed=3)
+    compare(replace(given, out=str(tmp_path / "other"), tuned=str(tmp_path / "tuned")))
+    assert "tuned, seed 0" in (said := capsys.readouterr().err) and "null, seed 0" not in said
+    compare(replace(given, out=str(tmp_path / "other"), null=str(tmp_path / "tuned")))
+    assert "null, seed 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("methods", [*([*names] for names in DICTIONARIES.values()), ["topk-lora"]])
