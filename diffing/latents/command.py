@@ -4,7 +4,7 @@ import shlex
 import time
 from typing import Any
 
-from crosscoders.common import files
+from crosscoders.common import files, memory
 from crosscoders.common.checks import to_dict
 from crosscoders.common.progress import say
 from crosscoders.common.results import result, row, say_closing
@@ -25,7 +25,11 @@ def scale(settings: ScaleSettings) -> dict[str, Any]:
     """Run `diffing scale`."""
     started = time.perf_counter()
     run, cache = open_run_and_cache(settings.run, settings.cache)
-    say(f"scale {run} on {min(settings.n_tokens or len(cache), len(cache)):,} tokens of {cache.path}")
+    n_bytes = sum(file.stat().st_size for file in run.glob("*.safetensors"))
+    need = memory.Need(memory.PROCESS_BYTES + 2 * n_bytes)  # weights are checked and read from the mapped file
+    needed = memory.require([need], "Free some.", force=True)
+    n_tokens = min(settings.n_tokens or len(cache), len(cache))
+    say(f"scale {run} on {n_tokens:,} tokens of {cache.path}; needs {needed}")
     table = scale_run(run, cache, n_tokens=settings.n_tokens, n_examples=settings.n_examples, device=settings.device)
     counts = {verdict: int((table["verdict"] == verdict).sum()) for verdict in VERDICTS}
     nulls = read_nulls(run)
