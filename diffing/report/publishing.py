@@ -10,6 +10,7 @@ from crosscoders.common.files import write_bytes, write_json
 from diffing.latents.nulls import read_nulls
 from diffing.report.causes import read_causal
 from diffing.report.data import read_run
+from diffing.report.decomposition import decomposition_section
 from diffing.report.render import render_html, render_json, render_methods, table_rows
 from diffing.report.samples import read_replies, read_say
 from diffing.report.sections import Section, sae_section
@@ -25,7 +26,7 @@ class ReportFiles(NamedTuple):
     """The same numbers as data."""
 
 
-READERS = {"topk-run.json": topk_section, "sae.json": sae_section}
+READERS = {"topk-run.json": topk_section, "sae.json": sae_section, "decomposition.json": decomposition_section}
 """File of another method's folder -> what makes a section of that folder."""
 
 

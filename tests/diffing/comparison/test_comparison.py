@@ -79,7 +79,7 @@ def test_another_setting_is_measured_again_and_another_method_alone(
     assert "kl-map" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("methods", [*([*names] for names in DICTIONARIES.values()), ["topk-lora"]])
+@pytest.mark.parametrize("methods", [*([*names] for names in DICTIONARIES.values()), ["topk-lora"], ["decomposition"]])
 def test_trained_methods_give_pieces_beside_random_ones_and_all_of_them_together(
     methods: list[str], pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
