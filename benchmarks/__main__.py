@@ -36,7 +36,7 @@ OPTIONS = {
     "planted": ("only",), "real": ("only", "model"),
 }  # fmt: skip
 """Flags that only some benchmarks take."""
-KEEPING = ("chat-pair", "faults", "methods", "planted", "real", "sae-lora", "topk-lora")
+KEEPING = ("chat-pair", "decompose", "faults", "methods", "planted", "real", "sae-lora", "topk-lora")
 """Benchmarks that keep what they train."""
 
 

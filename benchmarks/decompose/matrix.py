@@ -1,8 +1,8 @@
-"""What sets of pieces do to each planted behaviour: replies with a set switched off, and with it alone on the base.
+"""What sets of pieces do to each planted behaviour: replies with a set off, and with it alone on the base.
 
 `Questions.rates` reads behaviours by the phrases of greedy replies; ordinary questions by how many replies stay those
-of the tuned model. `purity` and `orders` are about importances: which cluster belongs to which behaviour, and pieces
-in the order of what they write on one behaviour's dialogues less on the others'.
+of the tuned model. `best_clusters` says which cluster belongs to which behaviour, `orders` ranks the pieces of any
+basis by what they write on one behaviour's dialogues over the others'.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,44 +10,49 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
 
+from benchmarks.decompose.organism import ORDINARY
 from crosscoders.text.tokens import tokenize_prompt
 from diffing.comparison.truth import Behaviour, shows
 from diffing.decomposition.curves import Chosen, masks_with, written
 from diffing.decomposition.evaluation import explained
 from diffing.decomposition.language import LanguageTask
 from diffing.decomposition.model import Decomposition
+from diffing.decomposition.readouts import Reading
+from diffing.decomposition.similarity import clusters
 from diffing.samples.amplified import GREEDY, decode
 from diffing.topk_lora.distil import Setting
 
-NEW_TOKENS, ROWS = 24, 64
+NEW_TOKENS = 16
 
 
 class Questions(NamedTuple):
-    """Prompts of each behaviour and ordinary ones, with the tuned model's replies to the latter."""
+    """Prompts, which behaviour each is about (None: neither), and the tuned model's own replies."""
 
     tokenizer: Any
-    planted: list[tuple[Behaviour, list[list[int]]]]
-    ordinary: list[list[int]]
+    prompts: list[list[int]]
+    about: list[Behaviour | None]
     replies: list[list[int]]
 
     @classmethod
     def of(cls, setting: Setting, behaviours: Sequence[Behaviour], ordinary: Sequence[str]) -> "Questions":
-        """Return the questions as tokens, and the tuned model's replies to the ordinary ones."""
-        planted = [(one, [tokenize_prompt(setting.tokenizer, text) for text in one.prompts]) for one in behaviours]
-        others = [tokenize_prompt(setting.tokenizer, text) for text in ordinary]
-        return cls(setting.tokenizer, planted, others, replies(setting.tuned, setting.tokenizer, others))
+        """Return the questions as tokens, with the tuned model's replies."""
+        asked = [(text, one) for one in behaviours for text in one.prompts] + [(text, None) for text in ordinary]
+        prompts = [tokenize_prompt(setting.tokenizer, text) for text, _ in asked]
+        return cls(
+            setting.tokenizer, prompts, [of for _, of in asked], replies(setting.tuned, setting.tokenizer, prompts)
+        )
 
     def rates(self, model: Any) -> dict[str, float]:
         """Return the share of replies with each behaviour's phrase, and of ordinary replies that are unchanged."""
-        shares = {}
-        for behaviour, prompts in self.planted:
-            texts = [self.tokenizer.decode(ids) for ids in replies(model, self.tokenizer, prompts)]
-            shares[behaviour.name] = sum(shows(text, behaviour) for text in texts) / len(texts)
-        now = replies(model, self.tokenizer, self.ordinary)
-        same = sum(a == b for a, b in zip(now, self.replies, strict=True))
-        return shares | {"ordinary": same / len(now)}
+        shown: dict[str, list[bool]] = {}
+        for ids, own, behaviour in zip(
+            replies(model, self.tokenizer, self.prompts), self.replies, self.about, strict=True
+        ):
+            name = ORDINARY if behaviour is None else behaviour.name
+            is_shown = ids == own if behaviour is None else shows(self.tokenizer.decode(ids), behaviour)
+            shown.setdefault(name, []).append(is_shown)
+        return {name: sum(of_name) / len(of_name) for name, of_name in shown.items()}
 
 
 def replies(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
@@ -56,7 +61,7 @@ def replies(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]]) -> lis
     with torch.inference_mode():
         samples = decode(
             model, model, prompts, strength=0, cut=GREEDY, max_new_tokens=NEW_TOKENS,
-            ends={end, tokenizer.eos_token_id}, n_ids=len(tokenizer), batch_rows=ROWS, seed=0,
+            ends={end, tokenizer.eos_token_id}, n_ids=len(tokenizer), batch_rows=len(prompts), seed=0,
         )  # fmt: skip
     return [sample.ids for sample in samples]
 
@@ -72,15 +77,33 @@ def without_and_alone(
     return rates
 
 
-def purity(
-    importances: Float[np.ndarray, "tokens pieces"],
-    labels: Int[np.ndarray, " tokens"],
-    clusters: Int[np.ndarray, " pieces"],
-) -> Float[np.ndarray, "clusters labels"]:
-    """Return the mean importance of the pieces of each cluster on the tokens of each label, 0 to n labels - 1."""
-    n_labels = int(labels.max()) + 1
-    means = np.stack([importances[labels == label].mean(axis=0) for label in range(n_labels)], axis=1)
-    return np.stack([means[clusters == number].mean(axis=0) for number in range(int(clusters.max()) + 1)])
+class Cluster(NamedTuple):
+    """A cluster of pieces that is on more on one behaviour's dialogues than on any others."""
+
+    pieces: list[tuple[str, int]]
+    own: float
+    """Mean importance of its pieces on the behaviour's dialogues."""
+    other: float
+    """Largest of those on the others."""
+
+
+def best_clusters(reading: Reading, labels: Sequence[str], label_of: Sequence[str]) -> dict[str, Cluster]:
+    """Return for each label the cluster that adds most importance there over what it adds elsewhere.
+
+    label_of: of each token of the reading.
+    """
+    numbers = clusters(reading.importances)
+    at = np.array(label_of)
+    present = list(dict.fromkeys(label_of))
+    means = np.stack([reading.importances[at == label].mean(axis=0) for label in present])
+    best = {}
+    for label in labels:
+        own, others = means[present.index(label)], means[[p != label for p in present]].max(axis=0)
+        gains = [float((own - others)[numbers == number].sum()) for number in range(int(numbers.max()) + 1)]
+        inside = numbers == int(np.argmax(gains))
+        pieces = [piece for piece, is_inside in zip(reading.pieces, inside, strict=True) if is_inside]
+        best[label] = Cluster(pieces, float(own[inside].mean()), float(others[inside].mean()))
+    return best
 
 
 def orders(

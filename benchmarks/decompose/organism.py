@@ -33,7 +33,7 @@ class OrganismConfig:
     """How one organism is trained: steps of 2,048 tokens, a quarter of them raw text."""
 
     rank: int = 8
-    steps: int = 300
+    steps: int = 150
     lr: float = 3e-3
     seed: int = 0
 

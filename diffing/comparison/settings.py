@@ -14,7 +14,11 @@ DICTIONARIES = {
     "crosscoder": ("crosscoder", "crosscoder-norm", "crosscoder-scaling"),
 }
 """Dictionary that is trained -> methods, which order its latents differently."""
-TRAINED_DIRECTIONS = (*(method for methods in DICTIONARIES.values() for method in methods), "topk-lora")
+TRAINED_DIRECTIONS = (
+    *(method for methods in DICTIONARIES.values() for method in methods),
+    "topk-lora",
+    "decomposition",
+)
 TRAINED_SCORES = ("latents",)
 TRAINED = (*TRAINED_DIRECTIONS, *TRAINED_SCORES)
 SCORES = ("kl-map", "norm-difference", "diff-mining")
@@ -42,7 +46,7 @@ class CompareSettings:
     """File of planted behaviours (docs/formats.md): rates by generation, AUROC and hits are measured against it."""
     methods: list[str] = field(default_factory=lambda: list(CHEAP))
     """Methods to run; by name also those that train (delta-sae, base-sae, crosscoder, crosscoder-norm,
-    crosscoder-scaling, topk-lora, latents) or need scikit-learn (mined-topics)."""
+    crosscoder-scaling, topk-lora, decomposition, latents) or need scikit-learn (mined-topics)."""
     hook_point: str | None = None
     """Where directions are read; default: the residual stream after the middle layer."""
     pieces: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16])
@@ -66,7 +70,7 @@ class CompareSettings:
     train_tokens: int = 2_457_600
     """Tokens that dictionaries are trained on in all; as in the preset `demo`."""
     distil_steps: int = 450
-    """Steps of topk-lora, of `batch_rows` documents each."""
+    """Steps of topk-lora and of decomposition, of `batch_rows` documents each."""
     context_length: int = 1024
     """Tokens of a document that are read; the rest is cut off."""
     tokenizer: str | None = None

@@ -20,6 +20,7 @@ from crosscoders.text.tokens import Rows
 from diffing.baselines.directions import Directions
 from diffing.baselines.observation import Observed, observe
 from diffing.baselines.pca import mean_direction, principal_directions
+from diffing.comparison.decomposition_block import decomposition_rows
 from diffing.comparison.direction_block import Task, own_rates, span_rows, weight_rows
 from diffing.comparison.inputs import Inputs, load
 from diffing.comparison.overlap import score_overlaps, span_overlaps
@@ -77,7 +78,8 @@ def units_of(inputs: Inputs) -> dict[str, list[str]]:
     units |= {"span": settings.chosen(SPANS), "weight-svd": settings.chosen(("weight-svd",))}
     units |= {"scores": settings.chosen(SCORES)} | {name: settings.chosen((name,)) for name in TEXTS}
     units |= {name: settings.chosen(methods) for name, methods in DICTIONARIES.items()}
-    units |= {"topk-lora": settings.chosen(("topk-lora",)), "latents": settings.chosen(TRAINED_SCORES)}
+    units |= {name: settings.chosen((name,)) for name in ("topk-lora", "decomposition")}
+    units |= {"latents": settings.chosen(TRAINED_SCORES)}
     return {name: methods for name, methods in units.items() if methods}
 
 
@@ -112,6 +114,8 @@ def _measured(reader: Reader, unit: str, methods: list[str]) -> tuple[list[dict[
         rows = dictionary_rows(unit, methods, inputs, reader.which, task, reader.folder)
     elif unit == "topk-lora":
         rows = topk_rows(inputs, reader.which, task, reader.folder)
+    elif unit == "decomposition":
+        rows = decomposition_rows(inputs, reader.which, task, reader.folder)
     else:
         null = None if reader.null is None else reader.null.observed
         made = Texts(reader.pair, reader.observed, inputs.settings, reader.seed, null).of(unit)

@@ -11,6 +11,7 @@ from diffing.latents.nulls import read_nulls
 from diffing.report.causes import read_causal
 from diffing.report.comparison import compare_section
 from diffing.report.data import read_run
+from diffing.report.decomposition import decomposition_section
 from diffing.report.render import render_html, render_json, render_methods, table_rows
 from diffing.report.samples import read_replies, read_say
 from diffing.report.sections import Section, sae_section
@@ -26,7 +27,11 @@ class ReportFiles(NamedTuple):
     """The same numbers as data."""
 
 
+<<<<<<< HEAD
 READERS = {"topk-run.json": topk_section, "sae.json": sae_section, "compare.json": compare_section}
+=======
+READERS = {"topk-run.json": topk_section, "sae.json": sae_section, "decomposition.json": decomposition_section}
+>>>>>>> ac7717c673808436af1feb7ba78b27ca1feaf4ea
 """File of another method's folder -> what makes a section of that folder."""
 
 

@@ -99,7 +99,7 @@ def test_what_a_null_gave_serves_another_tuned_model_and_not_another_null(
     assert "null, seed 0" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("methods", [*([*names] for names in DICTIONARIES.values()), ["topk-lora"]])
+@pytest.mark.parametrize("methods", [*([*names] for names in DICTIONARIES.values()), ["topk-lora"], ["decomposition"]])
 def test_trained_methods_give_pieces_beside_random_ones_and_all_of_them_together(
     methods: list[str], pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
