@@ -27,11 +27,12 @@ class ReportFiles(NamedTuple):
     """The same numbers as data."""
 
 
-<<<<<<< HEAD
-READERS = {"topk-run.json": topk_section, "sae.json": sae_section, "compare.json": compare_section}
-=======
-READERS = {"topk-run.json": topk_section, "sae.json": sae_section, "decomposition.json": decomposition_section}
->>>>>>> ac7717c673808436af1feb7ba78b27ca1feaf4ea
+READERS = {
+    "topk-run.json": topk_section,
+    "sae.json": sae_section,
+    "compare.json": compare_section,
+    "decomposition.json": decomposition_section,
+}
 """File of another method's folder -> what makes a section of that folder."""
 
 
