@@ -311,7 +311,7 @@ def test_what_is_shown_is_chosen_and_then_read_listed_and_changed(
 ) -> None:
     session, page = every_kind.session, browser.new_page(viewport={"width": 420, "height": 860})
     page.goto(every_kind.address)
-    page.get_by_label("show", exact=True).select_option(show)
+    page.locator("#show").select_option(show)
     page.get_by_role("link", name=f"{word.title()}s").wait_for()
     readings = session.latents(PROMPT, show=show)
     read(page).last.click()

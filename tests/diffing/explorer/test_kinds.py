@@ -21,6 +21,7 @@ from diffing import Session
 from diffing.explorer.answers import Change
 from diffing.explorer.kinds import halves
 from diffing.explorer.opening import found
+from diffing.explorer.views import run_view, table_view
 
 PROMPT = "What does it do?"
 N_NEW = 6
@@ -93,6 +94,14 @@ def test_a_run_opens_with_everything_inside_it_the_crosscoder_first(run: Path) -
 @pytest.mark.parametrize("show", ["pieces", "sae", "topk-lora"])
 def test_each_kind_opens_alone_and_reads_as_it_does_inside(session: Session, run: Path, show: str) -> None:
     assert Session(run / show).latents(PROMPT) == session.latents(PROMPT, show=show)
+
+
+def test_the_page_of_a_run_without_a_crosscoder_says_what_it_holds(run: Path) -> None:
+    alone = Session(run / "topk-lora")
+    shown, n = run_view(alone), alone.kind().n
+    assert shown["headline"] == f"tuned against base: {n} directions"
+    assert shown["kinds"] == [{"name": "topk-lora", "title": "directions of the TopKLoRA"}]
+    assert len(table_view(alone, None)["number"]) == n
 
 
 @pytest.mark.parametrize("show", ["crosscoder", "pieces", "sae", "topk-lora"])
