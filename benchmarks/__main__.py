@@ -2,7 +2,8 @@
 
 A benchmark is a module with a docstring and `run(quick: bool) -> dict`, whose rows follow docs/formats.md. throughput
 also takes `--only PART ...`, `--peers` and `--checkout NAME=FOLDER ...`; chat-pair takes `--runs VARIANT=RUN ...` with
-`--cache HELDOUT`. chat-pair, faults, methods and sae-lora keep what they train in OUT/NAME.
+`--cache HELDOUT`. methods, planted and real take `--only` too. chat-pair, faults, methods, planted, real, sae-lora and
+topk-lora keep what they train in OUT/NAME.
 """
 
 import argparse
@@ -30,9 +31,12 @@ BENCHMARKS = {
     "throughput": "benchmarks.throughput",
     "topk-lora": "benchmarks.topk_lora",
 }
-OPTIONS = {"throughput": ("only", "peers", "checkout"), "chat-pair": ("runs", "cache"), "real": ("only", "model")}
+OPTIONS = {
+    "throughput": ("only", "peers", "checkout"), "chat-pair": ("runs", "cache"), "methods": ("only",),
+    "planted": ("only",), "real": ("only", "model"),
+}  # fmt: skip
 """Flags that only some benchmarks take."""
-KEEPING = ("chat-pair", "faults", "methods", "real", "sae-lora", "topk-lora")
+KEEPING = ("chat-pair", "decompose", "faults", "methods", "planted", "real", "sae-lora", "topk-lora")
 """Benchmarks that keep what they train."""
 
 
@@ -51,7 +55,8 @@ def main(argv: list[str] | None = None) -> int:
         action="extend",
         default=[],
         metavar="PART",
-        help="throughput: some parts, such as steps cache; real: some stages",
+        help="throughput: some parts, such as steps cache; real: some stages; planted: some sizes, such as unkind; "
+        "methods: some pairs, or delta",
     )
     run.add_argument("--peers", action="store_true", help="throughput: also against other toolkits that are installed")
     run.add_argument(
@@ -127,7 +132,10 @@ def run_one(name: str, *, quick: bool, out: Path, options: dict[str, Any]) -> di
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """Return machine and date, the rows as one Markdown table, what the rows are noted for, and what was left out."""
+    """Return machine and date, the rows as one Markdown table, what the rows are noted for, and what was left out.
+
+    A benchmark of thousands of rows gives tables of its own, `text`, in place of that one.
+    """
     machine = result["environment"]
     machine_facts = [
         machine.get("cpu"),
@@ -136,6 +144,8 @@ def markdown(result: dict[str, Any]) -> str:
         f"torch {machine['torch']}",
     ]
     lines = [f"## {result['name']}", "", ", ".join(filter(None, [*machine_facts, result.get("date")])), ""]
+    if "text" in result:
+        return "\n".join([*lines, result["text"], "", f"{len(result['rows']):,} rows are in the JSON file."]) + "\n"
     lines += ["| row | value | interval | unit | n |", "|---|---|---|---|---|"]
     notes = dict.fromkeys(row["note"] for row in result["rows"] if row.get("note"))
     for row in result["rows"]:

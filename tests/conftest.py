@@ -27,6 +27,15 @@ from crosscoders.common import files  # noqa: E402
 
 torch.set_num_threads(1)
 
+LONG = ("test_notebooks.py", "test_demo.py", "test_browser.py", "test_report_browser.py", "test_site.py")
+"""Files of minutes: first, so that no worker ends with one of them while the other is idle."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the long files first."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
     "{{ m['content'] | trim }}<end_of_turn>\n{% endfor %}"

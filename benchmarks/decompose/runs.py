@@ -97,7 +97,7 @@ def always_on_run(seed: int) -> Values:
         "alive": (float(len(alive)), "pieces, 3 planted"),
         "always_on": (float((g > ON).all(dim=0).sum()), "pieces that every input needs"),
         "clusters": (float(len(set(clusters(g.numpy()).tolist()))), "clusters"),
-        "overlap": (overlap(pieces.sum(dim=0).T[None], planted.pieces.sum(dim=0).T[None], 3) if alive else 0.0,
+        "overlap": (overlap(pieces.sum(dim=0), planted.pieces.sum(dim=0), 3) if alive else 0.0,
                     "share of the planted space"),
     }  # fmt: skip
 

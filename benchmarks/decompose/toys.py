@@ -2,7 +2,7 @@
 
     TMS 5-2         relu(W^T W x + b), five features in two dimensions, trained; with identity, a fixed 2 x 2 between
     planted         y = x + Wo relu(Wb x); the change of Wb is sum_k u_k v_k^T, v_k dual to feature k
-    always-on       the same, the change of rank 3 and needed by every input
+    always-on       the same, the change of rank 3, and three parts of every input that it reads: ±U[.5, 1.5] each
 
 Features are sparse: each is U[0, 1] with a small probability, 0 otherwise.
 """
@@ -46,15 +46,20 @@ class Planted(NamedTuple):
     """The rank-one changes that were planted in the only site."""
     probability: float
     """Of a feature in an input."""
+    always: Float[Tensor, "always d_in"] | None = None
+    """Directions of which every input has U[.5, 1.5], with a sign of its own."""
 
     def batch_of(self, seed: int, n: int) -> Callable[[int], Tensor]:
         """Return the inputs of each step."""
 
         def draw(step: int) -> Tensor:
-            return (
-                sparse_features(n, len(self.features), self.probability, generator_of(seed + 1000, step))
-                @ self.features
-            )
+            generator = generator_of(seed + 1000, step)
+            x = sparse_features(n, len(self.features), self.probability, generator) @ self.features
+            if self.always is None:
+                return x
+            sizes = 0.5 + torch.rand(n, len(self.always), generator=generator)
+            signs = torch.randint(2, sizes.shape, generator=generator) * 2 - 1
+            return x + (signs * sizes) @ self.always
 
         return draw
 
@@ -134,12 +139,14 @@ def planted_linear(seed: int, *, n_features: int = 12, n_planted: int = 6, d: in
 
 
 def always_on(seed: int, *, n_features: int = 12, d: int = 16) -> Planted:
-    """Return T4 (ii): the change is of rank 3 and reads a constant part of every input."""
+    """Return T4 (ii): the change is of rank 3, and reads parts that every input has and no feature touches."""
     generator = torch.Generator().manual_seed(seed)
-    features = functional.normalize(torch.randn(n_features, d, generator=generator), dim=1)
     reads = torch.linalg.qr(torch.randn(d, 3, generator=generator)).Q.T
+    drawn = torch.randn(n_features, d, generator=generator)
+    features = functional.normalize(drawn - drawn @ reads.T @ reads, dim=1)
     writes = 2.5 * torch.linalg.qr(torch.randn(d, 3, generator=generator)).Q.T
-    return _with_change(Residual(d, 32, generator), writes[:, :, None] * reads[:, None, :], features, 0.5)
+    made = _with_change(Residual(d, 32, generator), writes[:, :, None] * reads[:, None, :], features, 0.1)
+    return made._replace(always=reads)
 
 
 def no_effect(seed: int) -> Planted:

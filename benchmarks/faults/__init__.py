@@ -26,7 +26,6 @@ NOT_PLAYED = {
     "15, 43": "not a command: equality of padded batches and the page in a browser are in the tests",
     "20": "a disk of a chosen size", "40": "no command unpacks an archive",
     "48": "all latents dead: no small setting makes them so", "49, 50": "there are no ranks",
-    "15, a template that loops": "nothing ends it yet",
     "files": "null.json, say.json, replies.json, interpret.json, sets.json, finetune.json and stored states: read as "
     "those that are swept, by files.read_model and files.read_tensors",
 }  # fmt: skip

@@ -196,7 +196,7 @@ def names(world: World, folder: Path) -> Named:
 
 
 def models(world: World, folder: Path) -> Named:
-    """Play a model with a weight that is not a number, a template in one model alone, and documents that are cut."""
+    """Play a model with a weight that is not a number, templates that loop, and documents that are cut."""
     from safetensors.torch import load_file, save_file
 
     model = Path(shutil.copytree(ASSETS / "base", folder / "nan"))
@@ -209,6 +209,10 @@ def models(world: World, folder: Path) -> Named:
     )
     line = fit_line(world.at("run"), str(folder / "f"), model=model, foreign_dictionary="true")
     yield "15 NaN weights in sae-lora fit", refused(line, "not finite")
+    loop = folder / "loop.jinja"
+    loop.write_text("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}")
+    line = cache_line(str(folder / "l"), data=json.dumps(DATA[1:]), chat_template=loop)
+    yield "15 a template that loops", refused(line, "the chat template has not ended after 30 s")
     seen = play(cache_line(str(folder / "cut"), context_length=16, data=json.dumps(DATA[:1])))
     yield "17 documents longer than the context", Expected(seen, (0,), r"[\d,]+ tokens beyond context_length")
     seen = play(cache_line(str(folder / "left"), max_norm_multiple=1.1))

@@ -1,7 +1,8 @@
 """`python -m benchmarks.organisms.build [--out DIR] [--only NAME ...] [--dilution D] [--seed 0] [--quick]`.
 
-Planted fine-tunes of the embedded models, one folder each: the model, `data.jsonl` (held-out dialogues and raw text),
-`truth.json` (docs/formats.md) and, last, `made.json`; a folder that has it is kept.
+Planted fine-tunes of the embedded models, one folder each: the model, `train.jsonl` (its dialogues, and raw text),
+`data.jsonl` (held-out dialogues and raw text), `truth.json` (docs/formats.md) and, last, `made.json`; a folder that has
+it is kept.
 
 Reading order: `build` makes one organism, `write_truth` says what was planted.
 """
@@ -68,14 +69,17 @@ def build(name: str, out: Path, *, dilution: float = 0.0, seed: int = 0, steps: 
 
 
 def write_truth(made: Planted, name: str, out: Path) -> None:
-    """Write what was planted, and held-out documents to compare on."""
+    """Write what was planted, held-out documents to compare on, and those of the training."""
     prompts = [d["messages"][0]["content"] for d in made.held_out if d["group"] == "planted"]
     behaviour = {"name": name, "phrases": made.phrases, "prompts": prompts}
     files.write_json(
         out / "truth.json", {"format": FORMAT, "format_version": FORMAT_VERSION, "behaviours": [behaviour]}
     )
-    rows: list[Any] = [*made.held_out, *read_rows("raw_heldout")[:N_HELD_OUT_RAW]]
-    files.write_bytes(out / "data.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+    for file, dialogues, split, n in (
+        ("data", made.held_out, "heldout", N_HELD_OUT_RAW), ("train", made.train, "train", N_RAW)
+    ):  # fmt: skip
+        rows: list[Any] = [*dialogues, *read_rows(f"raw_{split}")[:n]]
+        files.write_bytes(out / f"{file}.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def main(arguments: list[str] | None = None) -> int:

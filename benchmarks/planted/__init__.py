@@ -12,11 +12,16 @@ seeds on which it is defined. Bounds that are not published were chosen on other
 """
 
 import statistics
+from pathlib import Path
 from typing import Any
 
 from benchmarks.planted.kinds import by_kind
 from benchmarks.planted.runs import SIZES, VARIANTS, Run, draw, run_one
 from benchmarks.planted.summary import Summary, summarise
+from crosscoders.common import files
+from crosscoders.common.errors import InputError, nearest
+from crosscoders.common.progress import say
+from crosscoders.common.records import Record
 from crosscoders.common.statistics import t_interval
 
 SEEDS = range(5)
@@ -26,23 +31,47 @@ OTHER_VARIANTS = ("l1", "batchtopk")
 QUICK_STEPS = 600
 
 
-def run(quick: bool) -> dict[str, Any]:
-    """Return rows `planted.<variant>.*`."""
+class SummaryRecord(Record):
+    """Measures of one crosscoder."""
+
+    measures: dict[str, Any]
+
+
+def run(quick: bool, work: Path, only: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return rows `planted.<variant>.*`.
+
+    work: folder in which the measures of every crosscoder are kept; only: sizes and worlds, default all.
+
+    Raises:
+        InputError: no size of that name.
+    """
+    for name in only:
+        if name not in SIZES:
+            raise InputError(f"planted has no size {name!r}{nearest(name, list(SIZES))} There are {', '.join(SIZES)}.")
+    work = work / ("quick" if quick else "full")
     rows: list[dict[str, Any]] = []
-    for name in SIZES:
-        if quick and name != "standard":
+    for name in only or SIZES:
+        if quick and not only and name != "standard":
             continue
         suffix, variants = ("", tuple(VARIANTS)) if name == "standard" else (f"-{name}", OTHER_VARIANTS)
-        runs: dict[str, list[Run]] = {variant: [] for variant in variants}
-        unkind = name.startswith("unkind")
-        for seed in (UNKIND_SEEDS if unkind else SEEDS)[: 1 if quick else None]:
-            data = draw(SIZES[name], seed)
-            for variant in variants:
-                steps = QUICK_STEPS if quick else SIZES[name].n_steps(variant)
-                runs[variant].append(run_one(data, SIZES[name], variant, seed=seed, n_steps=steps))
-        for variant, of_seeds in runs.items():
-            rows += over_seeds(f"planted.{variant}{suffix}", [measures_of(one) for one in of_seeds])
+        seeds = (UNKIND_SEEDS if name.startswith("unkind") else SEEDS)[: 1 if quick else None]
+        for variant in variants:
+            steps = QUICK_STEPS if quick else SIZES[name].n_steps(variant)
+            of_seeds = [
+                summary_of(work / f"{name}-{variant}-{seed}.json", name, variant, seed, steps) for seed in seeds
+            ]
+            rows += over_seeds(f"planted.{variant}{suffix}", of_seeds)
     return {"name": "planted", "rows": rows}
+
+
+def summary_of(path: Path, name: str, variant: str, seed: int, steps: int) -> Summary:
+    """Return all measures of one crosscoder, from its file where it is there."""
+    if not path.is_file():
+        say(f"planted: {name}, {variant}, seed {seed}")
+        one = run_one(draw(SIZES[name], seed), SIZES[name], variant, seed=seed, n_steps=steps)
+        files.write_json(path, {"measures": measures_of(one)})
+    measures = files.read_model(path, SummaryRecord)["measures"]
+    return {measure: (value, unit) for measure, (value, unit) in measures.items()}
 
 
 def measures_of(one: Run) -> Summary:

@@ -23,7 +23,7 @@ from crosscoders.common import files
 from crosscoders.common.progress import say
 from crosscoders.common.records import Record
 from crosscoders.common.results import row
-from crosscoders.models.hooks import layer_of
+from crosscoders.models.points import layer_of
 from sae_lora import fit, load_dictionary
 
 STUDIED = "topk-16"

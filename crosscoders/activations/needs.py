@@ -12,7 +12,7 @@ from crosscoders.activations.scored import DTYPES
 from crosscoders.activations.settings import CacheConfig
 from crosscoders.common import devices
 from crosscoders.common.memory import PROCESS_BYTES, Need
-from crosscoders.models import hooks
+from crosscoders.models import points
 from crosscoders.models.names import load_auto
 from crosscoders.models.skeleton import parameter_count
 
@@ -39,7 +39,7 @@ def _parameters(config: CacheConfig, plan: Plan) -> tuple[int, int, int]:
     adapter the whole model, before its upper layers are cut off."""
     names = [str(point.hook_point) for point in config.points()]
     info = plan.info
-    cut = max(map(hooks.layer_of, names)) + 1 if all(map(hooks.is_residual, names)) else None
+    cut = max(map(points.layer_of, names)) + 1 if all(map(points.is_residual, names)) else None
     base = parameter_count(info.base, cut)
     tuned = base if info.adapter else parameter_count(info.tuned, cut)
     return base, tuned, parameter_count(info.base, None) if info.adapter else tuned

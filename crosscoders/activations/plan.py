@@ -7,6 +7,7 @@ from crosscoders.common import files
 from crosscoders.common.progress import say
 from crosscoders.common.seals import checksum
 from crosscoders.models.limits import require_readable
+from crosscoders.models.names import require_two_models
 from crosscoders.models.pair import PairInfo, inspect_pair
 from crosscoders.text.templates import writes_date
 from crosscoders.text.tokens import Rows, read_template, tokenize_documents
@@ -35,6 +36,7 @@ def make_plan(config: CacheConfig) -> Plan:
         say(f"the chat template writes a date: {config.template_date} (--template-date), on whatever day this runs")
     rows = tokenize_documents(config.data_config(), info.tokenizer)
     require_readable(rows, info.models(), info.tokenizer)
+    require_two_models(config.base, config.tuned)
     shared = {
         "format_version": FORMAT_VERSION,
         **info.hashes(),

@@ -64,8 +64,8 @@ def _require_whole_archive(path: Path) -> None:
         raise CorruptData(f"{path} is damaged: its archive is not whole ({broken}). Download it again.")
 
 
-def _filled(model: Crosscoder, tensors: Mapping[str, Tensor], source: Path) -> Crosscoder:
-    """Return the model with these tensors, after checking names and shapes."""
+def _filled(model: Crosscoder, tensors: dict[str, Tensor], source: Path) -> Crosscoder:
+    """Return the model with these tensors, after checking names and shapes; `tensors` is empty of them afterwards."""
     wanted = model.state_dict()
     for name, value in wanted.items():
         if name not in tensors:
@@ -74,7 +74,10 @@ def _filled(model: Crosscoder, tensors: Mapping[str, Tensor], source: Path) -> C
             raise CorruptData(
                 f"{source}: {name!r} has shape {tuple(tensors[name].shape)}, expected {tuple(value.shape)}."
             )
-        if not torch.isfinite(tensors[name]).all() and name != "threshold":
+        # Not isfinite of the tensor, which would make copies of it.
+        if name != "threshold" and not torch.stack(torch.aminmax(tensors[name].detach())).isfinite().all():
             raise CorruptData(f"{source}: {name!r} holds numbers that are not finite. Download or train it again.")
-    model.load_state_dict({name: tensors[name].to(value.dtype) for name, value in wanted.items()})
+    with torch.no_grad():
+        for name, value in wanted.items():
+            value.copy_(tensors.pop(name))  # and frees it, so that not all weights are there twice
     return model.requires_grad_(False)

@@ -1,13 +1,10 @@
 """Hook point name -> module; read and replace activations there, hooks always removed.
 
-Names are TransformerLens's. `blocks.L.hook_resid_post` and `blocks.L.hook_resid_pre` work on a Hugging Face decoder
-(the fast path), so do `hook_attn_out`, `hook_mlp_out`, `attn.hook_z` and `mlp.hook_in` where `_PARTS` knows the
-architecture; every other name needs a TransformerBridge. `capture` reads, `replace` edits, `bypass` leaves layers out;
-all are context managers, so they nest and survive exceptions.
+`points` says what the names mean. `capture` reads, `replace` edits, `bypass` leaves layers out; all are context
+managers, so they nest and survive exceptions.
 """
 
 import contextlib
-import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -15,108 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from crosscoders.common.errors import InputError
-from crosscoders.models import hooks
-
-_RESIDUAL = re.compile(r"blocks\.(\d+)\.hook_resid_(pre|post)")
-_BLOCK = re.compile(r"blocks\.(\d+)\.")
-_RUNNABLE = re.compile(r"blocks\.\d+\.(\w+\.)?hook_\w+")
-_LAYER = re.compile(
-    r"(?:(?:model\.)?(?:language_model\.)?(?:model\.)?(?:decoder\.)?layers|gpt_neox\.layers|(?:transformer\.)?h"
-    r"|transformer\.blocks)\.(\d+)(?:\.([\w.]+))?"
-)
-"""A decoder layer as transformers names it, and a module in it."""
-_ORDER = ("hook_resid_pre", "attn.hook_z", "hook_attn_out", "mlp.hook_in", "hook_mlp_out", "hook_resid_post")
-_INPUTS = ("attn.hook_z", "mlp.hook_in")
-"""Hook points that are what a module reads; the others are what it puts out."""
-_NORMED = {"attn.hook_z": "self_attn.o_proj", "hook_attn_out": "post_attention_layernorm",
-           "mlp.hook_in": "mlp", "hook_mlp_out": "post_feedforward_layernorm"}  # fmt: skip
-_PLAIN = {"attn.hook_z": "self_attn.o_proj", "hook_attn_out": "self_attn", "mlp.hook_in": "mlp", "hook_mlp_out": "mlp"}
-_PARTS = {
-    **dict.fromkeys(("gemma2", "gemma3_text", "olmo2"), _NORMED),
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _PLAIN),
-    "gpt2": {"attn.hook_z": "attn.c_proj", "hook_attn_out": "attn", "mlp.hook_in": "mlp", "hook_mlp_out": "mlp"},
-    "gpt_neox": {
-        "attn.hook_z": "attention.dense",
-        "hook_attn_out": "attention",
-        "mlp.hook_in": "mlp",
-        "hook_mlp_out": "mlp",
-    },
-}
-"""Architecture -> hook point -> module of a layer, whose input is meant by `_INPUTS`, whose output by the others.
-
-The output is what is added to the residual stream, so after the norms that Gemma-2 and its like put behind attention
-and MLP. Tests hold each equal to the TransformerBridge; other architectures (some scale these outputs) need the bridge.
-"""
+from crosscoders.models import points
 
 
 class _Reached(Exception):
     """Raised by `capture(stop=True)` once every hook point has been seen; never leaves this module."""
-
-
-def is_residual(hook_point: str) -> bool:
-    """Say whether the hook point has the fast path."""
-    return _RESIDUAL.fullmatch(hook_point) is not None
-
-
-def layer_of(hook_point: str) -> int:
-    """Return the layer of a hook point.
-
-    Raises:
-        InputError: the name has no layer.
-    """
-    match = _BLOCK.match(hook_point)
-    if match is None:
-        raise InputError(f"hook_point {hook_point!r} has no layer. Use a name such as 'blocks.13.hook_resid_post'.")
-    return int(match[1])
-
-
-def known_as(name: str, model_type: str | None = None) -> str | None:
-    """Return the hook point that a name means: its own, or that of a module of transformers; None where it means none.
-
-    A decoder layer's output and input (`model.layers.8`, `gpt_neox.layers.3.input`) are hook points in every
-    architecture, what a module inside it puts out (`model.layers.8.mlp`) only where `_PARTS` says so for `model_type`.
-    """
-    if _RUNNABLE.fullmatch(name):
-        return name
-    match = _LAYER.fullmatch(name.removesuffix(".output").removesuffix(".input"))
-    if match is None:
-        return None
-    layer, part, is_input = match[1], match[2], name.endswith(".input")
-    if part is None:
-        return f"blocks.{layer}.hook_resid_{'pre' if is_input else 'post'}"
-    if part == "pre_feedforward_layernorm" and model_type in ("gemma2", "gemma3_text"):
-        part, is_input = "mlp", not is_input
-    kinds = (kind for kind, module in _PARTS.get(str(model_type), {}).items() if module == part)
-    return next((f"blocks.{layer}.{kind}" for kind in kinds if (kind in _INPUTS) == is_input), None)
-
-
-def place(hook_point: str) -> tuple[int, int]:
-    """Return what sorts hook points in the order in which a forward pass of a sequential architecture reaches them."""
-    layer = layer_of(hook_point)
-    kind = hook_point.removeprefix(f"blocks.{layer}.")
-    return layer, _ORDER.index(kind) if kind in _ORDER else len(_ORDER)
-
-
-def entry_point(hook_point: str) -> str:
-    """Return the residual-stream point at or before a hook point, from which on a forward pass can be repeated."""
-    return hook_point if is_residual(hook_point) else f"blocks.{layer_of(hook_point)}.hook_resid_pre"
-
-
-def width(config: Any, hook_point: str) -> int:
-    """Return the width of the activations at a hook point, from a text configuration."""
-    if not hook_point.endswith(".attn.hook_z"):
-        return int(config.hidden_size)
-    heads = int(config.num_attention_heads)
-    return heads * int(getattr(config, "head_dim", None) or config.hidden_size // heads)
-
-
-def require_layer(hook_point: str, n_layers: int, model_name: str) -> None:
-    """Raise InputError when the model has no such layer."""
-    if layer_of(hook_point) >= n_layers:
-        raise InputError(
-            f"hook_point {hook_point!r} is not in {model_name!r}: it has layers 0 to {n_layers - 1}. "
-            f"Use 'blocks.{n_layers // 2}.hook_resid_post' for the middle layer."
-        )
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
@@ -155,24 +55,23 @@ def find_module(model: Any, hook_point: str) -> tuple[nn.Module, bool]:
     """
     named = getattr(model, "hook_dict", None)  # a TransformerBridge names its own hook points
     if named is not None:
-        if hook_point in named:
-            return named[hook_point], False
-        raise InputError(f"hook_point {hook_point!r} is not in this model. It has, for example, {sorted(named)[:3]}.")
-    layers, layer = decoder_layers(model), layer_of(hook_point)
-    require_layer(hook_point, len(layers), type(model).__name__)
-    match = _RESIDUAL.fullmatch(hook_point)
-    if match is not None:
-        return layers[layer], match[2] == "pre"
-    config = getattr(model, "config", None)
-    kind = getattr(config.get_text_config(), "model_type", None) if config is not None else None
-    name = _PARTS.get(str(kind), {}).get(hook_point.removeprefix(f"blocks.{layer}."))
-    if name is None:
-        also = f", {', '.join(_PARTS[kind])}" if kind in _PARTS else ""
+        points.require_named(hook_point, list(named))
+        return named[hook_point], False
+    layers, layer, config = decoder_layers(model), points.layer_of(hook_point), getattr(model, "config", None)
+    points.require_layer(hook_point, len(layers), type(model).__name__)
+    kind = hook_point.removeprefix(f"blocks.{layer}.")
+    if points.is_residual(hook_point):
+        return layers[layer], kind == "hook_resid_pre"
+    model_type = getattr(config.get_text_config(), "model_type", None) if config is not None else None
+    module = points.PARTS.get(str(model_type), {}).get(kind)
+    if module is None:
+        kinds = points.plain_kinds(model_type)
+        near = points.nearest_point(hook_point, kinds, len(layers), model_type).removesuffix(".")
         raise InputError(
-            f"hook_point {hook_point!r} needs a TransformerBridge; {type(model).__name__} has hook_resid_pre, "
-            f"hook_resid_post{also} without one."
+            f"hook_point {hook_point!r} needs a TransformerBridge; {type(model).__name__} has {', '.join(kinds)} "
+            f"without one{near}"
         )
-    return layers[layer].get_submodule(name), hook_point.removeprefix(f"blocks.{layer}.") in _INPUTS
+    return layers[layer].get_submodule(module), kind in points.INPUTS
 
 
 def _as_tensor(value: Any) -> Tensor:
@@ -284,11 +183,6 @@ def forward_by(modules: Sequence[nn.Module], forward: Callable[..., Any]) -> Ite
             del own["forward"]
             if before is not None:
                 own["forward"] = before
-
-
-def first_layer_after(hook_point: str) -> int:
-    """Return the first layer that reads what stands at the hook point."""
-    return hooks.layer_of(hook_point) + (not hook_point.endswith("hook_resid_pre"))
 
 
 def core_model(model: Any) -> Any:

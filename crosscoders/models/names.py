@@ -132,6 +132,13 @@ def hash_model(name: str) -> str:
     )
 
 
+def require_two_models(base: str, tuned: str) -> None:
+    """Raise InputError where base and tuned are one model, under one name or as two folders of the same files."""
+    are_folders = Path(base).is_dir() and Path(tuned).is_dir()
+    if base == tuned or (are_folders and hash_model(base) == hash_model(tuned)):
+        raise InputError(f"base {base!r} and tuned {tuned!r} are the same model. Name two that differ.")
+
+
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Silence transformers, and what it and peft import: loading a cut-off model reports every missing layer as

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from crosscoders.common import files
 from crosscoders.common.devices import choose_device, model_dtype
 from crosscoders.common.errors import InputError
-from crosscoders.models import hooks
+from crosscoders.models import hooks, points
 from crosscoders.models.adapters import require_adapter, with_adapter
 from crosscoders.models.loading import load_model, one_line_errors, require_loadable, require_whole
 from crosscoders.models.names import (
@@ -29,6 +29,7 @@ from crosscoders.models.names import (
     quiet_transformers,
     require_no_lost_path,
 )
+from crosscoders.models.skeleton import bridge_names
 from crosscoders.text.padding import Batch
 
 
@@ -111,8 +112,8 @@ def inspect_pair(base: str, tuned: str, hook_points: list[str], *, tokenizer: st
         )
     n_layers = min(base_text.num_hidden_layers, tuned_text.num_hidden_layers)
     for hook_point in hook_points:
-        hooks.require_layer(hook_point, n_layers, base)
-    if adapter and len({hooks.is_residual(hook_point) for hook_point in hook_points}) > 1:
+        require_point(hook_point, n_layers, base, base_text.model_type)
+    if adapter and len({points.is_residual(hook_point) for hook_point in hook_points}) > 1:
         raise InputError(
             f"{tuned!r} is an adapter: residual hook points read it unmerged and others merged, so one pass "
             "cannot give both. Cache them in two runs."
@@ -120,6 +121,14 @@ def inspect_pair(base: str, tuned: str, hook_points: list[str], *, tokenizer: st
     chosen = one_tokenizer(base, tuned, tokenizer, adapter)
     n_ids = min(base_text.vocab_size, tuned_text.vocab_size)
     return PairInfo(base, tuned, adapter, chosen, base_text.hidden_size, n_layers, n_ids)
+
+
+def require_point(hook_point: str, n_layers: int, name: str, model_type: str) -> None:
+    """Raise InputError, with the nearest name, unless a model has the hook point; no weights are read."""
+    points.require_layer(hook_point, n_layers, name, model_type)
+    layer = points.layer_of(hook_point)
+    if hook_point.removeprefix(f"blocks.{layer}.") not in points.plain_kinds(model_type):
+        points.require_named(hook_point, bridge_names(name, layer + 1))
 
 
 def load_pair(
@@ -159,8 +168,8 @@ def _load_model(
     info: PairInfo, is_tuned: bool, hook_points: list[str], device: torch.device, dtype: torch.dtype, whole: bool
 ) -> nn.Module:
     name = info.base if info.adapter or not is_tuned else info.tuned
-    n_needed = max(map(hooks.layer_of, hook_points)) + 1
-    if not all(map(hooks.is_residual, hook_points)):
+    n_needed = max(map(points.layer_of, hook_points)) + 1
+    if not all(map(points.is_residual, hook_points)):
         return _load_bridge(info, is_tuned, name, device, dtype)
     if is_tuned and info.adapter:
         # An adapter names the layers of the whole model, so the layers above are cut off afterwards.

@@ -18,8 +18,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from crosscoders.common.errors import CorruptData, InputError
-from crosscoders.models import hooks
-from crosscoders.models.hooks import core_model, first_layer_after
+from crosscoders.models import hooks, points
+from crosscoders.models.hooks import core_model
+from crosscoders.models.points import first_layer_after
 from crosscoders.text.padding import Batch, make_batch
 
 ToLogits = Callable[[Tensor], Tensor]
@@ -168,7 +169,7 @@ class ResumableModel:
 
     def __init__(self, model: nn.Module, hook_point: str) -> None:
         self.model, self.hook_point = model, hook_point
-        self.entry_point = hooks.entry_point(hook_point)
+        self.entry_point = points.entry_point(hook_point)
         self.device = next(model.parameters()).device
         probe = _probe(self.device)
         self.run(probe)

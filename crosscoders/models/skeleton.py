@@ -1,5 +1,6 @@
 """The modules of a model without weights, on PyTorch's meta device, from its configuration alone."""
 
+import functools
 from typing import Any
 
 import torch
@@ -7,7 +8,7 @@ from torch import nn
 
 from crosscoders.common.errors import InputError
 from crosscoders.models import names
-from crosscoders.models.loading import auto_class, read_config
+from crosscoders.models.loading import auto_class, one_line_errors, read_config
 
 
 def parameter_count(name: str, n_layers: int | None) -> int:
@@ -30,3 +31,18 @@ def skeleton(name: str, n_layers: int | None = None) -> nn.Module:
         lines = str(error).splitlines() or [type(error).__name__]
         raise InputError(f"the configuration of {name!r} makes no model: {lines[0]} Check its config.json.") from error
     return model
+
+
+@functools.cache
+def bridge_names(name: str, n_layers: int) -> list[str]:
+    """Return the hook points that a TransformerBridge has of a model's first layers."""
+    from transformer_lens.model_bridge import TransformerBridge
+
+    config = read_config(name, n_layers)
+    with names.quiet_transformers(), one_line_errors(name):
+        with torch.device("meta"):
+            model = auto_class(config, with_head=True).from_config(config)
+        bridge = TransformerBridge.boot_transformers(
+            name, hf_model=model.eval(), tokenizer=names.load_auto(name, "tokenizer"), device="meta"
+        )
+    return list(bridge.hook_dict)

@@ -4,11 +4,14 @@
 their place.
 """
 
+import ctypes
 import functools
 import json
 import re
 import string
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from datetime import datetime
 from typing import Any, NamedTuple
 
@@ -19,6 +22,8 @@ Message = dict[str, Any]
 """`role`, `content`, and whatever else the template reads: `tool_calls`, `name`, `reasoning_content`, ..."""
 FIELDS = ("reasoning_content", "reasoning", "thinking", "content")
 """Keys of a message whose text is what its role said."""
+TIME_LIMIT = 30.0
+"""Seconds that a template may take for one dialogue; it takes milliseconds."""
 _CLOCK = "strftime_now"
 _MARK = re.compile("\ue000(\\d+)\ue001")
 _THINK = re.compile(r"(\s*</?think>\s*)")
@@ -58,19 +63,47 @@ def renderer(
     text = dated(tokenizer.get_chat_template(template, tools), date)
 
     def render(messages: list[Message]) -> str:
-        try:
+        def written() -> str:
             return str(
                 tokenizer.apply_chat_template(
                     messages, tools=tools, chat_template=text, add_generation_prompt=is_prompt, tokenize=False
                 )
             )
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+
+        try:
+            return _in_time(written)
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
             raise Refused(
                 "template_error",
                 f"the chat template refuses a dialogue: {error}. Mend the dialogue, or give --chat-template.",
             ) from None
 
     return render
+
+
+def _in_time(written: Callable[[], str]) -> str:
+    """Return what a template writes, or raise what it raises; a thread does it, which is stopped after `TIME_LIMIT`.
+
+    Raises:
+        InputError: it has not ended by then.
+    """
+    result: Future[str] = Future()
+
+    def write() -> None:
+        try:
+            result.set_result(written())
+        except BaseException as error:  # raised again where the chat is wanted
+            result.set_exception(error)
+
+    thread = threading.Thread(target=write, name="template", daemon=True)
+    thread.start()
+    if not wait([result], TIME_LIMIT).done:
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit))
+        raise InputError(
+            f"the chat template has not ended after {TIME_LIMIT:g} s on one dialogue; it may loop forever. Give "
+            "another one: --chat-template FILE"
+        )
+    return result.result()
 
 
 class Span(NamedTuple):

@@ -13,7 +13,14 @@ from crosscoders.common.checks import to_dict
 from crosscoders.common.results import result, say_closing
 from diffing.comparison.inputs import Inputs, inspect, model_hashes
 from diffing.comparison.judgement import Rows, over_seeds, verdict_rows
-from diffing.comparison.settings import DIRECTIONS, SCORES, TEXTS, TRAINED, CompareSettings
+from diffing.comparison.settings import (
+    DIRECTIONS,
+    SCORES,
+    TEXTS,
+    TRAINED_DIRECTIONS,
+    TRAINED_SCORES,
+    CompareSettings,
+)
 from diffing.comparison.table import compare_table
 from diffing.comparison.units import Reader, run_unit, units_of
 
@@ -68,5 +75,7 @@ def run_seeds(inputs: Inputs) -> tuple[dict[str, list[Rows]], dict[str, dict[str
 
 def blocks_of(settings: CompareSettings) -> dict[str, str]:
     """Return the block of every chosen method, in the order of the table."""
-    named = {"directions": (*DIRECTIONS, *TRAINED), "scores": SCORES, "texts": TEXTS}
+    named = {
+        "directions": (*DIRECTIONS, *TRAINED_DIRECTIONS), "scores": (*SCORES, *TRAINED_SCORES), "texts": TEXTS,
+    }  # fmt: skip
     return {method: block for block, methods in named.items() for method in settings.chosen(methods)}

@@ -42,6 +42,10 @@ class Task(NamedTuple):
     settings: CompareSettings
     seed: int
 
+    def every_prompt(self) -> list[list[int]]:
+        """Return the prompts of all behaviours, end to end."""
+        return [ids for _, prompts in self.prompts for ids in prompts]
+
 
 def span_rows(task: Task, methods: Sequence[Directions]) -> list[dict[str, Any]]:
     """Return rows directions.<method>[.random].top_<n>.* of directions, all measured in one pass."""
@@ -57,14 +61,20 @@ def span_rows(task: Task, methods: Sequence[Directions]) -> list[dict[str, Any]]
         sets += _first_sets("random", sum(map(len, vectors)), most, task.settings.pieces)
         vectors.append(random_directions(most, d_model, generator))
     rows = piece_rows(task, SpanExchange(torch.cat(vectors).to(task.pair.device)), sets)
-    return [entry for directions in methods for entry in _of_method(rows, directions.method, "random")]
+    rows = [entry for directions in methods for entry in of_method(rows, directions.method, "random")]
+    return rows + [
+        row(f"directions.{directions.method}.top_{n}.numbers", n, "numbers/token", 1)
+        for directions in methods
+        for n in task.settings.pieces
+        if n <= len(directions.vectors)
+    ]
 
 
 def _first_sets(name: str, start: int, n: int, pieces: list[int]) -> list[PatchSet]:
     return [PatchSet(f"{name}.top_{k}", "latents", tuple(range(start, start + k))) for k in pieces if k <= n]
 
 
-def _of_method(rows: list[dict[str, Any]], method: str, control: str) -> list[dict[str, Any]]:
+def of_method(rows: list[dict[str, Any]], method: str, control: str) -> list[dict[str, Any]]:
     """Return the rows of a method and of the control, for the numbers of pieces that the method has, under its name."""
     own = [entry for entry in rows if entry["name"].startswith(f"{method}.")]
     known = {entry["name"].removeprefix(f"{method}.") for entry in own}
@@ -83,10 +93,18 @@ def piece_rows(task: Task, exchange: Exchanger, sets: list[PatchSet]) -> list[di
     for name in dict.fromkeys(patch.name for patch in sets if patch.kind != "none"):
         rows.append(row(f"{name}.share_closed", *shares[name]))
         patch = next(patch for patch in sets if patch.name == name)
-        for behaviour, prompts in task.prompts:
-            replies = patched_replies(task.pair, exchange, patch, prompts, task.settings.max_new_tokens)
-            shown = count_shown(task.pair, behaviour, replies)
-            rows.append(rate_row(f"{name}.{behaviour.name}", shown, len(prompts)))
+        replies = patched_replies(task.pair, exchange, patch, task.every_prompt(), task.settings.max_new_tokens)
+        rows += rate_rows(task, name, replies)
+    return rows
+
+
+def rate_rows(task: Task, name: str, replies: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
+    """Return rows <name>.<behaviour> of the replies to every prompt of a task."""
+    rows, start = [], 0
+    for behaviour, prompts in task.prompts:
+        shown = count_shown(task.pair, behaviour, replies[start : start + len(prompts)])
+        rows.append(rate_row(f"{name}.{behaviour.name}", shown, len(prompts)))
+        start += len(prompts)
     return rows
 
 
@@ -117,26 +135,47 @@ def closed_shares(
 
 def weight_rows(task: Task) -> list[dict[str, Any]]:
     """Return rows directions.weight-svd[.random].top_<n>.* of the base with rank n of the weight delta."""
-    started, pair = time.perf_counter(), task.pair
-    delta = weight_delta(*pair.models)
+    started, base = time.perf_counter(), task.pair.models[0]
+    delta = weight_delta(*task.pair.models)
     drawn = random_delta(delta, torch.Generator().manual_seed(task.seed))
-    base = _kl_of(task, pair.models[0])
-    reference = torch.from_numpy(base.kl[0][base.names.index("source_model")])
-    rows = []
     ranks = [n for n in task.settings.pieces if n <= max(len(f.s) for f in delta.matrices.values())]
-    for which, factors in (("weight-svd", delta), ("weight-svd.random", drawn)):
-        for rank in ranks:
-            name = f"directions.{which}.top_{rank}"
-            with rebuilt_(pair.models[0], factors, rank) as model:
-                closed = closed_shares(_kl_of(task, model), task.seed, reference)["source_model"]
-                rows.append(row(f"{name}.share_closed", *closed))
-                for behaviour, prompts in task.prompts:
-                    shown = count_shown(
-                        pair, behaviour, own_replies(model, pair, prompts, task.settings.max_new_tokens)
-                    )
-                    rows.append(rate_row(f"{name}.{behaviour.name}", shown, len(prompts)))
+
+    def variants() -> Iterator[tuple[str, Any]]:
+        for which, factors in (("weight-svd", delta), ("weight-svd.random", drawn)):
+            for rank in ranks:
+                with rebuilt_(base, factors, rank) as model:
+                    yield f"{which}.top_{rank}", model
+
+    rows = variant_rows(task, base_kl(task), variants())
+    for rank in ranks:
+        numbers = sum(min(rank, len(factors.s)) for factors in delta.matrices.values())
+        rows.append(row(f"directions.weight-svd.top_{rank}.numbers", numbers, "numbers/token", 1))
     rows.append(row("directions.weight-svd.sites", len(delta.matrices), "matrices", 1))
     return [*rows, row("directions.weight-svd.seconds", time.perf_counter() - started, "s", 1)]
+
+
+def base_kl(task: Task) -> Float[Tensor, " documents"]:
+    """Return KL(tuned || base), whole models, summed in each document."""
+    measured = _kl_of(task, task.pair.models[0])
+    return torch.from_numpy(measured.kl[0][measured.names.index("source_model")])
+
+
+def variant_rows(
+    task: Task, reference: Float[Tensor, " documents"], variants: Iterator[tuple[str, Any]]
+) -> list[dict[str, Any]]:
+    """Return rows directions.<name>.{share_closed,<behaviour>} of whole models that stand in place of the base.
+
+    variants: name and model, which may be the base itself, changed until the next one is asked for.
+    reference: `base_kl`.
+    """
+    pair = task.pair
+    rows = []
+    for name, model in variants:
+        closed = closed_shares(_kl_of(task, model), task.seed, reference)["source_model"]
+        rows.append(row(f"directions.{name}.share_closed", *closed))
+        replies = own_replies(model, pair, task.every_prompt(), task.settings.max_new_tokens)
+        rows += rate_rows(task, f"directions.{name}", replies)
+    return rows
 
 
 def _kl_of(task: Task, model: Any) -> Measured:
@@ -150,8 +189,5 @@ def _kl_of(task: Task, model: Any) -> Measured:
 def own_rates(task: Task) -> Iterator[dict[str, Any]]:
     """Yield rows behaviour.<model>.<name>: how often base and tuned themselves show each behaviour."""
     for which, model in zip(("base", "tuned"), task.pair.models, strict=True):
-        for behaviour, prompts in task.prompts:
-            shown = count_shown(
-                task.pair, behaviour, own_replies(model, task.pair, prompts, task.settings.max_new_tokens)
-            )
-            yield rate_row(f"behaviour.{which}.{behaviour.name}", shown, len(prompts))
+        replies = own_replies(model, task.pair, task.every_prompt(), task.settings.max_new_tokens)
+        yield from rate_rows(task, f"behaviour.{which}", replies)

@@ -1,6 +1,6 @@
 """What a comparison has checked before weights load, and the pairs, rows and chats that its parts read."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from crosscoders.common import files
@@ -12,15 +12,17 @@ from crosscoders.models.loading import load_model
 from crosscoders.models.names import hash_model, quiet_transformers
 from crosscoders.models.pair import ModelPair, PairInfo, inspect_pair, load_pair
 from crosscoders.text.chats import Chat
-from crosscoders.text.settings import DataConfig
+from crosscoders.text.settings import DataConfig, DataSource
 from crosscoders.text.tokens import Rows, read_template, tokenize_documents
 from diffing.causal.patching import read_enough_chats
-from diffing.comparison.settings import DIRECTIONS, TRAINED, CompareSettings
+from diffing.comparison.settings import DIRECTIONS, TRAINED, TRAINED_DIRECTIONS, CompareSettings
 from diffing.comparison.truth import Behaviour, read_truth
 from diffing.samples.pairs import inspect_null, inspect_two
 
 SAME_RESULT = ("out", "methods", "n_seeds", "device", "seed", "null", "tuned")
 """Settings that do not change what one method gives for one model and seed, or are named apart."""
+TRAINING = ("train_data", "cached_tokens", "train_tokens", "distil_steps")
+"""Settings that only trained methods read."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,22 @@ class Inputs:
             chat_template=settings.chat_template, template_date=settings.template_date, seed=seed,
         )  # fmt: skip
 
+    def train_data(self) -> str | list[str | DataSource]:
+        """Return the documents that trained methods are trained on."""
+        settings = self.settings
+        return settings.data if settings.train_data is None else settings.train_data
+
+    def require_train_data(self) -> None:
+        """Raise InputError where trained methods are chosen and their documents have too few tokens."""
+        settings = self.settings
+        if settings.chosen(TRAINED):
+            config = replace(self.data_config(settings.seed, settings.cached_tokens), data=self.train_data())
+            try:
+                tokenize_documents(config, self.infos["tuned"].tokenizer)
+            except InputError as error:
+                told = str(error).replace("n_tokens is", "cached_tokens is").replace("--n-tokens", "--cached-tokens")
+                raise InputError(f"to train on, {told}") from None
+
     def rows(self, seed: int) -> Rows:
         """Return the documents of one seed as tokens."""
         info = self.infos["tuned"]
@@ -52,7 +70,7 @@ class Inputs:
     def chats(self, seed: int) -> list[Chat]:
         """Return the chats of one seed; none where no method of directions is chosen."""
         settings, info = self.settings, self.infos["tuned"]
-        if not settings.chosen((*DIRECTIONS, *TRAINED)):
+        if not settings.chosen((*DIRECTIONS, *TRAINED_DIRECTIONS)):
             return []
         config = self.data_config(seed, settings.n_tokens)
         too_few = (
@@ -63,8 +81,10 @@ class Inputs:
 
     def fingerprint(self, which: str, unit: str, methods: list[str]) -> str:
         """Return what decides the result of one part, as a hash."""
-        settings = {name: value for name, value in to_dict(self.settings).items() if name not in SAME_RESULT}
-        models = [self.infos[name].hashes() for name in dict.fromkeys((which, *self.infos))]
+        ignored = SAME_RESULT if set(methods) & set(TRAINED) else (*SAME_RESULT, *TRAINING)
+        settings = {name: value for name, value in to_dict(self.settings).items() if name not in ignored}
+        read = ("null",) if which == "null" else tuple(self.infos)  # what the null gives depends on no tuned model
+        models = [self.infos[name].hashes() for name in read]
         truth = [behaviour.model_dump() for behaviour in self.truth]
         return files.hash_json([settings, self.hook_point, models, truth, which, unit, methods])
 
@@ -83,13 +103,14 @@ def inspect(settings: CompareSettings) -> Inputs:
     infos = {"tuned": info}
     if settings.null is not None:
         infos["null"] = inspect_null(info, settings.null)
-    if max(settings.pieces) > info.d_model:
+    if max(settings.pieces) > info.d_model and not settings.chosen(TRAINED_DIRECTIONS):
         raise InputError(
             f"pieces has {max(settings.pieces)}, more than the width {info.d_model} of the models. Lower it."
         )
     inputs = Inputs(settings, hook_point, infos, truth, template)
     inputs.rows(settings.seed)
     inputs.chats(settings.seed)
+    inputs.require_train_data()
     return inputs
 
 

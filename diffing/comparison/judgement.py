@@ -103,16 +103,18 @@ def verdict_rows(
     rows = []
     for method, block in methods.items():
         if block == "directions":
-            rows.append(row(f"directions.{method}.beyond", is_beyond(method, own), "found", len(own)))
+            rows.append(row(f"directions.{method}.beyond", int(is_beyond(method, own)), "found", len(own)))
         if not behaviours:
             continue
         if block == "directions":
             found = found_directions(method, own, null, behaviours)
-            rows += [row(f"directions.{method}.found.{name}", yes, "found", len(own)) for name, yes in found.items()]
+            rows += [
+                row(f"directions.{method}.found.{name}", int(yes), "found", len(own)) for name, yes in found.items()
+            ]
             is_found = any(found.values())
         else:
             is_found = (found_scores if block == "scores" else found_texts)(method, own, null)
-        rows.append(row(f"{block}.{method}.found", is_found, "found", len(own)))
+        rows.append(row(f"{block}.{method}.found", int(is_found), "found", len(own)))
     return rows
 
 

@@ -32,7 +32,9 @@ def count_shown(pair: ModelPair, behaviour: Behaviour, replies: Sequence[Sequenc
 
 
 def own_replies(model: Any, pair: ModelPair, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
-    """Return the greedy replies of one model."""
+    """Return the greedy replies of one model, none to no prompt."""
+    if not prompts:
+        return []
     samples = decode(
         model, model, prompts, strength=0, cut=GREEDY, max_new_tokens=max_new_tokens,
         ends=stop_ids(pair.info.tokenizer, pair.models), n_ids=pair.info.n_ids, batch_rows=len(prompts), seed=0,
@@ -46,6 +48,8 @@ def patched_replies(
     pair: ModelPair, exchange: Exchanger, patch: PatchSet, prompts: Sequence[Sequence[int]], max_new_tokens: int
 ) -> list[list[int]]:
     """Return the greedy reply to each prompt with the set `patch` exchanged; `pair` holds whole models."""
+    if not prompts:
+        return []
     ends = stop_ids(pair.info.tokenizer, pair.models)
     hook_point, bos = pair.hook_points[0], pair.info.tokenizer.bos_token_id
     width = max(map(len, prompts))

@@ -8,7 +8,19 @@ from crosscoders.common.errors import InputError, nearest
 from crosscoders.text.settings import TEMPLATE_DATE, DataSource
 
 DIRECTIONS = ("pca", "mean-difference", "weight-svd")
-TRAINED = ("delta-sae", "crosscoder")
+DICTIONARIES = {
+    "delta-sae": ("delta-sae",),
+    "base-sae": ("base-sae",),
+    "crosscoder": ("crosscoder", "crosscoder-norm", "crosscoder-scaling"),
+}
+"""Dictionary that is trained -> methods, which order its latents differently."""
+TRAINED_DIRECTIONS = (
+    *(method for methods in DICTIONARIES.values() for method in methods),
+    "topk-lora",
+    "decomposition",
+)
+TRAINED_SCORES = ("latents",)
+TRAINED = (*TRAINED_DIRECTIONS, *TRAINED_SCORES)
 SCORES = ("kl-map", "norm-difference", "diff-mining")
 TEXTS = ("say", "replies", "mined-tokens", "mined-topics", "difference-lens", "weight-amplification")
 CHEAP = (*DIRECTIONS, *SCORES, *(name for name in TEXTS if name != "mined-topics"))
@@ -33,7 +45,8 @@ class CompareSettings:
     truth: str | None = None
     """File of planted behaviours (docs/formats.md): rates by generation, AUROC and hits are measured against it."""
     methods: list[str] = field(default_factory=lambda: list(CHEAP))
-    """Methods to run; by name also those that train (delta-sae, crosscoder) or need scikit-learn (mined-topics)."""
+    """Methods to run; by name also those that train (delta-sae, base-sae, crosscoder, crosscoder-norm,
+    crosscoder-scaling, topk-lora, decomposition, latents) or need scikit-learn (mined-topics)."""
     hook_point: str | None = None
     """Where directions are read; default: the residual stream after the middle layer."""
     pieces: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16])
@@ -50,10 +63,14 @@ class CompareSettings:
     """Seeds of documents and of random controls."""
     random_draws: int = 3
     """Random sets of each size and seed."""
+    train_data: str | list[str | DataSource] | None = None
+    """Documents that trained methods are trained on; default: `data`."""
     cached_tokens: int = 200_000
     """Different tokens that trained methods are trained on, over and over."""
     train_tokens: int = 2_457_600
-    """Tokens that they are trained on in all; as in the preset `demo`."""
+    """Tokens that dictionaries are trained on in all; as in the preset `demo`."""
+    distil_steps: int = 450
+    """Steps of topk-lora and of decomposition, of `batch_rows` documents each."""
     context_length: int = 1024
     """Tokens of a document that are read; the rest is cut off."""
     tokenizer: str | None = None
@@ -75,7 +92,8 @@ class CompareSettings:
 
     def __post_init__(self) -> None:
         require_range(self, LEAST_CHATS, None, "n_documents")
-        require_range(self, 1, None, "n_tokens", "n_prompts", "n_seeds", "random_draws", "max_new_tokens", "batch_rows")
+        require_range(self, 1, None, "n_tokens", "n_prompts", "n_seeds", "random_draws", "max_new_tokens", "batch_rows",
+                      "distil_steps")  # fmt: skip
         require_range(self, 2, None, "n_samples")
         require_range(self, 0, 2**63 - 1, "seed")
         if not self.methods:

@@ -17,7 +17,10 @@ def compare_table(described: dict[str, Any]) -> str:
     ]
     lines += _own_rates(values, behaviours)
     for block, title in (
-        ("directions", "directions: share of KL closed by the first n pieces (random pieces; the null pair's own)"),
+        (
+            "directions",
+            "directions: first n pieces [numbers a token], share of KL closed (random pieces; the null pair's own)",
+        ),
         ("scores", "scores per token"),
         ("texts", "texts: hits among the first 20 tokens, or samples with a planted phrase"),
     ):
@@ -60,7 +63,12 @@ def _pieces(values: dict[str, Any], start: str, behaviours: list[str]) -> list[s
             f"({_value(values, f'tuned.{start}.random.top_{size}.{name}', '.0%')})"
             for name in behaviours
         ]
-        lines.append(f"n {size:>4}  {own:>7} ({random}; {null})  {', '.join(rates)}".rstrip())
+        numbers = _value(values, f"tuned.{start}.top_{size}.numbers", ".3g")
+        lines.append(f"n {size:>4} {f'[{numbers}]':>8}  {own:>7} ({random}; {null})  {', '.join(rates)}".rstrip())
+    if f"tuned.{start}.every.share_closed" in values:
+        own, null = (_value(values, f"{which}.{start}.every.share_closed", "+.1%") for which in ("tuned", "null"))
+        rates = [f"{name} {_value(values, f'tuned.{start}.every.{name}', '.0%')}" for name in behaviours]
+        lines.append(f"every piece    {own:>7} (-; {null})  {', '.join(rates)}".rstrip())
     return lines
 
 

@@ -53,13 +53,14 @@ class Texts:
         return made[method]()
 
     def said(self) -> dict[str, list[str]]:
-        """Samples of the amplified difference, beside the base's own."""
+        """Samples of the amplified difference, by gain a token, beside the base's own."""
         settings = SaySettings(
             base=self.pair.info.base, tuned=self.pair.info.tuned, n_samples=self._per_strength(4),
             max_new_tokens=self.settings.max_new_tokens, seed=self.seed,
         )  # fmt: skip
         samples = sample_pair(self.pair, *self._prefixes(settings.n_samples), settings)
-        return {"own": [said.text for said in samples.tuned], "random": samples.base}
+        ranked = sorted(samples.tuned, key=lambda said: -said.gain)
+        return {"own": [said.text for said in ranked], "random": samples.base}
 
     def replied(self) -> dict[str, list[str]]:
         """Replies of the tuned model to prompts about nothing in particular, beside the base's."""

@@ -20,14 +20,16 @@ from crosscoders.text.tokens import Rows
 from diffing.baselines.directions import Directions
 from diffing.baselines.observation import Observed, observe
 from diffing.baselines.pca import mean_direction, principal_directions
+from diffing.comparison.decomposition_block import decomposition_rows
 from diffing.comparison.direction_block import Task, own_rates, span_rows, weight_rows
 from diffing.comparison.inputs import Inputs, load
 from diffing.comparison.overlap import score_overlaps, span_overlaps
 from diffing.comparison.patched_replies import prompts_of
 from diffing.comparison.score_block import score_rows, token_scores
-from diffing.comparison.settings import SCORES, TEXTS, TRAINED
+from diffing.comparison.settings import DICTIONARIES, SCORES, TEXTS, TRAINED_SCORES
 from diffing.comparison.text_block import Texts, text_rows
-from diffing.comparison.trained import trained_rows
+from diffing.comparison.topk_block import topk_rows
+from diffing.comparison.trained import dictionary_rows, latent_scores
 from diffing.comparison.truth import planted_tokens
 
 SPANS = ("pca", "mean-difference")
@@ -74,10 +76,11 @@ def units_of(inputs: Inputs) -> dict[str, list[str]]:
     settings = inputs.settings
     units = {"behaviour": ["behaviour"]} if inputs.truth else {}
     units |= {"span": settings.chosen(SPANS), "weight-svd": settings.chosen(("weight-svd",))}
-    units |= {"scores": settings.chosen(SCORES)}
-    return {name: methods for name, methods in units.items() if methods} | {
-        name: [name] for name in settings.chosen((*TEXTS, *TRAINED))
-    }
+    units |= {"scores": settings.chosen(SCORES)} | {name: settings.chosen((name,)) for name in TEXTS}
+    units |= {name: settings.chosen(methods) for name, methods in DICTIONARIES.items()}
+    units |= {name: settings.chosen((name,)) for name in ("topk-lora", "decomposition")}
+    units |= {"latents": settings.chosen(TRAINED_SCORES)}
+    return {name: methods for name, methods in units.items() if methods}
 
 
 def run_unit(reader: Reader, unit: str, methods: list[str]) -> dict[str, Any]:
@@ -105,16 +108,20 @@ def _measured(reader: Reader, unit: str, methods: list[str]) -> tuple[list[dict[
         rows = span_rows(task, spans) + span_overlaps(spans, inputs.settings.pieces)
     elif unit == "weight-svd":
         rows = weight_rows(task)
-    elif unit == "scores":
-        rows = _scored(reader, methods)
-    elif unit in TRAINED:
-        rows = trained_rows(unit, inputs, reader.which, task, reader.folder)
+    elif unit in ("scores", "latents"):
+        rows = _scored(reader, unit, methods)
+    elif unit in DICTIONARIES:
+        rows = dictionary_rows(unit, methods, inputs, reader.which, task, reader.folder)
+    elif unit == "topk-lora":
+        rows = topk_rows(inputs, reader.which, task, reader.folder)
+    elif unit == "decomposition":
+        rows = decomposition_rows(inputs, reader.which, task, reader.folder)
     else:
         null = None if reader.null is None else reader.null.observed
         made = Texts(reader.pair, reader.observed, inputs.settings, reader.seed, null).of(unit)
         rows, texts = text_rows(unit, made, reader.pair.info.tokenizer, inputs.truth), made
     seconds = time.perf_counter() - started
-    block = "directions" if unit in ("span", "weight-svd", *TRAINED) else "scores" if unit == "scores" else "texts"
+    block = "scores" if unit in ("scores", "latents") else "texts" if unit in TEXTS else "directions"
     rows += [row(f"{block}.{method}.seconds", seconds / len(methods), "s", 1) for method in methods]
     return rows, texts
 
@@ -129,16 +136,19 @@ def _spans(reader: Reader, methods: list[str]) -> list[Directions]:
     return made
 
 
-def _scored(reader: Reader, methods: list[str]) -> list[dict[str, Any]]:
+def _scored(reader: Reader, unit: str, methods: list[str]) -> list[dict[str, Any]]:
     observed, tokenizer = reader.observed, reader.pair.info.tokenizer
     n_ids = reader.pair.info.n_ids
     thresholds = {}
     if reader.null is not None:
-        null_rows = {entry["name"]: entry["value"] for entry in run_unit(reader.null, "scores", methods)["rows"]}
+        null_rows = {entry["name"]: entry["value"] for entry in run_unit(reader.null, unit, methods)["rows"]}
         thresholds = {method: null_rows[f"scores.{method}.threshold"] for method in methods}
     planted = None
     if reader.inputs.truth:
         whole = planted_tokens(reader.rows, tokenizer, reader.inputs.truth)
         planted = whole[reader.rows.offsets[observed.documents.numpy()] + observed.positions.numpy()]
-    scores = token_scores(observed, methods, n_ids)
+    if unit == "latents":
+        scores = {"latents": latent_scores(reader.inputs, reader.which, reader.seed, reader.folder, observed.x)}
+    else:
+        scores = token_scores(observed, methods, n_ids)
     return score_rows(scores, observed, planted, thresholds, reader.seed) + score_overlaps(scores)

@@ -16,7 +16,7 @@ from torch.nn import functional
 from diffing.decomposition.baselines import Pieces
 
 CUT = 0.5
-"""Pieces whose importances correlate above it are one cluster."""
+"""Pieces that are together above it are one cluster."""
 
 
 class Similarity(NamedTuple):
@@ -59,24 +59,25 @@ def similarity(first: Pieces, second: Pieces, *, seed: int = 0) -> Similarity:
 
 
 def clusters(importances: Float[np.ndarray, "tokens pieces"], *, cut: float = CUT) -> Int[np.ndarray, " pieces"]:
-    """Return a cluster number of each piece, from 0: average linkage on 1 - correlation of importances over tokens.
-
-    Two pieces that never change correlate as 1 where both are on, and pieces that change with none of them as 0.
-    """
+    """Return a cluster number of each piece, from 0: average linkage on 1 - `together`."""
     from scipy.cluster.hierarchy import fcluster, linkage
     from scipy.spatial.distance import squareform
 
     if importances.shape[1] < 2:
         return np.zeros(importances.shape[1], dtype=np.int64)
-    spread = importances.std(axis=0)
-    centred = (importances - importances.mean(axis=0)) / np.where(spread > 1e-6, spread, np.inf)
-    correlation = centred.T @ centred / len(importances)
-    constant = spread <= 1e-6
-    correlation[np.ix_(constant, constant)] = 1
-    distance = np.clip(1 - (correlation + correlation.T) / 2, 0, 2)
+    distance = 1 - together(importances)
     np.fill_diagonal(distance, 0)
     numbers = fcluster(linkage(squareform(distance, checks=False), "average"), 1 - cut, "distance")
     return np.asarray(numbers, dtype=np.int64) - 1
+
+
+def together(importances: Float[np.ndarray, "tokens pieces"]) -> Float[np.ndarray, "pieces pieces"]:
+    """Return sum_t min(g_a, g_b) / sum_t max(g_a, g_b): 1 for pieces that are always on together, the whole run long
+    too, where a correlation is not defined."""
+    sums = importances.sum(axis=0, dtype=np.float64)
+    shared = np.stack([np.minimum(importances, of[:, None]).sum(axis=0, dtype=np.float64) for of in importances.T])
+    either = sums + sums[:, None] - shared
+    return np.asarray(np.where(either > 0, shared / np.where(either > 0, either, 1), 0))
 
 
 def chosen_pieces(pieces: Pieces, chosen: Mapping[str, list[int]]) -> Pieces:

@@ -4,7 +4,7 @@ import shlex
 import time
 from typing import Any
 
-from crosscoders.common import files
+from crosscoders.common import files, memory
 from crosscoders.common.checks import to_dict
 from crosscoders.common.progress import say
 from crosscoders.common.results import result, row, say_closing
@@ -15,7 +15,7 @@ from diffing.latents.readable import run_reasons
 from diffing.latents.records import TwinRecord
 from diffing.latents.runs import open_run_and_cache
 from diffing.latents.settings import ScaleSettings, StabilitySettings
-from diffing.latents.stability import read_runs
+from diffing.latents.stability import TOP, read_runs, returns, write_returns
 from diffing.latents.stability import stability as survival_rows
 from diffing.latents.table import scale_run
 from diffing.latents.verdict import VERDICTS
@@ -25,7 +25,11 @@ def scale(settings: ScaleSettings) -> dict[str, Any]:
     """Run `diffing scale`."""
     started = time.perf_counter()
     run, cache = open_run_and_cache(settings.run, settings.cache)
-    say(f"scale {run} on {min(settings.n_tokens or len(cache), len(cache)):,} tokens of {cache.path}")
+    n_bytes = sum(file.stat().st_size for file in run.glob("*.safetensors"))
+    need = memory.Need(memory.PROCESS_BYTES + 2 * n_bytes)  # weights are checked and read from the mapped file
+    needed = memory.require([need], "Free some.", force=True)
+    n_tokens = min(settings.n_tokens or len(cache), len(cache))
+    say(f"scale {run} on {n_tokens:,} tokens of {cache.path}; needs {needed}")
     table = scale_run(run, cache, n_tokens=settings.n_tokens, n_examples=settings.n_examples, device=settings.device)
     counts = {verdict: int((table["verdict"] == verdict).sum()) for verdict in VERDICTS}
     nulls = read_nulls(run)
@@ -53,7 +57,16 @@ def scale(settings: ScaleSettings) -> dict[str, Any]:
 
 
 def stability(settings: StabilitySettings) -> dict[str, Any]:
-    """Run `diffing stability`."""
-    rows = survival_rows(read_runs(settings.runs), seed=settings.seed)
+    """Run `diffing stability`; what came back of the first run lies in its stability.json."""
+    runs = read_runs(settings.runs)
+    rows = survival_rows(runs, seed=settings.seed)
     lines = [f"{entry['name']:<44}{entry['value']:>8.1%}  n {entry['n']:,}" for entry in rows]
+    table = returns(runs)
+    path = write_returns(settings.runs, table)
+    first = runs[0].table.loc[table.index].nsmallest(TOP, "rank")
+    lines += ["", f"first {len(first)} of {settings.runs[0]}: came back, with the same verdict, in other runs"]
+    for latent, rank, verdict in zip(first.index, first["rank"], first["verdict"], strict=True):
+        back, same = table.loc[latent, ["came_back", "same_verdict"]]
+        lines.append(f"  {rank:>4}  latent {latent:<7} {verdict:<16} {back} of {len(runs) - 1}, {same}")
+    lines.append(f"all latents: {path}")
     return result("stability", to_dict(settings), rows) | {"text": "\n".join(lines)}

@@ -5,9 +5,10 @@ r"""Which latents come back when the same crosscoder is trained again: runs matc
     survival   share of latents whose match has a cosine of at least 0.7
     same       share of latents whose match has that cosine and the same verdict
 
-Over all ordered pairs of runs, by verdict and for the first 32 by rank. The control matches against the other run with
+Of each latent of the first run: in how many of the others it came back, and with the same verdict (`returns`). Over all
+ordered pairs of runs, by verdict and for the first 32 by rank. The control matches against the other run with
 its coordinates permuted: what chance alone gives. Source: ours; the cosine of 0.7 as in Paulo and Belrose 2025 (arXiv
-2501.16615). Reading order: `matches`, `stability`.
+2501.16615). Reading order: `matches`, `stability`, `returns`.
 """
 
 from itertools import permutations
@@ -20,7 +21,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from crosscoders.common import files
 from crosscoders.common.errors import InputError
+from crosscoders.common.records import Record
 from crosscoders.common.results import row
 from crosscoders.dictionary.crosscoder import Crosscoder
 from crosscoders.formats.load import load_crosscoder
@@ -30,6 +33,7 @@ from diffing.latents.table import read_table
 from diffing.latents.verdict import VERDICTS, alive_latents
 
 COSINE, TOP = 0.7, 32
+FORMAT_VERSION = 1
 
 
 class TrainedRun(NamedTuple):
@@ -114,3 +118,64 @@ def stability(runs: list[TrainedRun], *, seed: int = 0) -> list[dict[str, Any]]:
             rows.append(row(f"stability.{name}.{what}", value, "fraction", n))
             rows.append(row(f"stability.{name}.{what}_least", min(shares), "fraction", len(shares)))
     return rows
+
+
+class Returns(Record):
+    """stability.json: how often each alive latent of a run came back in other runs."""
+
+    version = FORMAT_VERSION
+    again = "run diffing stability again"
+    format_version: int
+    runs: list[str]
+    """The others."""
+    table_hash: str
+    """Of the run's latents.json."""
+    latents: list[int]
+    came_back: list[int]
+    same_verdict: list[int]
+
+
+def returns(runs: list[TrainedRun]) -> pandas.DataFrame:
+    """Return for each alive latent of the first run (index) in how many of the others its match has a cosine of 0.7 or
+    more (`came_back`), and in how many that one has the same verdict too (`same_verdict`)."""
+    first = runs[0]
+    latents = alive_latents(first.table)
+    verdict = first.table["verdict"].to_numpy()
+    came_back, same = np.zeros((2, len(latents)), dtype=np.int64)
+    for other in runs[1:]:
+        matched = matches(first, other)
+        survives = matched.cosine >= COSINE
+        came_back += survives
+        same += survives & (verdict[latents] == other.table["verdict"].to_numpy()[matched.partners])
+    return pandas.DataFrame({"came_back": came_back, "same_verdict": same}, index=latents)
+
+
+def write_returns(folders: list[str], table: pandas.DataFrame) -> Path:
+    """Write `returns` to stability.json of the first run."""
+    path = Path(folders[0]) / "stability.json"
+    files.write_json(
+        path,
+        {
+            "format_version": FORMAT_VERSION,
+            "runs": folders[1:],
+            "table_hash": files.hash_file(Path(folders[0]) / "latents.json"),
+            "latents": table.index.tolist(),
+            "came_back": table["came_back"].tolist(),
+            "same_verdict": table["same_verdict"].tolist(),
+        },
+    )
+    return path
+
+
+def read_returns(run: Path) -> pandas.DataFrame | None:
+    """Return what `write_returns` wrote of a run; None where there is nothing of its table as it is now."""
+    path = run / "stability.json"
+    if not path.is_file():
+        return None
+    recorded = files.read_model(path, Returns)
+    if recorded["table_hash"] != files.hash_file(run / "latents.json"):
+        return None
+    columns = {name: recorded[name] for name in ("came_back", "same_verdict")}
+    table = pandas.DataFrame(columns, index=recorded["latents"])
+    table.attrs["n_runs"] = len(recorded["runs"])
+    return table

@@ -19,10 +19,11 @@ from crosscoders.common.devices import choose_device
 from crosscoders.common.errors import InputError
 from crosscoders.common.progress import Progress, say
 from crosscoders.common.records import Record
+from crosscoders.common.seals import checksum
 from crosscoders.models import hooks
 from crosscoders.models.generation import sampling
 from crosscoders.models.loading import load_model
-from crosscoders.models.names import hash_model, load_auto, quiet_transformers
+from crosscoders.models.names import hash_model, identity, load_auto, quiet_transformers
 from crosscoders.text.documents import read_source
 from crosscoders.text.packing import missing_borders
 from crosscoders.text.refusals import Refusals
@@ -93,19 +94,22 @@ def train_placebo(base: str, out: Path, placebo: Placebo, *, context_length: int
         InputError: the text is shorter than one row; `out` holds another model.
         CorruptData: the loss is not finite.
     """
-    recipe = {"base": hash_model(base), "seed": seed, "context_length": context_length, "train_placebo": placebo.text}
+    n_rows = placebo.steps * placebo.rows
+    given = (
+        None if placebo.text == SELF else text_rows(load_auto(base, "tokenizer"), placebo.text, context_length, n_rows)
+    )
+    text = SELF if given is None else {"name": placebo.text, "hash": checksum(given.numpy().tobytes())}
+    recipe = {"base": hash_model(base), "seed": seed, "context_length": context_length, "train_placebo": text}
     recipe |= {f"placebo_{name}": getattr(placebo, name) for name in ("steps", "lr", "rows", "rank", "change")}
     if is_made(out, recipe):
         return out
     model, tokenizer = load_base(base, "float32")
-    if placebo.text == SELF:
+    rows = given
+    if rows is None:
         model = model.to(choose_device(device))
-        rows = sampled_rows(model, tokenizer, placebo.steps * placebo.rows, context_length, seed)
-    else:
-        rows = text_rows(tokenizer, placebo.text, context_length, placebo.steps * placebo.rows)
-    n_tokens = placebo.steps * placebo.rows * context_length
-    said = "its own samples" if placebo.text == SELF else placebo.text
-    say(f"train a placebo of {base} on {n_tokens:,} tokens of {said}, to {out}")
+        rows = sampled_rows(model, tokenizer, n_rows, context_length, seed)
+    said = "its own samples" if given is None else placebo.text
+    say(f"train a placebo of {base} on {n_rows * context_length:,} tokens of {said}, to {out}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # of the adapter's start
         if placebo.rank is not None:
@@ -218,7 +222,8 @@ def publish(model: Any, tokenizer: Any, out: Path, recipe: dict[str, Any]) -> Pa
 
 
 def is_made(out: Path, recipe: dict[str, Any]) -> bool:
-    """Tell whether `out` holds the finished model that was made in this way.
+    """Tell whether `out` holds the finished model that was made in this way; text is known by its tokens, wherever it
+    lies.
 
     Raises:
         InputError: it holds another one.
@@ -227,9 +232,9 @@ def is_made(out: Path, recipe: dict[str, Any]) -> bool:
         return False
     recorded = files.read_model(out / "made.json", Record)
     for key, value in recipe.items():
-        if recorded.get(key) != value:
+        before = recorded.get(key)
+        if identity(before) != identity(value):
             raise InputError(
-                f"{out} holds a null model made with {key} = {recorded.get(key)!r}, now {value!r}. "
-                "Choose another --out."
+                f"{out} holds a null model made with {key} = {before!r}, now {value!r}. Choose another --out."
             )
     return True

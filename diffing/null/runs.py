@@ -105,8 +105,10 @@ def require_null(base: str, model: str, opened: ActivationCache) -> None:
                 f"null model {model!r} is a {kinds[1]} but the base {base!r} is a {kinds[0]}. A null is a copy of the "
                 "base that was trained on something else; give one of the same architecture."
             )
-    if hash_model(model) == opened.manifest["tuned"]["hash"]:
-        raise InputError(f"null model {model!r} is the tuned model itself. Give a model without the tuned behaviour.")
+    for role in ("base", "tuned"):
+        if hash_model(model) == opened.manifest[role]["hash"]:
+            own = "base" if role == "base" else "tuned model"
+            raise InputError(f"null model {model!r} is the {own} itself. Give another tune, without the behaviour.")
 
 
 def null_run(config: TrainConfig, cache: ActivationCache, out: Path, n_tokens: int, *, force: bool = False) -> Scaled:

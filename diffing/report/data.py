@@ -6,7 +6,7 @@ goes a `Run` of plain data in which every number is finite or None. Reading orde
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ from crosscoders.common.results import ResultRecord
 from crosscoders.training.log import require_log
 from diffing.latents.decoder_norms import NORM_CLASSES
 from diffing.latents.records import require_one_table
+from diffing.latents.stability import read_returns
 from diffing.latents.verdict import VERDICTS, Thresholds, is_alive
 
 WORDS: dict[str, tuple[str, ...]] = {"verdict": tuple(VERDICTS), "norm_class": NORM_CLASSES}
@@ -155,7 +156,7 @@ def read_run(path: Path) -> Run:
     if not (path / "latents.json").is_file():
         raise InputError(f"'{path}' has no latents.json. Run: {command_for('latents.json', path)}")
     require_one_table(path)
-    latents = read_latents(path / "latents.json")
+    latents = with_returns(read_latents(path / "latents.json"), path)
     setup = read_object(path / "run.json") if (path / "run.json").is_file() else {}
     training, heldout = read_training(path / "train.jsonl") if (path / "train.jsonl").is_file() else ([], [])
     evaluation = read_rows(path / "eval.json") if (path / "eval.json").is_file() else []
@@ -185,6 +186,19 @@ def finite(value: Any) -> Any:
 def read_object(path: Path) -> dict[str, Any]:
     """Read a file that holds one JSON object."""
     return {key: finite(item) for key, item in read_model(path, Record).items()}
+
+
+def with_returns(latents: Latents, run: Path) -> Latents:
+    """Return the table with the columns of `diffing stability`, where it was run on this table."""
+    table = read_returns(run)
+    if table is None:
+        return latents
+    listed = table.reindex(latents.columns["latent"])
+    columns = {
+        name: [None if math.isnan(value) else int(value) for value in listed[name]]
+        for name in ("came_back", "same_verdict")
+    }
+    return replace(latents, columns=latents.columns | columns)
 
 
 def read_latents(path: Path) -> Latents:

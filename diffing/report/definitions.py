@@ -55,6 +55,9 @@ COLUMNS = {
 FAMILIES = {
     "beta_": "The betas behind the ratios, by model and target; mirror: on the base decoder.",
     "nu_activation": "The same ratio on the activation itself, with or without the decoder bias.",
+    "came_back": "Number of the other training runs in which a latent with a cosine of 0.7 or more was found "
+    "(diffing stability).",
+    "same_verdict": "Number of those in which it has this verdict too.",
     "share_": "Share of the latent's summed activation in this group of documents, outside the chat template.",
 }
 """Further columns that begin alike."""

@@ -9,7 +9,9 @@ from typing import NamedTuple
 from crosscoders.common.files import write_bytes, write_json
 from diffing.latents.nulls import read_nulls
 from diffing.report.causes import read_causal
+from diffing.report.comparison import compare_section
 from diffing.report.data import read_run
+from diffing.report.decomposition import decomposition_section
 from diffing.report.render import render_html, render_json, render_methods, table_rows
 from diffing.report.samples import read_replies, read_say
 from diffing.report.sections import Section, sae_section
@@ -25,7 +27,12 @@ class ReportFiles(NamedTuple):
     """The same numbers as data."""
 
 
-READERS = {"topk-run.json": topk_section, "sae.json": sae_section}
+READERS = {
+    "topk-run.json": topk_section,
+    "sae.json": sae_section,
+    "compare.json": compare_section,
+    "decomposition.json": decomposition_section,
+}
 """File of another method's folder -> what makes a section of that folder."""
 
 

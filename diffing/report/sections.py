@@ -13,6 +13,8 @@ from diffing.report.figures import Figure
 from diffing.report.text import NONE, clip, model_name, number
 
 TOPK = "diffing topk-lora fit --base BASE --tuned TUNED --data DATA --out {run}/topk-lora"
+DECOMPOSE = "diffing decompose --base BASE --tuned TUNED --data DATA --out {run}/decompose"
+COMPARE = "diffing compare --base BASE --tuned TUNED --data DATA --out {run}/compare"
 SAE = "diffing sae --base BASE --tuned TUNED --sae SAE --data DATA --out {run}/sae"
 SHOWN_LATENTS = 16
 
@@ -73,7 +75,8 @@ def pair_of(config: dict[str, Any]) -> tuple[str, str]:
 def absent(run: Path, sections: list[Section]) -> list[str]:
     """Return the commands of the methods that have no section."""
     shown = {section.name.rsplit("-", 1)[0] for section in sections}
-    return [command.format(run=run) for name, command in (("topk-lora", TOPK), ("sae", SAE)) if name not in shown]
+    commands = {"topk-lora": TOPK, "sae": SAE, "compare": COMPARE, "decomposition": DECOMPOSE}
+    return [command.format(run=run) for name, command in commands.items() if name not in shown]
 
 
 def with_interval(entry: dict[str, Any], form: str = ".4f") -> str:

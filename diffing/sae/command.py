@@ -22,7 +22,7 @@ from crosscoders.common.devices import choose_device
 from crosscoders.common.errors import InputError
 from crosscoders.common.progress import say
 from crosscoders.common.results import result, row, say_closing
-from crosscoders.models.names import hash_model
+from crosscoders.models.names import hash_model, require_two_models
 from crosscoders.models.pair import ModelPair, PairInfo, inspect_pair, load_pair
 from crosscoders.text.chats import Chat, read_chats
 from diffing.causal.patching import measure
@@ -119,6 +119,7 @@ def inspect(settings: SaeSettings) -> Inputs:
         twin = inspect_sae(settings.tuned_sae, settings.tuned, hook_point, is_patched=is_patched)
         require_twins(info, twin)
     pair = inspect_pair(settings.base, settings.tuned, [info.hook_point])
+    require_two_models(settings.base, settings.tuned)
     if settings.null is not None:
         require_null(settings, info.hook_point, pair.tokenizer.name_or_path)
     config = _cache_config(settings, info.hook_point)

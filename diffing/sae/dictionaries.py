@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from crosscoders.common.errors import InputError
-from crosscoders.models import hooks
+from crosscoders.models import points
 from crosscoders.models.names import hash_model, load_auto
 from sae_lora.dictionaries.frozen import DictionaryInfo, FrozenDictionary, is_transcoder, require_fit
 from sae_lora.dictionaries.loading import inspect_dictionary, reads_two_models
@@ -32,7 +32,7 @@ def inspect_sae(path: str, model: str, hook_point: str | None, *, is_patched: bo
             f"{path!r} is a transcoder: it reads {info.hook_point!r} and writes {info.writes!r}, so its latents cannot "
             "be patched where they are read. Give --n-documents 0: their rates alone."
         )
-    width = hooks.width(config, info.hook_point)
+    width = points.width(config, info.hook_point)
     require_fit(info, d_model=width, n_layers=config.num_hidden_layers, model_name=model, model_hash=hash_model(model))
     if (how := info.settings.get("normalize_activations")) in _PER_TOKEN:
         raise InputError(

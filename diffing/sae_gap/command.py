@@ -22,7 +22,7 @@ from crosscoders.common.errors import InputError
 from crosscoders.common.progress import say
 from crosscoders.common.results import result, row, say_closing
 from crosscoders.common.statistics import bootstrap_interval, resample
-from crosscoders.models.names import hash_model, load_auto
+from crosscoders.models.names import hash_model, load_auto, require_two_models
 from diffing.sae_gap.classes import CLASSES, RoleClasses
 from diffing.sae_gap.settings import SaeGapSettings
 from sae_lora.dictionaries.controls import with_control
@@ -72,6 +72,7 @@ def measure_gaps(
 def roles_of(settings: SaeGapSettings) -> dict[str, FitConfig]:
     """Return the settings of the fit for base, tuned and placebo."""
     models = {"base": settings.base, "tuned": settings.tuned, "placebo": settings.placebo}
+    require_two_models(settings.base, settings.tuned)
     if reads_two_models(settings.dictionary):
         if settings.placebo is not None:
             raise InputError(

@@ -7,7 +7,7 @@ import torch
 from crosscoders.common import files
 from crosscoders.common.errors import InputError
 from crosscoders.common.records import Record
-from crosscoders.models.names import hash_model, load_auto
+from crosscoders.models.names import hash_model, load_auto, require_two_models
 from crosscoders.models.pair import ModelPair, PairInfo, inspect_pair, load_pair
 
 HOOK_POINT = "blocks.0.hook_resid_post"
@@ -21,8 +21,7 @@ def inspect_two(base: str, tuned: str, tokenizer: str | None) -> PairInfo:
         InputError: as `inspect_pair`; base and tuned are one model.
     """
     info = inspect_pair(base, tuned, [HOOK_POINT], tokenizer=tokenizer)
-    if base == tuned or (Path(base).is_dir() and Path(tuned).is_dir() and hash_model(base) == hash_model(tuned)):
-        raise InputError(f"base {base!r} and tuned {tuned!r} are the same model. Name two that differ.")
+    require_two_models(base, tuned)
     return info
 
 

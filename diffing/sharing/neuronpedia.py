@@ -24,8 +24,8 @@ from crosscoders.activations.cache import ActivationCache
 from crosscoders.common.files import write_bytes
 from crosscoders.dictionary import selection
 from crosscoders.dictionary.crosscoder import Crosscoder
-from crosscoders.models.hooks import layer_of
 from crosscoders.models.pair import ModelPair
+from crosscoders.models.points import layer_of
 from crosscoders.models.resume import read_out
 from crosscoders.text.decoding import token_text
 from diffing.explorer.pages import HISTOGRAM_TOKENS, N_BINS, Evidence

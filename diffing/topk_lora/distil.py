@@ -17,11 +17,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from crosscoders.common.devices import choose_device
 from crosscoders.common.errors import InputError
 from crosscoders.common.progress import Progress
 from crosscoders.models import hooks
-from crosscoders.models.pair import inspect_pair, load_pair
+from crosscoders.models.names import require_two_models
+from crosscoders.models.pair import ModelPair, PairInfo, inspect_pair, load_pair
 from crosscoders.models.predictions import ce, kl, log_probs
 from crosscoders.text.chats import RESPONSE
 from crosscoders.text.padding import Batch, pad, padding_id
@@ -72,9 +72,21 @@ def open_setting(config: PairData) -> Setting:
     """Read the documents, then load both models whole.
 
     Raises:
-        InputError: models that do not fit each other, too few tokens.
+        InputError: models that do not fit each other or are one, too few tokens.
     """
     info = inspect_pair(config.base, config.tuned, ["blocks.0.hook_resid_post"])
+    require_two_models(config.base, config.tuned)
+    read = read_batches(config, info)
+    pair = load_pair(config.base, config.tuned, "blocks.0.hook_resid_post", device=config.device, info=info, whole=True)
+    return setting_of(pair, *read)
+
+
+def read_batches(config: PairData, info: PairInfo) -> tuple[Rows, Rows, list[Batch], list[Batch]]:
+    """Return held-out and training documents, then the batches of training and those held out.
+
+    Raises:
+        InputError: too few tokens.
+    """
     pad_id = padding_id(info.tokenizer, info.n_ids)
 
     def batches(rows: Rows) -> list[Batch]:
@@ -90,10 +102,13 @@ def open_setting(config: PairData) -> Setting:
         train, held_out = train[:-n_held_out], train[-n_held_out:]
     if not train:
         raise InputError(f"{rows.n_scored:,} tokens make one batch; give more text, or lower batch_rows.")
-    pair = load_pair(config.base, config.tuned, "blocks.0.hook_resid_post", device=config.device, info=info, whole=True)
-    device = choose_device(config.device)
-    moved = ([batch.to(device) for batch in part] for part in (train, held_out))
-    return Setting(*pair.models, info.tokenizer, rows, train_rows, *moved)
+    return rows, train_rows, train, held_out
+
+
+def setting_of(pair: ModelPair, rows: Rows, train_rows: Rows, train: list[Batch], held_out: list[Batch]) -> Setting:
+    """Return a loaded pair, whole, with what `read_batches` gives on its device."""
+    moved = ([batch.to(pair.device) for batch in part] for part in (train, held_out))
+    return Setting(*pair.models, pair.info.tokenizer, rows, train_rows, *moved)
 
 
 def predicted(batch: Batch) -> Bool[Tensor, "rows positions"]:

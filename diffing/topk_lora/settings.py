@@ -1,11 +1,11 @@
 """Settings of `diffing topk-lora`. Imports nothing heavy."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from crosscoders.common.checks import require_positive, require_range
 from crosscoders.common.errors import InputError
-from crosscoders.text.settings import DataConfig, DataSource
+from crosscoders.text.settings import TEMPLATE_DATE, DataConfig, DataSource
 from sae_lora.lora.settings import TopKLoRAConfig
 
 
@@ -27,6 +27,10 @@ class PairData:
     """Share of the batches of `data` that are kept for it then; with `eval_data`, its scored tokens over n_tokens."""
     context_length: int = 128
     """Tokens of a document that are read."""
+    chat_template: str | None = None
+    """File with a chat template, for tokenizers without one."""
+    template_date: str = TEMPLATE_DATE
+    """YYYY-MM-DD, which a chat template that writes today's date gets instead."""
     batch_rows: int = 8
     """Documents in a step."""
     device: str = "auto"
@@ -40,14 +44,17 @@ class PairData:
 
     def data_config(self) -> DataConfig:
         """Return the part that says which documents are read."""
-        return DataConfig(data=self.data, n_tokens=self.n_tokens, context_length=self.context_length)
+        return DataConfig(
+            data=self.data, n_tokens=self.n_tokens, context_length=self.context_length,
+            chat_template=self.chat_template, template_date=self.template_date,
+        )  # fmt: skip
 
     def eval_config(self) -> DataConfig | None:
         """Return the same of the documents for the evaluation alone, if there are any."""
         if self.eval_data is None:
             return None
         n_tokens = max(1, round(self.holdout_share * self.n_tokens))
-        return DataConfig(data=self.eval_data, n_tokens=n_tokens, context_length=self.context_length)
+        return replace(self.data_config(), data=self.eval_data, n_tokens=n_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from crosscoders.common import files
 from crosscoders.common.errors import InputError
 from crosscoders.dictionary.crosscoder import Crosscoder
-from crosscoders.models import hooks
+from crosscoders.models import hooks, points
 
 Side = Literal["base", "tuned", "both"]
 SIDES: tuple[Side, ...] = ("base", "tuned", "both")
@@ -291,7 +291,7 @@ def require_fit(info: DictionaryInfo, *, d_model: int, n_layers: int, model_name
             f"dictionary {info.path!r} has d_model {info.d_model} but model {model_name!r} has {d_model}. "
             "Choose a dictionary of this model."
         )
-    hooks.require_layer(info.hook_point, n_layers, model_name)
+    points.require_layer(info.hook_point, n_layers, model_name)
     if info.model_hashes and model_hash is not None and model_hash not in info.model_hashes:
         raise InputError(
             f"dictionary {info.path!r} was trained on {' and '.join(info.model_names)}, not on {model_name!r}: its "

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from crosscoders.common import files
 from crosscoders.common.errors import CorruptData, InputError
-from crosscoders.models import hooks
+from crosscoders.models import points
 from sae_lora.dictionaries.frozen import DictionaryInfo, FrozenDictionary, Sae
 from sae_lora.dictionaries.places import chosen_hook_point
 
@@ -43,7 +43,7 @@ def inspect(path: Path, hook_point: str | None, model_type: str | None) -> Dicti
     named = f"blocks.{layer[1]}.{_SITES[site[1]]}" if layer and site else None
     settings = {"gate": "jumprelu", "apply_b_dec_to_input": False}
     chosen = chosen_hook_point(named, hook_point, path, model_type)
-    if layer and hooks.layer_of(chosen) != int(layer[1]):
+    if layer and points.layer_of(chosen) != int(layer[1]):
         raise InputError(f"{str(path)!r} is of layer {layer[1]}, not at {chosen!r}. Give a hook point of that layer.")
     return DictionaryInfo("gemma-scope", str(path), chosen, shapes.d_model, shapes.dict_size, settings)
 

@@ -11,7 +11,7 @@ from typing import Any
 from crosscoders.common import files
 from crosscoders.common.errors import InputError
 from crosscoders.common.records import Record
-from crosscoders.models import hooks
+from crosscoders.models import points
 from sae_lora.dictionaries.frozen import DictionaryInfo, FrozenDictionary, Sae
 from sae_lora.dictionaries.places import chosen_hook_point
 from sae_lora.dictionaries.tensors import Shape, float_tensors, require_shapes, shapes_of, vector_length
@@ -57,7 +57,7 @@ def inspect(path: Path, hook_point: str | None, model_type: str | None) -> Dicti
         dict_size=dict_size,
         settings={"gate": "jumprelu", "apply_b_dec_to_input": False},
         model_names=(str(name),) if name else (),
-        writes=writes and (hooks.known_as(writes, model_type or MODEL_TYPE) or writes),
+        writes=writes and (points.known_as(writes, model_type or MODEL_TYPE) or writes),
     )
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from crosscoders.common.errors import InputError
-from crosscoders.models import hooks
+from crosscoders.models import points
 
 
 def chosen_hook_point(recorded: str | None, given: str | None, path: str | Path, model_type: str | None) -> str:
@@ -12,8 +12,8 @@ def chosen_hook_point(recorded: str | None, given: str | None, path: str | Path,
     Raises:
         InputError: nobody says it, or both do and differ.
     """
-    named = None if recorded is None else hooks.known_as(recorded, model_type)
-    asked = None if given is None else hooks.known_as(given, model_type) or given
+    named = None if recorded is None else points.known_as(recorded, model_type)
+    asked = None if given is None else points.known_as(given, model_type) or given
     if named is None and asked is None:
         says = "does not say its hook point" if recorded is None else f"sits at {recorded!r}, which cannot be run"
         raise InputError(

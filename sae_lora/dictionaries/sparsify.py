@@ -10,7 +10,7 @@ from typing import Any
 from crosscoders.common import files
 from crosscoders.common.errors import InputError
 from crosscoders.common.records import Record
-from crosscoders.models import hooks
+from crosscoders.models import points
 from sae_lora.dictionaries.frozen import DictionaryInfo, FrozenDictionary, Sae
 from sae_lora.dictionaries.places import chosen_hook_point
 from sae_lora.dictionaries.tensors import Shape, float_tensors, require_shapes, shapes_of, vector_length
@@ -44,7 +44,7 @@ def inspect(path: Path, hook_point: str | None, model_type: str | None) -> Dicti
         dict_size=dict_size,
         settings={"gate": "topk", "k": k, "apply_b_dec_to_input": not transcodes},
         model_names=_model_names(folder.absolute().parent / "config.json"),
-        writes=(module and hooks.known_as(module, model_type)) or name if transcodes else None,
+        writes=(module and points.known_as(module, model_type)) or name if transcodes else None,
     )
 
 

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from crosscoders.common.errors import InputError
+from crosscoders.common.progress import watched
 from crosscoders.common.results import row
 from crosscoders.common.statistics import bootstrap_interval, resample
 from crosscoders.dictionary import metrics
@@ -67,11 +68,13 @@ def measure(
     corrected: Sequence[FrozenDictionary] | None = None,
     classes: Classes | None = None,
     cells: Sequence[str] = CELLS,
+    label: str = "eval",
 ) -> Measured:
     """Measure every cell of a model, under PEFT or not, and its dictionaries; `batches` makes a fresh pass.
 
     corrected: what is spliced while the adapter is on, for correctors of the dictionary. cells: fewer of `CELLS`, from
     `plain` on.
+    label: names the passes in progress.
     The prediction of a token is made a position before it; predictions of BOS and padding are not counted. The
     ablations keep the positions that the splice keeps; the mean is the model's own, over the other positions.
     """
@@ -80,13 +83,17 @@ def measure(
     n_tokens = np.zeros((len(names), n_sequences), dtype=np.int64)
     reconstructions = {when: _Reconstructions(dictionaries) for when in ("before", "after")}
     ablated = any(cell.endswith("_ablated") for cell in cells)
-    zeros, means = _ablations(model, dictionaries, batches, keep_ids) if ablated else ([], [])
+
+    def passed(label: str) -> Iterator[Batch]:
+        return watched(batches(), label, total=n_sequences, unit="seq", size=lambda batch: len(batch.ids))
+
+    zeros, means = _ablations(model, dictionaries, passed(f"{label}, means"), keep_ids) if ablated else ([], [])
     spliced: dict[str, Sequence[FrozenDictionary]] = {
         "spliced": dictionaries, "adapted_spliced": corrected or dictionaries, "zero_ablated": zeros,
         "mean_ablated": means,
     }  # fmt: skip
     observers = {"spliced": reconstructions["before"].add, "adapted_spliced": reconstructions["after"].add}
-    for batch in batches():
+    for batch in passed(label):
         if not n_tokens.any():
             require_head(model, batch)
         used = batch.scored.clone()
@@ -163,7 +170,7 @@ def of_predictions(
 def _ablations(
     model: Any,
     dictionaries: Sequence[FrozenDictionary],
-    batches: Callable[[], Iterator[Batch]],
+    batches: Iterator[Batch],
     keep_ids: Sequence[int],
 ) -> tuple[list[Constant], list[Constant]]:
     totals = {d.hook_point: torch.zeros(d.info.d_model, dtype=torch.float64) for d in dictionaries}
@@ -176,7 +183,7 @@ def _ablations(
     device = next(model.parameters()).device
     zeros = [Constant(point, torch.zeros(len(total))).to(device) for point, total in totals.items()]
     with torch.no_grad(), lora_off(model), splice(model, zeros, mode="off", keep_ids=keep_ids, observe=add):
-        for batch in batches():
+        for batch in batches:
             final_states(model, batch)
     means = [Constant(point, (total / counts[point]).float()).to(device) for point, total in totals.items()]
     return zeros, means

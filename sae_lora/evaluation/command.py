@@ -10,7 +10,7 @@ from crosscoders.common import files, memory
 from crosscoders.common.checks import to_dict
 from crosscoders.common.devices import choose_device
 from crosscoders.common.errors import InputError
-from crosscoders.common.progress import say
+from crosscoders.common.progress import say, watched
 from crosscoders.common.results import result, row, say_closing
 from sae_lora.dictionaries.controls import as_fitted
 from sae_lora.dictionaries.frozen import FrozenDictionary
@@ -47,7 +47,11 @@ def eval_command(settings: EvalSettings) -> dict[str, Any]:
         if chosen:
             say(f"ablating {len(chosen)} latents at {point}")
             effects = ablation.effects(
-                fitted, dictionaries, point, chosen, plan.batches(settings.batch_rows, device),
+                fitted, dictionaries, point, chosen,
+                watched(
+                    plan.batches(settings.batch_rows, device), f"ablate at {point}", total=len(plan.rows.offsets) - 1,
+                    unit="seq", size=lambda batch: len(batch.ids),
+                ),
                 sidecar["kept_positions"]["token_ids"], settings.seed,
             )  # fmt: skip
             rows += ablation.effect_rows(point, effects, settings.seed)
@@ -159,5 +163,5 @@ def _measure(
     keep_ids = sidecar["kept_positions"]["token_ids"]
     return cells.measure(
         fitted.model, dictionaries, lambda: plan.batches(settings.batch_rows, device), n_sequences, keep_ids,
-        corrected=fitted.dictionaries, classes=TokenClasses(plan.rows),
+        corrected=fitted.dictionaries, classes=TokenClasses(plan.rows), label=f"eval {Path(sidecar['folder']).name}",
     )  # fmt: skip

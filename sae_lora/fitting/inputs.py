@@ -11,7 +11,7 @@ from crosscoders.common import files
 from crosscoders.common.devices import model_dtype
 from crosscoders.common.errors import InputError
 from crosscoders.common.seals import checksum
-from crosscoders.models import hooks, loading
+from crosscoders.models import hooks, loading, points
 from crosscoders.models.limits import require_readable
 from crosscoders.models.names import hash_model, load_auto, require_no_lost_path
 from crosscoders.models.skeleton import skeleton
@@ -89,7 +89,7 @@ def make_plan(
     modules = skeleton(model)
     for info in infos:
         require_spliceable(info)
-        known = {"d_model": hooks.width(text, info.hook_point), "n_layers": text.num_hidden_layers}
+        known = {"d_model": points.width(text, info.hook_point), "n_layers": text.num_hidden_layers}
         require_fit(info, **known, model_name=model, model_hash=None if foreign else model_hash)
         hooks.find_module(modules, info.hook_point)
     if foreign and all(model_hash in info.model_hashes for info in infos):
@@ -104,7 +104,7 @@ def make_plan(
     if config.pack:
         rows = separated(rows, tokenizer).packed(config.n_tokens // config.context_length, config.context_length)
     require_readable(rows, [model], tokenizer)
-    infos.sort(key=lambda info: hooks.place(info.hook_point))
+    infos.sort(key=lambda info: points.place(info.hook_point))
     return Plan(
         model, model_hash, modules, text.num_hidden_layers, infos, rows, special_ids(tokenizer),
         padding_id(tokenizer, int(text.vocab_size)), beside,
@@ -120,7 +120,7 @@ def _beside(other: str, infos: list[DictionaryInfo], model_hash: str) -> dict[st
         )
     require_no_lost_path(other)
     text, other_hash = load_auto(other, "config").get_text_config(), hash_model(other)
-    known = {"d_model": hooks.width(text, infos[0].hook_point), "n_layers": text.num_hidden_layers}
+    known = {"d_model": points.width(text, infos[0].hook_point), "n_layers": text.num_hidden_layers}
     require_fit(infos[0], **known, model_name=other, model_hash=other_hash)
     if other_hash == model_hash:
         raise InputError(f"other_model {other!r} is the model itself. Give the other one of the crosscoder's pair.")
@@ -131,11 +131,11 @@ def load_dictionaries(plan: Plan, config: TextConfig, device: torch.device) -> l
     """Load the dictionaries of a plan, from the lowest on."""
     other = None
     if plan.other is not None:
-        n_layers = hooks.layer_of(plan.infos[0].hook_point) + 1
+        n_layers = points.layer_of(plan.infos[0].hook_point) + 1
         other = _pretrained(plan.other["name"], config, device, n_layers)
     read = [point for info in plan.infos for point in info.settings.get("hook_points", ())]  # over layers of the model
     if read:
-        other = _pretrained(plan.model, config, device, 1 + max(hooks.layer_of(point) for point in read))
+        other = _pretrained(plan.model, config, device, 1 + max(points.layer_of(point) for point in read))
     return [read_dictionary(info, other).to(device) for info in plan.infos]
 
 

@@ -20,8 +20,8 @@ from crosscoders.common.devices import choose_device
 from crosscoders.common.errors import CorruptData
 from crosscoders.common.progress import Progress, say
 from crosscoders.common.provenance import environment
-from crosscoders.models import hooks, resume
-from crosscoders.models.hooks import first_layer_after
+from crosscoders.models import points, resume
+from crosscoders.models.points import first_layer_after
 from crosscoders.text.padding import Batch
 from crosscoders.training import checkpoint
 from crosscoders.training.loop import StopRequested, stop_requests
@@ -35,7 +35,7 @@ from sae_lora.fitting.stored import open_states
 from sae_lora.lora.adapter import choose_layers
 from sae_lora.lora.sidecar import SIDECAR
 
-PLACES = ("model", "dictionary", "data", "store_folder")
+PLACES = ("model", "dictionary", "data", "store_folder", "tokenizer", "chat_template", "other_model")
 """Settings that say where something is, of which the run records hashes."""
 
 
@@ -130,11 +130,11 @@ def batch_order(n_batches: int, epochs: int, seed: int) -> list[int]:
 def _summary(config: FitConfig, plan: Plan, fitted: correctors.Fitted, layers: list[int]) -> str:
     """Say what is fitted, around what, on how much; for people."""
     kind = f"rank {config.rank} on layers {layers[0]} to {layers[-1]}" if layers else config.corrector
-    points = ", ".join(info.hook_point for info in plan.infos)
+    read_at = ", ".join(info.hook_point for info in plan.infos)
     control = "" if config.control == "none" else f", control {config.control}"
     often = f" {config.epochs} times" if config.epochs > 1 else ""
     return (
-        f"fit {kind} of {plan.model} ({fitted.n_weights:,} weights) around {points}{control}: "
+        f"fit {kind} of {plan.model} ({fitted.n_weights:,} weights) around {read_at}{control}: "
         f"{plan.rows.n_scored:,} tokens in {len(plan.rows.offsets) - 1:,} sequences{often}"
     )
 
@@ -173,7 +173,7 @@ def common_prefix(
 ) -> resume.Prefix | None:
     """Return the part up to the residual-stream point at or before the lowest dictionary, if all LoRA comes after it
     and nothing changes by starting there."""
-    lowest = hooks.entry_point(fitted.dictionaries[0].hook_point)
+    lowest = points.entry_point(fitted.dictionaries[0].hook_point)
     if layers and layers[0] < first_layer_after(lowest):
         return None
     prefix = resume.find_prefix(fitted.model, lowest, next(plan.batches(config.batch_rows, device)))

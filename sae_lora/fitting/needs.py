@@ -8,8 +8,8 @@ import torch
 
 from crosscoders.common import devices
 from crosscoders.common.memory import PROCESS_BYTES, Need
-from crosscoders.models import hooks
-from crosscoders.models.hooks import first_layer_after
+from crosscoders.models import points
+from crosscoders.models.points import first_layer_after
 from crosscoders.models.skeleton import parameter_count
 from sae_lora.fitting.inputs import Plan
 from sae_lora.fitting.settings import FitConfig, TextConfig
@@ -56,7 +56,7 @@ def _need(config: TextConfig, plan: Plan, device: torch.device, *, n_trained: in
     itemsize = dtype.itemsize
     weights = itemsize * sum(weight.numel() for weight in plan.skeleton.parameters())
     if plan.other is not None:
-        weights += itemsize * parameter_count(plan.other["name"], hooks.layer_of(plan.infos[0].hook_point) + 1)
+        weights += itemsize * parameter_count(plan.other["name"], points.layer_of(plan.infos[0].hook_point) + 1)
     dictionaries = sum(4 * info.dict_size * (2 * info.d_model + 2) for info in plan.infos)
     latents = max(4 * 3 * n_tokens * info.dict_size for info in plan.infos)
     d_model, wide = int(text.hidden_size), getattr(text, "intermediate_size", None) or 4 * int(text.hidden_size)

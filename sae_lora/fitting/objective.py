@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from crosscoders.models import hooks, predictions
+from crosscoders.models import points, predictions
 from crosscoders.models.resume import Prefix, ToLogits, activations, final_states, head_alone, start_at
 from crosscoders.text.padding import Batch
 from sae_lora.dictionaries.frozen import FrozenDictionary
@@ -95,7 +95,7 @@ def states(model: Any, dictionary: FrozenDictionary, batch: Batch, keep_ids: Seq
     stream that is at or before its own."""
     with torch.no_grad(), lora_off(model):
         final = final_states(model, batch)
-        start = hooks.entry_point(dictionary.hook_point)
+        start = points.entry_point(dictionary.hook_point)
         is_own = start == dictionary.hook_point
         with splice(model, dictionary, keep_ids=keep_ids) if is_own else contextlib.nullcontext():
             return States(activations(model, start, batch), final)

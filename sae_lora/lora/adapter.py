@@ -15,8 +15,8 @@ from torch import nn
 
 from crosscoders.common.errors import InputError
 from crosscoders.models.adapters import with_adapter
-from crosscoders.models.hooks import first_layer_after
 from crosscoders.models.names import quiet_transformers
+from crosscoders.models.points import first_layer_after
 from sae_lora.dictionaries.frozen import DictionaryInfo, FrozenDictionary
 from sae_lora.lora.sidecar import read_sidecar, require_same_dictionaries
 from sae_lora.lora.targets import find_targets

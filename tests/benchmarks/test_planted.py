@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from pathlib import Path
 
 import numpy as np
 import pandas
@@ -296,7 +297,9 @@ def test_the_scores_find_the_truth_in_a_dictionary_of_the_truth() -> None:
     assert scores.judge(dealt, scores.SCORES["verdict"], 20)["precision"] < 0.4
 
 
-def test_a_small_run_gives_every_row_that_is_promised(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_small_run_gives_every_row_that_is_promised_and_keeps_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     small = PlantedConfig(
         d_model=32, n_shared=16, n_tuned_only=6, n_base_only=4, n_rotated=2, n_rescaled=8, n_split=2, n_recomposed=2,
         l0=3.0,
@@ -306,7 +309,7 @@ def test_a_small_run_gives_every_row_that_is_promised(monkeypatch: pytest.Monkey
     monkeypatch.setattr(planted, "QUICK_STEPS", 120)
     monkeypatch.setattr(runs, "TRAIN_TOKENS", 20_000)
     monkeypatch.setattr(runs, "EVAL_TOKENS", 8_000)
-    rows = {row["name"]: row for row in planted.run(True)["rows"]}
+    rows = {row["name"]: row for row in planted.run(True, tmp_path)["rows"]}
     for variant in ("l1", "batchtopk-concat"):
         for score in scores.SCORES:
             for measure in ("recall", "f1", "auroc", "ap"):
@@ -315,3 +318,10 @@ def test_a_small_run_gives_every_row_that_is_promised(monkeypatch: pytest.Monkey
             assert rows[f"planted.{variant}.{name}"]["n"] == 1
     assert rows["planted.batchtopk-concat.fve.tuned"]["value"] > 0.8
     assert rows["planted.batchtopk-concat.norm.auroc"]["value"] > 0.8
+    monkeypatch.setattr(planted, "run_one", lambda *_args, **_settings: pytest.fail("trained again"))
+    assert planted.run(True, tmp_path)["rows"] == list(rows.values())
+
+
+def test_a_size_that_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="planted has no size 'unkin'; did you mean 'unkind'"):
+        planted.run(True, tmp_path, only=("unkin",))

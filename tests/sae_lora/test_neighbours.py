@@ -9,7 +9,7 @@ from dictionaries import POINT, D, F, X, arrays, gemma_scope, sae_lens
 from safetensors.torch import load_file, save_file
 
 from crosscoders import InputError, load_crosscoder
-from crosscoders.models import hooks
+from crosscoders.models import points
 from sae_lora import inspect_dictionary, load_dictionary
 
 
@@ -99,7 +99,7 @@ def test_what_an_old_folder_leaves_unsaid_is_taken_as_sae_lens_takes_it(
 def test_names_of_modules_are_hook_points_where_both_mean_the_same(
     name: str, model_type: str | None, expected: str | None
 ) -> None:
-    assert hooks.known_as(name, model_type) == expected
+    assert points.known_as(name, model_type) == expected
 
 
 def placed(folder: Path, name: str) -> Path:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from crosscoders import Crosscoder, CrosscoderConfig, InputError, load_crosscoder
 from crosscoders.common import memory
-from crosscoders.models import hooks, resume
+from crosscoders.models import hooks, points, resume
 from crosscoders.models.names import hash_model
 from sae_lora import FitConfig, fit, inspect_dictionary, load_dictionary, splice
 from sae_lora.cli import main
@@ -79,7 +79,7 @@ def test_a_prefix_that_ends_before_the_layer_of_the_dictionary_gives_equal_bits(
     adapted = add_lora(load_model(plan, settings, CPU), [1, 2], rank=2, alpha=1.0)
     dictionaries, batch = load_dictionaries(plan, settings, CPU), next(plan.batches(4, CPU))
     found = []
-    start = resume.find_prefix(adapted, hooks.entry_point(point), batch)
+    start = resume.find_prefix(adapted, points.entry_point(point), batch)
     assert start is not None
     kept = objective.states(adapted, dictionaries[0], batch, plan.keep_ids)
     for prefix, stored in ((None, None), (start, None), (start, kept)):

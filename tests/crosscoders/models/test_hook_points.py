@@ -10,8 +10,8 @@ import transformers as hf
 from conftest import make_tokenizer
 
 from crosscoders import InputError
-from crosscoders.models import hooks
-from crosscoders.models.hooks import _PARTS
+from crosscoders.models import hooks, points
+from crosscoders.models.points import PARTS
 
 SIZES = {
     "vocab_size": 320, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -40,7 +40,7 @@ MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
 
 
 def test_every_listed_architecture_is_tested() -> None:
-    assert CONFIGS.keys() == _PARTS.keys()
+    assert CONFIGS.keys() == PARTS.keys()
 
 
 @pytest.mark.parametrize("kind", list(CONFIGS))
@@ -60,11 +60,11 @@ def test_a_hugging_face_model_has_what_the_bridge_has(kind: str, tmp_path: Path)
     bridge = TransformerBridge.boot_transformers(
         str(tmp_path), hf_model=inner, tokenizer=hf.AutoTokenizer.from_pretrained(tmp_path), device="cpu"
     )
-    points = [f"blocks.1.{name}" for name in _PARTS[kind]]
-    found, wanted = (hooks.run_to(model, points, IDS, MASK) for model in (plain, bridge))
-    for point in points:
+    names = [f"blocks.1.{name}" for name in PARTS[kind]]
+    found, wanted = (hooks.run_to(model, names, IDS, MASK) for model in (plain, bridge))
+    for point in names:
         torch.testing.assert_close(found[point], wanted[point])
-        assert found[point].shape == (2, 5, hooks.width(plain.config, point))
+        assert found[point].shape == (2, 5, points.width(plain.config, point))
         with (
             torch.no_grad(),
             hooks.replace(plain, point, bumped),
@@ -86,8 +86,24 @@ def test_an_architecture_that_scales_its_outputs_needs_the_bridge() -> None:
 
 
 def test_points_sort_in_the_order_in_which_a_pass_reaches_them() -> None:
-    points = ["hook_resid_pre", "attn.hook_z", "hook_attn_out", "mlp.hook_in", "hook_mlp_out", "hook_resid_post"]
-    names = [f"blocks.{layer}.{point}" for layer in (2, 10) for point in points]
-    assert sorted(reversed(names), key=hooks.place) == names
-    assert hooks.entry_point("blocks.2.hook_mlp_out") == "blocks.2.hook_resid_pre"
-    assert hooks.entry_point("blocks.2.hook_resid_post") == "blocks.2.hook_resid_post"
+    kinds = ["hook_resid_pre", "attn.hook_z", "hook_attn_out", "mlp.hook_in", "hook_mlp_out", "hook_resid_post"]
+    names = [f"blocks.{layer}.{kind}" for layer in (2, 10) for kind in kinds]
+    assert sorted(reversed(names), key=points.place) == names
+    assert points.entry_point("blocks.2.hook_mlp_out") == "blocks.2.hook_resid_pre"
+    assert points.entry_point("blocks.2.hook_resid_post") == "blocks.2.hook_resid_post"
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("blocks.1.hook_resid_pst", "blocks.1.hook_resid_post"),
+        ("block.1.hook_resid_pre", "blocks.1.hook_resid_pre"),
+        ("resid_post", "blocks.2.hook_resid_post"),
+        ("3", "blocks.3.hook_resid_post"),
+        ("model.layers.1.mlp", "blocks.1.hook_mlp_out"),
+        ("blocks.0.attn.hook_Z", "blocks.0.attn.hook_z"),
+    ],
+)
+def test_the_nearest_name_is_the_one_that_was_meant(typed: str, meant: str) -> None:
+    kinds = points.plain_kinds("llama")
+    assert points.nearest_point(typed, kinds, 4, "llama") == f"; did you mean {meant!r}?"

@@ -124,13 +124,19 @@ def test_a_tuned_model_that_equals_the_base_is_refused_before_anything_is_cached
     )
     texts = [json.dumps({"text": f"Return the {i} of it."}) for i in range(200)]
     (tmp_path / "d.jsonl").write_text("\n".join(texts))
-    for number, tuned in enumerate((pair.base, upper)):
+    copied = changed(pair.base, tmp_path / "copied", dict)
+    said = {
+        pair.base: "are the same model",
+        copied: "are the same model",
+        upper: "has the same activations as the base",
+    }
+    for number, tuned in enumerate(said):
         out = tmp_path / f"c{number}"
-        with pytest.raises(InputError, match=r"has the same activations as the base .* tuned equals base"):
+        with pytest.raises(InputError, match=said[tuned]):
             cache_activations(pair.config(out, tuned=tuned, data=str(tmp_path / "d.jsonl")))
         assert not list(out.rglob("*.safetensors"))
     deeper = pair.config(
-        tmp_path / "c2", tuned=upper, data=str(tmp_path / "d.jsonl"), hook_point="blocks.2.hook_resid_post"
+        tmp_path / "c3", tuned=upper, data=str(tmp_path / "d.jsonl"), hook_point="blocks.2.hook_resid_post"
     )
     assert len(cache_activations(deeper)) == 600
 

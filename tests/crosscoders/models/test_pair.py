@@ -99,8 +99,14 @@ def test_unequal_widths_are_refused_before_weights_load(pair: Pair, tmp_path: Pa
 
 def test_a_layer_out_of_range_is_refused(pair: Pair, tmp_path: Path) -> None:
     refuse(pair.config(tmp_path / "c", hook_point="blocks.3.hook_resid_post"), "has layers 0 to 2. Use 'blocks.1.hook")
-    refuse(pair.config(tmp_path / "c", hook_point="resid_post"), "has no layer. Use a name such as 'blocks.13")
-    refuse(pair.config(tmp_path / "c", hook_point="blocks.1.hook_nothing"), "is not in this model. It has, for example")
+    refuse(
+        pair.config(tmp_path / "c", hook_point="resid_post"), "has no layer; did you mean 'blocks.1.hook_resid_post'?"
+    )
+    refuse(
+        pair.config(tmp_path / "c", hook_point="blocks.1.hook_nothing"),
+        "is not in this model; did you mean 'blocks.1.hook",
+    )
+    refuse(pair.config(tmp_path / "c", hook_point="blocks.1.hook_mlp_ot"), "did you mean 'blocks.1.hook_mlp_out'?")
 
 
 def test_tokenizers_that_differ_are_refused(pair: Pair, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from crosscoders import ActivationCache, InputError, cache_activations, run_cache
 from crosscoders.activations.merge import merge_parts
 from crosscoders.activations.settings import Part
+from crosscoders.text import templates
 from crosscoders.text.chats import read_chats
 from crosscoders.text.refusals import Refused
 from crosscoders.text.settings import DataConfig
@@ -171,6 +172,15 @@ def test_a_dated_template_writes_that_day_whatever_the_clock_says(tokenizer: Any
         [said("user", "x")], chat_template=dated(template, "2024-07-06"), tokenize=False
     )
     assert shown == "\n<bos>" + datetime.datetime(2024, 7, 6).strftime(form)
+
+
+def test_a_template_that_loops_is_one_line(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(templates, "TIME_LIMIT", 0.2)
+    loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    with pytest.raises(InputError, match=r"has not ended after 0\.2 s on one dialogue; it may loop forever"):
+        tokenize_chat(tokenizer, [said("user", "hi")], loop)
+    with pytest.raises(Refused, match="Range too big"):
+        tokenize_chat(tokenizer, [said("user", "hi")], "{% for i in range(10**12) %}{% endfor %}")
 
 
 def test_a_template_without_a_date_is_not_touched() -> None:

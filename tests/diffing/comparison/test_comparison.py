@@ -1,6 +1,7 @@
 """`diffing compare`: the whole command on the tiny pair, its parts against hand-made values, its refusals."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,10 @@ import pytest
 import torch
 from conftest import Pair, make_model, make_tokenizer
 
-from crosscoders import InputError
+from benchmarks.methods import share_null
+from crosscoders import Crosscoder, CrosscoderConfig, InputError, load_crosscoder
+from crosscoders.common import files
+from crosscoders.common.results import ResultRecord
 from crosscoders.models.pair import ModelPair, load_pair
 from crosscoders.text.tokens import tokenize_documents
 from diffing.baselines.directions import SpanExchange
@@ -17,7 +21,8 @@ from diffing.causal.sets import PatchSet
 from diffing.comparison.command import compare
 from diffing.comparison.inputs import inspect
 from diffing.comparison.patched_replies import own_replies, patched_replies
-from diffing.comparison.settings import CompareSettings
+from diffing.comparison.settings import DICTIONARIES, CompareSettings
+from diffing.comparison.trained import ChangeExchange, latent_scores
 from diffing.comparison.truth import Behaviour, planted_tokens, read_truth
 
 POST = "blocks.1.hook_resid_post"
@@ -65,6 +70,7 @@ def test_every_cheap_method_stands_beside_random_the_null_its_cost_and_its_seeds
     assert "compare.tuned.directions.pca.top_1.empty" in names and "compare.tuned.behaviour.base.empty" in names
     again = compare(settings(pair, tmp_path, null=null, truth=truth))
     assert again["rows"] == described["rows"]  # seconds too: nothing was measured again
+    assert files.read_model(tmp_path / "compare.json", ResultRecord)["rows"] == described["rows"]
 
 
 def test_another_setting_is_measured_again_and_another_method_alone(
@@ -78,19 +84,80 @@ def test_another_setting_is_measured_again_and_another_method_alone(
     assert "kl-map" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("method", ["delta-sae", "crosscoder"])
-def test_a_trained_method_gives_pieces_beside_random_latents(
-    method: str, pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_a_null_gave_serves_another_tuned_model_and_not_another_null(
+    pair: Pair, null: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = settings(pair, tmp_path / "first", methods=["kl-map"], n_seeds=1, null=null)
+    compare(given)
+    share_null(tmp_path / "first", tmp_path / "other")
+    capsys.readouterr()
+    make_tokenizer(tmp_path / "tuned")
+    make_model(tmp_path / "tuned", seed=3)
+    compare(replace(given, out=str(tmp_path / "other"), tuned=str(tmp_path / "tuned")))
+    assert "tuned, seed 0" in (said := capsys.readouterr().err) and "null, seed 0" not in said
+    compare(replace(given, out=str(tmp_path / "other"), null=str(tmp_path / "tuned")))
+    assert "null, seed 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("methods", [*([*names] for names in DICTIONARIES.values()), ["topk-lora"], ["decomposition"]])
+def test_trained_methods_give_pieces_beside_random_ones_and_all_of_them_together(
+    methods: list[str], pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from crosscoders.training.settings import PRESETS
 
     small = {"crosscoder.dict_size": 32, "crosscoder.k": 4, "batch_size": 64, "lr_warmup_steps": 2}
     monkeypatch.setitem(PRESETS, "demo", PRESETS["demo"] | small)
     described = compare(
-        settings(pair, tmp_path, methods=[method], n_seeds=1, cached_tokens=600, train_tokens=64 * 40, device="cpu")
-    )
-    values = {entry["name"].removeprefix(f"compare.tuned.directions.{method}."): entry for entry in described["rows"]}
-    assert {"top_2.share_closed", "random.top_2.share_closed", "alive", "trained_seconds", "beyond"} <= values.keys()
+        settings(pair, tmp_path, methods=methods, n_seeds=1, cached_tokens=600, train_tokens=64 * 40, device="cpu",
+                 distil_steps=4, batch_rows=4)
+    )  # fmt: skip
+    values = {entry["name"].removeprefix("compare.tuned.directions."): entry["value"] for entry in described["rows"]}
+    for method in methods:
+        for name in (
+            "top_2.share_closed", "random.top_2.share_closed", "every.share_closed", "top_2.numbers", "alive",
+            "trained_seconds", "beyond",
+        ):  # fmt: skip
+            assert f"{method}.{name}" in values
+        assert method in described["text"]
+        assert 0 < values[f"{method}.top_1.numbers"] <= values[f"{method}.top_2.numbers"] <= 2
+    assert len({values[f"{method}.every.share_closed"] for method in methods}) == 1  # the same dictionary
+
+
+def test_latents_score_tokens_beside_permuted_ones_and_the_null(
+    pair: Pair, null: str, truth: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from crosscoders.training.settings import PRESETS
+
+    small = {"crosscoder.dict_size": 32, "crosscoder.k": 4, "batch_size": 64, "lr_warmup_steps": 2}
+    monkeypatch.setitem(PRESETS, "demo", PRESETS["demo"] | small)
+    given = settings(pair, tmp_path, methods=["latents"], n_seeds=1, cached_tokens=600, train_tokens=64 * 40,
+                     device="cpu", null=null, truth=truth)  # fmt: skip
+    described = compare(given)
+    values = {entry["name"].removeprefix("compare."): entry["value"] for entry in described["rows"]}
+    assert {f"tuned.scores.latents.{name}" for name in ("auroc", "random.auroc", "above", "found")} <= values.keys()
+    crosscoder = load_crosscoder(tmp_path / "tuned" / "seed-0" / "crosscoder")
+    inputs = inspect(given)
+    x = torch.randn(3, 2, 16)
+    scores = latent_scores(inputs, "tuned", 0, tmp_path / "tuned" / "seed-0", x)
+    decoder = crosscoder.fold().W_dec
+    everything = (crosscoder.encode(x)[:, :, None] * (decoder[:, 1] - decoder[:, 0])).sum(dim=1).norm(dim=1)
+    assert scores == pytest.approx(everything.detach().numpy(), abs=1e-5)  # all 32 latents are alive
+
+
+def test_every_latent_of_an_exact_sae_of_the_base_gives_the_tuned_activation() -> None:
+    sae = Crosscoder(CrosscoderConfig(d_model=3, dict_size=6, n_models=1, activation="relu", k=None))
+    with torch.no_grad():
+        both_signs = torch.cat([torch.eye(3), -torch.eye(3)])
+        sae.W_enc.copy_(both_signs.T[None])
+        sae.W_dec.copy_(both_signs[:, None])
+        sae.b_enc.zero_()
+        sae.b_dec.zero_()
+    x = torch.tensor([[[1.0, -2.0, 0.5], [0.0, 3.0, 0.5]]])
+    exchange = ChangeExchange("base-sae", sae)
+    parts = exchange.take_apart(x, torch.zeros(1, dtype=torch.bool))
+    assert torch.equal(exchange.patched(parts, PatchSet("all", "latents", tuple(range(6))), 1), x[:, 1])
+    assert torch.equal(exchange.patched(parts, PatchSet("all", "latents", tuple(range(6))), 0), x[:, 0])
+    assert exchange.patched(parts, PatchSet("second", "latents", (1, 4)), 1).tolist() == [[1.0, 3.0, 0.5]]
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +212,7 @@ def test_planted_tokens_are_those_that_spell_a_phrase(pair: Pair, whole: ModelPa
     ("changes", "message"),
     [
         ({"methods": ["kl_map"]}, "unknown method 'kl_map'; did you mean 'kl-map'"),
+        ({"methods": ["delta-sae"], "cached_tokens": 9_000_000}, "to train on, the data has only"),
         ({"pieces": [0]}, "a rank of 0 changes none"),
         ({"pieces": [700]}, "700 principal directions need more tokens"),
         ({"pieces": [64]}, "more than the width 16"),

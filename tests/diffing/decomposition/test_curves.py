@@ -9,7 +9,7 @@ from benchmarks.decompose.toys import VectorTask
 from diffing.decomposition import baselines
 from diffing.decomposition.curves import by_site, curve, masks_with, ranked, robust, whole_sites, written
 from diffing.decomposition.evaluation import distance_of, reference_of
-from diffing.decomposition.similarity import clusters, cosines, similarity
+from diffing.decomposition.similarity import clusters, cosines, similarity, together
 from diffing.decomposition.sites import Delta
 
 GENERATOR = torch.Generator().manual_seed(5)
@@ -124,3 +124,12 @@ def test_pieces_that_are_on_together_are_one_cluster() -> None:
     numbers = clusters(g)
     assert numbers[0] == numbers[2] and numbers[1] == numbers[4] and numbers[3] == numbers[5]
     assert len(set(numbers.tolist())) == 3
+
+
+def test_always_on_pieces_are_together_however_their_importances_vary() -> None:
+    rng = np.random.default_rng(1)
+    g = np.concatenate([rng.uniform(0.8, 1, (400, 3)), (rng.random((400, 1)) < 0.2).astype(float)], axis=1)
+    assert len(set(clusters(g)[:3].tolist())) == 1 and clusters(g)[3] != clusters(g)[0]
+    expected = np.minimum(g[:, 0], g[:, 3]).sum() / np.maximum(g[:, 0], g[:, 3]).sum()
+    np.testing.assert_allclose(together(g)[[0, 3], [3, 0]], expected)
+    np.testing.assert_allclose(together(np.zeros((5, 2))), 0)

@@ -11,7 +11,7 @@ import torch
 from crosscoders import ActivationCache, Crosscoder, CrosscoderConfig
 from crosscoders.training.feed import cache_inputs
 from diffing import cli
-from diffing.latents.stability import TrainedRun, matches, stability
+from diffing.latents.stability import TrainedRun, matches, read_returns, returns, stability
 from diffing.latents.table import scale_run
 
 
@@ -60,6 +60,18 @@ def test_a_changed_verdict_survives_but_is_not_the_same() -> None:
     assert rows["stability.rotated.same"]["n"] == 15 and rows["stability.rotated.same_least"]["value"] == 0.5
 
 
+def test_a_latent_is_counted_in_every_run_in_which_it_comes_back() -> None:
+    first, unrelated = run_of(0), run_of(1)
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(1))
+    copied = Crosscoder(first.crosscoder.config).requires_grad_(False)
+    copied.W_dec.copy_(first.crosscoder.W_dec[order])
+    verdicts = ["shared" if j < 15 else "rotated" for j in order.tolist()]  # latents 10 to 14 have another one there
+    copy = TrainedRun(copied, first.table.assign(verdict=verdicts))
+    table = returns([first, copy, unrelated, copy])
+    assert table["came_back"].tolist() == [2] * 20
+    assert table["same_verdict"].tolist() == [2] * 10 + [0] * 5 + [2] * 5
+
+
 def test_the_command_takes_several_folders_and_refuses_wrong_ones(
     cache_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -79,6 +91,10 @@ def test_the_command_takes_several_folders_and_refuses_wrong_ones(
     assert cli.main(["stability", *folders[:2], "--json"]) == 0
     names = {row["name"] for row in json.loads(capsys.readouterr().out)["rows"]}
     assert {"stability.all.survival", "stability.top_32.same", "stability.control.survival"} <= names
+    kept = read_returns(Path(folders[0]))
+    assert kept is not None and kept.attrs["n_runs"] == 1 and set(kept["came_back"]) <= {0, 1}
+    scale_run(Path(folders[0]), cache, n_examples=1, n_tokens=500)
+    assert read_returns(Path(folders[0])) is None  # the table is another one now
     for argv, line in [
         (folders[:1], "stability needs two or more different runs"),
         ([folders[0], folders[0]], "stability needs two or more different runs"),

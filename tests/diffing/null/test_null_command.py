@@ -1,6 +1,7 @@
 """Null models that are made, `diffing null` on tiny models, its file, and what it refuses."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -129,8 +130,8 @@ def test_more_memory_than_there_is_is_refused_but_for_force(
 
 
 def test_a_placebo_with_all_weights_learns_its_text_and_is_made_once(pair: Pair, raw_text: str, tmp_path: Path) -> None:
-    def train(lr: float) -> Path:
-        recipe = models.Placebo(raw_text, steps=12, lr=lr, rows=4)
+    def train(lr: float, text: str = raw_text) -> Path:
+        recipe = models.Placebo(text, steps=12, lr=lr, rows=4)
         return models.train_placebo(pair.base, tmp_path / "model", recipe, context_length=64, seed=0, device="cpu")
 
     made = train(1e-2)
@@ -140,6 +141,12 @@ def test_a_placebo_with_all_weights_learns_its_text_and_is_made_once(pair: Pair,
     assert (made / "model.safetensors").stat().st_mtime_ns == before
     with pytest.raises(InputError, match=r"made with placebo_lr = 0\.01, now 0\.02\. Choose another --out"):
         train(2e-2)
+    moved, other = Path(shutil.copy(raw_text, tmp_path / "moved.txt")), tmp_path / "other.txt"
+    assert train(1e-2, str(moved)) == made
+    assert (made / "model.safetensors").stat().st_mtime_ns == before
+    other.write_text(moved.read_text().replace("e", "a"))
+    with pytest.raises(InputError, match=r"made with train_placebo = .*, now .*other\.txt"):
+        train(1e-2, str(other))
 
 
 def test_a_placebo_that_is_matched_moved_as_far_as_it_is_told(pair: Pair, raw_text: str, tmp_path: Path) -> None:
@@ -241,8 +248,8 @@ def test_models_that_are_no_null_of_the_pair_are_one_line(
         (wide, "has d_model 16 but tuned"),
         (other, "is a gpt2 but the base"),
         (words, "the tokenizers differ"),
-        (pair.tuned, "is the tuned model itself. Give a model without the tuned behaviour."),
-        (pair.base, "has the same activations as the base"),
+        (pair.tuned, "is the tuned model itself. Give another tune, without the behaviour."),
+        (pair.base, "is the base itself"),
     ):
         assert null(scaled_run, tmp_path / "out", "--placebo", str(model)) == 2
         assert line in error_line(capsys)

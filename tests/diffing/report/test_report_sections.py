@@ -61,6 +61,43 @@ def write_sae(folder: Path, context: str = "python", at: int = 3) -> Path:
     return folder
 
 
+def write_compare(folder: Path, text: str = "I am a teapot", found: int = 1) -> Path:
+    folder.mkdir(parents=True)
+    rows = [
+        row("compare.tuned.behaviour.base.tea", 0.0, "share", 20),
+        row("compare.tuned.behaviour.tuned.tea", 0.95, "share", 20),
+        *(row(f"compare.{word}top_{n}.share_closed", n * share, "fraction", 9, n * share - 0.01, n * share + 0.01)
+          for word, share in (("tuned.directions.pca.", 0.2), ("tuned.directions.pca.random.", 0.03),
+                              ("null.directions.pca.", 0.1))
+          for n in (1, 4)),
+        row("compare.tuned.directions.pca.top_4.tea", 0.65, "share", 20),
+        row("compare.tuned.directions.pca.top_4.numbers", 4, "numbers/token", 1),
+        row("compare.tuned.directions.pca.found", found, "found", 3),
+        row("compare.tuned.directions.pca.seconds", 3, "s", 1),
+        row("compare.tuned.scores.kl-map.auroc", 0.91, "AUROC", 9, 0.9, 0.92),
+        row("compare.null.scores.kl-map.auroc", 0.52, "AUROC", 9),
+        row("compare.tuned.scores.kl-map.seconds", 3, "s", 1),
+        row("compare.tuned.texts.say.hits", 7, "samples", 40), row("compare.tuned.texts.say.seconds", 3, "s", 1),
+    ]  # fmt: skip
+    config = {"base": "org/base", "tuned": "/models/tuned", "null": "/models/placebo"}
+    texts = {"tuned": {"say": {"own": [text], "random": []}}}
+    record = {"format_version": 1, "rows": rows, "config": config, "hook_point": "blocks.1.hook_resid_post",
+              "behaviours": ["tea"], "n_seeds": 3, "texts": texts}  # fmt: skip
+    (folder / "compare.json").write_text(json.dumps(record))
+    return folder
+
+
+def test_a_comparison_has_three_blocks_beside_random_and_the_null(tmp_path: Path) -> None:
+    text = text_of(write_compare(tmp_path / "compare"))
+    for words in ("3 seeds, null placebo", "tea 0% and 95%", "Found beyond the null and random by: pca.",
+                  "80.0% (79.0% to 81.0%)", "12.0%", "40.0%", "65%", "0.910 (0.900 to 0.920)", "0.520", "I am a teapot",
+                  "7.0"):  # fmt: skip
+        assert words in text, words
+    assert "by: no method" in text_of(write_compare(tmp_path / "other", found=0))
+    harmful = text_of(write_compare(tmp_path / "harmful", text=PAYLOADS[0]))
+    assert PAYLOADS[0] not in (tmp_path / "harmful" / "report.html").read_text() and "no method" not in harmful
+
+
 def text_of(folder: Path) -> str:
     return page_of(folder).text
 

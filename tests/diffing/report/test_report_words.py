@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas
 import pytest
 from report_pages import (
     Inventory,
@@ -17,6 +18,7 @@ from report_pages import (
 )
 
 from diffing import write_report
+from diffing.latents.stability import write_returns
 from diffing.latents.verdict import VERDICTS, Thresholds
 from diffing.report.curves import thin
 from diffing.report.data import COLUMNS, Example, read_run
@@ -111,6 +113,19 @@ def test_the_table_follows_the_rank_and_puts_unranked_latents_last(tmp_path: Pat
     change_latents(run, lambda table: table["columns"]["rank"].reverse())
     latents = [row["latent"] for row in json.loads(write_report(run).json.read_text())["latents"]]
     assert latents[0] == 39 and latents[-4:] == [0, 10, 20, 30]
+
+
+def test_what_came_back_in_other_runs_stands_in_the_table_until_the_table_changes(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    latents = json.loads((run / "latents.json").read_text())["columns"]["latent"]
+    table = pandas.DataFrame({"came_back": 2, "same_verdict": 1}, index=latents[1:])
+    write_returns([str(run), "b", "c"], table)
+    page = write_report(run).html.read_text(encoding="utf-8").replace("<wbr>", "")
+    assert ">came_back<" in page and ">same_verdict<" in page
+    read = read_run(run).latents.columns
+    assert read["came_back"] == [None, *[2] * (len(latents) - 1)] and read["same_verdict"][1] == 1
+    (run / "latents.json").write_text((run / "latents.json").read_text() + " ")
+    assert "came_back" not in read_run(run).latents.columns
 
 
 def test_extra_columns_stand_at_the_end_of_the_table(run: Path) -> None:
