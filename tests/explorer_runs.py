@@ -8,14 +8,22 @@ from typing import Any
 
 import torch
 from causal_pairs import POST, uneven_crosscoder
+from conftest import Pair
+from shared_saes import jumprelu, settings
 from torch import Tensor
 
 from crosscoders import ActivationCache
 from crosscoders.models import hooks
 from crosscoders.training.feed import cache_inputs
 from diffing import Session
+from diffing.decomposition.command import decompose
+from diffing.decomposition.settings import DecomposeSettings
+from diffing.explorer.crosscoder import CrosscoderKind
 from diffing.explorer.server import ExplorerServer
 from diffing.latents.table import scale_run
+from diffing.sae.command import sae
+from diffing.topk_lora.command import fit
+from diffing.topk_lora.settings import TopKFitSettings
 
 
 def explorer_run(folder: Path, cache_folder: Path) -> Path:
@@ -24,6 +32,26 @@ def explorer_run(folder: Path, cache_folder: Path) -> Path:
     uneven_crosscoder(cache_folder).save(folder, provenance=cache_inputs(cache))
     scale_run(folder, cache, n_examples=8)
     return folder
+
+
+def run_of_every_kind(folder: Path, cache_folder: Path, pair: Pair) -> Path:
+    """Write a run with a TopKLoRA, a shared SAE and a decomposition inside it, trained for a few steps."""
+    run = explorer_run(folder, cache_folder)
+    models = {"base": pair.base, "tuned": pair.tuned, "data": pair.data, "n_tokens": 600, "batch_rows": 8, "steps": 3}
+    topk: dict[str, Any] = {"rank": 6, "k": 2, "lr": 0.5, "embedding": True}
+    fit(TopKFitSettings(**models, **topk, out=str(run / "topk-lora")))
+    sae(settings(pair, run / "sae", jumprelu(folder.parent / "some-sae"), n_documents=0))
+    sizes: dict[str, Any] = {"components": 3, "hidden": 4, "warmup_steps": 20, "adversary_steps": 1, "attack_steps": 2}
+    sites = ["*layers.0.mlp.down_proj", "*layers.2.*q_proj"]
+    decompose(DecomposeSettings(**models, **sizes, sites=sites, top=2, out=str(run / "pieces")))
+    return run
+
+
+def latents_of(session: Session) -> CrosscoderKind:
+    """The crosscoder that a session looks at."""
+    kind = session.kind()
+    assert isinstance(kind, CrosscoderKind)
+    return kind
 
 
 @contextlib.contextmanager

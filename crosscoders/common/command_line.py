@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from crosscoders.common.completion import completion
 from crosscoders.common.errors import CorruptData, EnvironmentFault, InputError, nearest
 from crosscoders.common.help import help_text
 from crosscoders.common.notices import without_notices
@@ -71,12 +72,14 @@ def main(program: str, description: str, commands: list[Command], argv: list[str
         if not argv or argv[0] in ("-h", "--help", "help"):
             lines = [f"  {program} {command.name:<8} {command.help}" for command in commands]
             print(f"usage: {program} COMMAND [--config FILE] [--SETTING VALUE ...]\n\n{description}\n")
-            print(
-                "\n".join(lines), f"\n{program} COMMAND --help lists the settings of a command.", sep="\n", flush=True
-            )
+            more = f"{program} --print-completion bash prints what completes them in a shell; zsh and tcsh too."
+            print(*lines, f"\n{program} COMMAND --help lists the settings of a command.", more, sep="\n", flush=True)
             return 0
         if argv[0] == "--version":
             print(f"{program} {importlib.metadata.version('model-diffing')}")
+            return 0
+        if argv[0] == "--print-completion":
+            print(completion(program, commands, argv[1] if len(argv) > 1 else ""), flush=True)
             return 0
         command = _find(program, commands, argv)
         parsed = parse(program, command, argv[len(command.name.split()) :])

@@ -10,7 +10,7 @@ that answers a, and the other one b, what stands at the hook point is
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,31 +64,38 @@ class Change:
         return bool(self.ablate or self.exchange)
 
 
-class Edit:
-    """Takes latents out, or exchanges them, in what stands at the hook point of one row.
+Written = Callable[[Float[Tensor, "tokens 2 d_model"]], Float[Tensor, "tokens d_model"]]
+"""Activations of both models on tokens -> what is added to those of the one that answers."""
 
-    crosscoder, folded: as it was trained, and in the units of x. side: the model that answers. scored: of the prompt;
-    every token after it is.
+
+class Edit:
+    """Changes what stands at the hook point of one row by what `written` says of both models' activations.
+
+    side: the model that answers. scored: of the prompt; every token after it is.
     """
 
-    def __init__(
-        self, crosscoder: Crosscoder, folded: Crosscoder, change: Change, side: int, scored: Bool[np.ndarray, " prompt"]
-    ) -> None:
-        out, exchanged, decoder = list(change.ablate), list(change.exchange), folded.W_dec.detach()
-        differences = decoder[exchanged, 1 - side] - decoder[exchanged, side]
-        self.directions = torch.cat([-decoder[out, side], differences]).cpu()
-        self.latents = ChosenLatents(crosscoder, out + exchanged)
-        self.side, self.scored, self.n_seen = side, torch.from_numpy(scored), 0
+    def __init__(self, written: Written, side: int, scored: Bool[np.ndarray, " prompt"]) -> None:
+        self.written, self.side, self.scored, self.n_seen = written, side, torch.from_numpy(scored), 0
 
     def __call__(self, x: Float[Tensor, "*row"], other: Float[Tensor, "*row"]) -> Float[Tensor, "*row"]:
         """Return the changed activation of one step: of the whole text, or of the token after what was seen."""
-        width = self.directions.shape[1]
-        own, seen = x.reshape(-1, width), other.reshape(-1, width)
+        own, seen = (part.reshape(-1, x.shape[-1]) for part in (x, other))
         start = self.n_seen if len(own) == 1 else 0
         self.n_seen = start + len(own)
-        f = self.latents.encode(torch.stack([seen, own] if self.side else [own, seen], dim=1))
-        f[: max(0, len(self.scored) - start)] *= self.scored[start : self.n_seen, None]
-        return (own + (f @ self.directions).to(x.device, x.dtype)).reshape_as(x)
+        change = self.written(torch.stack([seen, own] if self.side else [own, seen], dim=1)).to(x.device)
+        is_scored = torch.ones(len(own), dtype=torch.bool)
+        is_scored[: max(0, len(self.scored) - start)] = self.scored[start : self.n_seen]
+        return torch.where(is_scored[:, None].to(x.device), own + change.to(x.dtype), own).reshape_as(x)
+
+
+def written_by(crosscoder: Crosscoder, folded: Crosscoder, change: Change, side: int) -> Written:
+    """Return what ablated and exchanged latents change in model `side`; crosscoder, folded: as it was trained, and in
+    the units of x."""
+    out, exchanged, decoder = list(change.ablate), list(change.exchange), folded.W_dec.detach()
+    differences = decoder[exchanged, 1 - side] - decoder[exchanged, side]
+    directions = torch.cat([-decoder[out, side], differences]).cpu()
+    latents = ChosenLatents(crosscoder, out + exchanged)
+    return lambda x: latents.encode(x) @ directions
 
 
 @contextlib.contextmanager

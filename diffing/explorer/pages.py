@@ -30,6 +30,8 @@ HISTOGRAM_TOKENS = 1 << 15
 """Tokens at the start of the cache from which histograms are made, and examples where the run has none."""
 N_BINS = 40
 N_EXAMPLES = 8
+CONTEXT = 12
+"""Tokens before the peak of an example that stand for a latent in a list."""
 
 
 class Evidence(NamedTuple):
@@ -123,10 +125,13 @@ def _why(values: dict[str, Any], thresholds: dict[str, float]) -> list[dict[str,
 
 
 def _histogram(crosscoder: Crosscoder, cache: ActivationCache, latent: int, n_tokens: int) -> dict[str, Any]:
-    """Return counts of the activations above 0 on the first tokens of the cache."""
     encode = ChosenLatents(crosscoder, [latent]).encode
     parts = [encode(tokens.activations)[:, 0].numpy() for tokens in cache.batches(4096, 0, n_tokens)]
-    values: Float[np.ndarray, " active"] = np.concatenate(parts)
+    return histogram_of(np.concatenate(parts), n_tokens)
+
+
+def histogram_of(values: Float[np.ndarray, " tokens"], n_tokens: int) -> dict[str, Any]:
+    """Return counts of the activations above 0 on the first tokens of a cache."""
     values = values[values > 0]
     counts, edges = np.histogram(values, bins=N_BINS, range=(0.0, float(values.max(initial=0.0)) or 1.0))
     return {
@@ -163,3 +168,11 @@ def _sets(evidence: Evidence, crosscoder: Crosscoder, latent: int) -> list[dict[
                 share = {key: patched.share.get(key) for key in ("value", "low", "high", "n")}
                 sets.append({"direction": direction, "set": patched.name, "n_latents": len(members), **share})
     return finite(sets)
+
+
+def peak_of(listed: list[dict[str, Any]]) -> list[str]:
+    """Return the tokens before the peak of the strongest example, the peak, and those after it, as three texts."""
+    if not listed:
+        return []
+    tokens, peak = listed[0]["tokens"], listed[0]["peak"]
+    return ["".join(tokens[max(0, peak - CONTEXT) : peak]), tokens[peak], "".join(tokens[peak + 1 : peak + 5])]

@@ -1,6 +1,6 @@
-"""What a prompt makes both models do, token by token.
+"""What a prompt makes the models do, token by token.
 
-`read_tokens` runs both models once: which latents fire on each token, what both models expect next, and
+`read_tokens` runs the models of a kind once: what fires on each token, what each model expects next, and
 KL(tuned || base) between these predictions.
 """
 
@@ -12,10 +12,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from crosscoders.models import predictions
-from crosscoders.models.resume import ResumableModel
+from crosscoders.models.resume import head_alone
 from crosscoders.text.decoding import token_text, token_texts
 from crosscoders.text.padding import make_batch
-from diffing.causal.sets import Exchange
+from diffing.explorer.kinds import Fired, Kind
 
 N_GUESSES = 5
 _CHUNK = 64
@@ -35,15 +35,27 @@ class TokenReading(NamedTuple):
     id: int
     text: str
     is_scored: bool
-    """Whether the crosscoder reads it; the beginning of sequence, for one, it does not."""
+    """Whether what is shown reads it; the beginning of sequence a crosscoder, for one, does not."""
     kl: float
     """KL(tuned || base) of what follows this token, nats."""
     latents: list[int]
-    """Latents that fire on it, by the length of what they write differently in the two models, longest first."""
+    """What fires on it, by the length of what is written (of a crosscoder: differently in the two models), longest
+    first: latents, or rows of directions.parquet or pieces.parquet."""
     activations: list[float]
-    base: list[Guess]
-    """What the base model expects next."""
-    tuned: list[Guess]
+    lengths: list[list[float]]
+    """Of what each writes, in the order of `Session.form.bars`."""
+    expects: dict[str, list[Guess]]
+    """What each model expects next."""
+
+    @property
+    def base(self) -> list[Guess]:
+        """What the base model expects next."""
+        return self.expects["base"]
+
+    @property
+    def tuned(self) -> list[Guess]:
+        """What the tuned model expects next."""
+        return self.expects["tuned"]
 
 
 class Texts:
@@ -66,53 +78,28 @@ class Texts:
 
 @torch.inference_mode()
 def read_tokens(
-    models: list[ResumableModel],
-    exchange: Exchange,
-    lengths: Float[Tensor, " dict_size"],
-    texts: Texts,
-    ids: Int[np.ndarray, " seq"],
-    scored: Bool[np.ndarray, " seq"],
+    kind: Kind, texts: Texts, ids: Int[np.ndarray, " seq"], scored: Bool[np.ndarray, " seq"]
 ) -> list[TokenReading]:
-    """Return one reading per token; models: base and tuned, whole. lengths: of each latent's decoder
-    difference."""
-    batch = make_batch([ids], [scored], np.arange(1), 0).to(models[0].device)
-    states = [model.run(batch) for model in models]
-    fired = _firing(exchange, lengths, torch.stack([state.activation[batch.scored] for state in states], dim=1))
+    """Return one reading per token."""
+    names = kind.form.models
+    passed = kind.pass_over(make_batch([ids], [scored], np.arange(1), 0).to(kind.pair.device))
     kls: list[float] = []
-    guesses: tuple[list[list[Guess]], list[list[Guess]]] = ([], [])
+    guesses: dict[str, list[list[Guess]]] = {name: [] for name in names}
     for span in torch.arange(len(ids)).split(_CHUNK):
-        base, tuned = (
-            predictions.log_probs(model.logits(state.final[0, span])[:, : texts.n_ids])
-            for model, state in zip(models, states, strict=True)
-        )
-        kls += predictions.kl(tuned, base).clamp(min=0).tolist()
-        for listed, log_p in zip(guesses, (base, tuned), strict=True):
-            listed += _guesses(texts, log_p)
-    following = iter(fired)
+        log_p = {}
+        for name, final in zip(names, passed.finals, strict=True):
+            with kind.on(name), head_alone(kind.model(name)) as to_logits:
+                log_p[name] = predictions.log_probs(to_logits(final[span])[:, : texts.n_ids])
+            guesses[name] += _guesses(texts, log_p[name])
+        kls += predictions.kl(log_p["tuned"], log_p["base"]).clamp(min=0).tolist()
+    written = texts.of(ids.tolist())
     return [
-        TokenReading(int(token), text, bool(is_scored), kl, *(next(following) if is_scored else ([], [])), base, tuned)
-        for token, text, is_scored, kl, base, tuned in zip(
-            ids, texts.of(ids.tolist()), scored, kls, *guesses, strict=True
+        TokenReading(
+            int(token), written[place], fired is not None, kls[place], *(fired or Fired([], [], [])),
+            {name: guesses[name][place] for name in names},
         )
-    ]
-
-
-def _firing(
-    exchange: Exchange, lengths: Float[Tensor, " dict_size"], x: Float[Tensor, "tokens n_models d_model"]
-) -> list[tuple[list[int], list[float]]]:
-    """Return the latents of each scored token and their activations, in the order in which they are listed."""
-    if not len(x):
-        return []
-    fired = []
-    for entries in exchange.take_apart(x, torch.zeros(len(x), dtype=torch.bool)).entries:
-        order = torch.argsort(entries.values * lengths[entries.latents], descending=True)
-        by_token: list[tuple[list[int], list[float]]] = [([], []) for _ in range(entries.n_tokens)]
-        listed = zip(*(part[order].tolist() for part in (entries.tokens, entries.latents, entries.values)), strict=True)
-        for token, latent, value in listed:
-            by_token[token][0].append(latent)
-            by_token[token][1].append(value)
-        fired += by_token
-    return fired
+        for place, (token, fired) in enumerate(zip(ids, passed.fired, strict=True))
+    ]  # fmt: skip
 
 
 def _guesses(texts: Texts, log_p: Float[Tensor, "tokens vocab"]) -> list[list[Guess]]:

@@ -7,8 +7,8 @@ browser that goes away, or reads nothing for `PATIENCE` seconds, ends its own re
     GET  /TOKEN/                       the page, and the files beside it
     GET  /TOKEN/api/run                what the run is
     GET  /TOKEN/api/table              columns of the list of latents
-    GET  /TOKEN/api/latent/NUMBER      what is known of a latent
-    POST /TOKEN/api/tokens             {prompt, is_plain} -> tokens with latents and KL
+    GET  /TOKEN/api/latent/NUMBER      what is known of a latent; both of ?show=NAME in place of the first of the run
+    POST /TOKEN/api/tokens             {prompt, is_plain, show} -> tokens with latents and KL
     POST /TOKEN/api/answer             {prompt, model, ...} -> events {"piece": TEXT}, then {"end": true} or {"error"}
 """
 
@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 from crosscoders.common.errors import EnvironmentFault, InputError
 from crosscoders.common.progress import say
@@ -144,11 +144,15 @@ class Handler(BaseHTTPRequestHandler):
         elif path == "api/run":
             self._send_json(run_view(session))
         elif path == "api/table":
-            self._send_json(table_view(session))
+            self._send_json(table_view(session, self._show()))
         elif path.startswith("api/latent/") and path.removeprefix("api/latent/").isdecimal():
-            self._send_json(shown(session.latent(int(path.removeprefix("api/latent/")))))
+            self._send_json(shown(session.latent(int(path.removeprefix("api/latent/")), show=self._show())))
         else:
             raise Refusal(404, f"there is nothing at {path!r}.")
+
+    def _show(self) -> str | None:
+        """Return the value of `show` in the address."""
+        return parse_qs(urlsplit(self.path).query).get("show", [None])[0]
 
     def _post(self, path: str) -> None:
         body = self._body()

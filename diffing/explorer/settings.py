@@ -11,7 +11,8 @@ class ExploreSettings:
     """A local page with both models of a run live; it ends with Ctrl-C."""
 
     run: str
-    """Run folder, after `diffing scale`."""
+    """Run folder of a crosscoder after `diffing scale`, or of `diffing topk-lora fit`, `diffing sae` or `diffing
+    decompose`; a run that lies directly inside it can be looked at too."""
     cache: str | None = None
     """Folder of `crosscoders cache`, whose models are used. Default: the one that the run was trained on."""
     port: int = 0

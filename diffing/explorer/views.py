@@ -4,23 +4,18 @@ Texts of tokens and names are anybody's, so `shown` makes every character of the
 and never as markup.
 """
 
+from collections import Counter
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from crosscoders.common.errors import InputError
 from crosscoders.common.records import first_fault
+from diffing.explorer.crosscoder import CrosscoderKind
+from diffing.explorer.opening import title_of
 from diffing.explorer.session import Prompt, Session
-from diffing.report.summary import headline, pair_names, verdict_counts
-from diffing.report.text import visible
-
-COLUMNS = (
-    "latent", "rank", "verdict", "relative_decoder_norm", "decoder_cosine", "nu_error", "nu_reconstruction",
-    "n_active", "max_activation", "main_context", "main_context_share",
-)  # fmt: skip
-"""Columns of the table that the page lists."""
-CONTEXT = 12
-"""Tokens before the peak of an example that stand for a latent in the list."""
+from diffing.report.summary import headline
+from diffing.report.text import model_name, visible
 
 
 class Asked(BaseModel):
@@ -41,6 +36,7 @@ class ReadAsked(Asked):
 
     prompt: str | list[MessageAsked]
     is_plain: bool = False
+    show: str | None = None
 
     def given(self) -> dict[str, Any]:
         """Return the arguments of the session's function."""
@@ -50,7 +46,7 @@ class ReadAsked(Asked):
 class AnswerAsked(ReadAsked):
     """A prompt to answer."""
 
-    model: str = "tuned"
+    model: str | None = None
     steer: dict[str, float] = {}
     ablate: list[int] = []
     exchange: list[int] = []
@@ -79,51 +75,35 @@ def parse(form: type[ReadAsked], data: bytes) -> dict[str, Any]:
 
 
 def run_view(session: Session) -> dict[str, Any]:
-    """Return what the page says of the run."""
-    run = session.evidence.run
-    base, tuned = pair_names(run)
+    """Return what the page says of the run, and what there is to look at."""
+    tokenizer, kind = session.info.tokenizer, session.kind()
+    if isinstance(kind, CrosscoderKind):
+        line = headline(kind.evidence.run)
+    else:
+        base, tuned = model_name(session.source.base), model_name(session.source.tuned)
+        line = f"{tuned} against {base}: {kind.n:,} {kind.form.word}s"
+    titles = [title_of(name, folder) for name, folder in session.folders.items()]
     return {
-        "headline": shown(headline(run)),
-        "base": shown(base),
-        "tuned": shown(tuned),
-        "hook_point": session.hook_point,
-        "n_latents": len(run.latents),
-        "n_tokens": run.latents.n_tokens,
-        "verdicts": verdict_counts(run),
-        "context": session.context,
-        "has_template": bool(session.template or session.info.tokenizer.chat_template),
+        "headline": shown(line),
+        "kinds": [
+            {"name": name, "title": shown(title if titles.count(title) == 1 else f"{title} ({name})")}
+            for name, title in zip(session.kinds, titles, strict=True)
+        ],
+        "has_template": bool(kind.data.chat_template or tokenizer.chat_template),
     }
 
 
-def table_view(session: Session) -> dict[str, Any]:
-    """Return the columns of the list of latents, best rank first, with names, the text around each peak, and
-    `Session.lengths`."""
-    run, interpreted = session.evidence.run, session.evidence.interpreted
-    columns: dict[str, Any] = {name: [run.latents.columns[name][i] for i in run.latents.order] for name in COLUMNS}
-    for name, lengths in zip(("length_base", "length_tuned", "length_difference"), session.lengths.T, strict=True):
-        columns[name] = lengths[columns["latent"]].tolist()
-    columns["text"] = [_peak(run.examples.get(latent, [])) for latent in columns["latent"]]
-    columns["name"] = [interpreted.get(str(latent), {}).get("name") for latent in columns["latent"]]
-    return dict(shown(columns))
+def table_view(session: Session, show: str | None) -> dict[str, Any]:
+    """Return the columns of the list, in its order, and the words of the kind."""
+    kind = session.kind(show)
+    form, listing = kind.form, kind.listing()
+    return dict(shown({"form": form._asdict(), "tags": dict(Counter(listing.tag).most_common())} | listing._asdict()))
 
 
-def _peak(examples: list[Any]) -> list[str]:
-    """Return the tokens before the peak of the strongest example, the peak, and those after it, as three texts."""
-    if not examples:
-        return []
-    tokens, peak = examples[0].tokens, examples[0].peak
-    return ["".join(tokens[max(0, peak - CONTEXT) : peak]), tokens[peak], "".join(tokens[peak + 1 : peak + 5])]
-
-
-def tokens_view(session: Session, prompt: Prompt, is_plain: bool) -> dict[str, Any]:
+def tokens_view(session: Session, prompt: Prompt, is_plain: bool, show: str | None) -> dict[str, Any]:
     """Return the readings of the tokens of a prompt."""
-    readings = session.latents(prompt, is_plain=is_plain)
-    return {
-        "tokens": [
-            shown(reading._asdict() | {"base": list(reading.base), "tuned": list(reading.tuned)})
-            for reading in readings
-        ]
-    }
+    readings = session.latents(prompt, is_plain=is_plain, show=show)
+    return {"tokens": [shown(reading._asdict()) for reading in readings]}
 
 
 def shown(value: Any) -> Any:

@@ -2,9 +2,10 @@
 
 import { $, h, problem, stream } from "./dom.js";
 import { address, go, state } from "./state.js";
-import { plainPrompt, rowFor } from "./prompt.js";
+import { form, plainPrompt, rowFor, showing } from "./prompt.js";
 
-const WORDS = { steer: "steered", ablate: "ablated", exchange: "with the other model's decoder" };
+const WORDS = { steer: "steered", ablate: "ablated", exchange: "as the other model has it" };
+const COLOURS = { base: "var(--base)", tuned: "var(--tuned)", adapted: "var(--adapted)" };
 let running = null;
 let answered = "";
 
@@ -15,9 +16,9 @@ function setChange(i, patch) {
 }
 
 function changeFields(change, i) {
-  const latent = h("input", { type: "number", min: 0, value: change.latent ?? "", "aria-label": "latent", data: { field: `latent${i}` } });
+  const latent = h("input", { type: "number", min: 0, value: change.latent ?? "", "aria-label": form().word, data: { field: `latent${i}` } });
   latent.onchange = () => { if (rowFor(latent.valueAsNumber) !== undefined) setChange(i, { latent: latent.valueAsNumber }); };
-  const what = h("select", { "aria-label": "what is done to it" }, ...Object.entries(WORDS).map(([value, word]) => h("option", { value }, word)));
+  const what = h("select", { "aria-label": "what is done to it" }, ...form().actions.map((value) => h("option", { value }, WORDS[value])));
   what.value = change.do;
   what.onchange = () => setChange(i, { do: what.value });
   const strength = h("input", { type: "range", min: -4, max: 8, step: 0.25, value: change.strength ?? 1, "aria-label": "strength", data: { field: `strength${i}` } });
@@ -26,9 +27,11 @@ function changeFields(change, i) {
   strength.onchange = () => setChange(i, { strength: strength.valueAsNumber });
   const remove = h("button", { type: "button", title: "Take this change away" }, "×");
   remove.onclick = () => go({ changes: state.changes.toSpliced(i, 1) }, true);
-  return h("div", { class: "change" }, h("label", {}, "latent ", latent), what, ...(change.do === "steer" ? [strength, shown] : []),
+  return h("div", { class: "change" }, h("label", {}, `${form().word} `, latent), what, ...(change.do === "steer" ? [strength, shown] : []),
     change.latent === null ? null : h("a", { href: address({ view: "latent", latent: change.latent }) }, "page"), remove);
 }
+
+const model = () => (form().models.includes(state.model) ? state.model : form().models.at(-1));
 
 export function showChanges() {
   const focused = document.activeElement?.dataset.field;
@@ -36,29 +39,31 @@ export function showChanges() {
   if (focused) document.querySelector(`[data-field=${focused}]`)?.focus();
   $("amplify").value = state.amplify;
   $("amplify-value").textContent = `× ${state.amplify}`;
-  $("model").value = state.model;
+  $("model").replaceChildren(...form().models.map((name) => h("option", {}, name)));
+  $("model").value = model();
+  $("add-change").textContent = `Change a ${form().word}`;
   if (document.activeElement !== $("length")) $("length").value = state.length;
 }
 
 // What the third column asks for, and its heading; null where nothing is changed.
 function changed() {
-  const asked = { model: state.model, amplify: state.amplify, steer: {}, ablate: [], exchange: [] };
+  const asked = { model: model(), amplify: state.amplify, steer: {}, ablate: [], exchange: [] };
   const words = [];
   for (const { latent, do: what, strength } of state.changes) {
     if (latent === null) continue;
     if (what === "steer") asked.steer[latent] = strength ?? 1;
     else asked[what].push(latent);
-    words.push(`latent ${latent} ${WORDS[what]}${what === "steer" ? ` × ${strength ?? 1}` : ""}`);
+    words.push(`${form().word} ${latent} ${WORDS[what]}${what === "steer" ? ` × ${strength ?? 1}` : ""}`);
   }
   if (state.amplify) words.push(`amplified × ${state.amplify}`);
-  return words.length ? { asked, title: `${state.model}, ${words.join(", ")}` } : null;
+  return words.length ? { asked, title: `${model()}, ${words.join(", ")}` } : null;
 }
 
 async function column(title, colour, asked, signal) {
   const text = h("pre"), note = h("p", { class: "dim", role: "status" }, "waiting …");
   const card = h("article", { class: "running", vars: { "--c": colour } }, h("h3", {}, title), text, note);
   $("answers").append(card);
-  const body = { prompt: plainPrompt(), is_plain: state.plain, max_new_tokens: state.length, ...asked };
+  const body = { prompt: plainPrompt(), is_plain: state.plain, show: showing(), max_new_tokens: state.length, ...asked };
   const started = performance.now();
   try {
     await stream("api/answer", body, signal, (piece) => { text.append(piece); note.textContent = ""; });
@@ -69,7 +74,7 @@ async function column(title, colour, asked, signal) {
   card.classList.remove("running");
 }
 
-const wanted = () => JSON.stringify([state.chat, state.plain, state.changes, state.amplify, state.model, state.length]);
+const wanted = () => JSON.stringify([showing(), state.chat, state.plain, state.changes, state.amplify, state.model, state.length]);
 
 async function run() {
   running?.abort();
@@ -80,7 +85,7 @@ async function run() {
   $("answers").replaceChildren();
   $("stop").disabled = false;
   const third = changed();
-  const columns = [column("base", "var(--base)", { model: "base" }, own.signal), column("tuned", "var(--tuned)", { model: "tuned" }, own.signal)];
+  const columns = form().models.map((name) => column(name, COLOURS[name], { model: name }, own.signal));
   if (third !== null) columns.push(column(third.title, "rgb(var(--kl))", third.asked, own.signal));
   await Promise.all(columns);
   if (running === own) $("stop").disabled = true;
@@ -103,7 +108,7 @@ export function startAnswers() {
     go({ answers: true }, state.answers);
   };
   $("stop").onclick = () => running?.abort();
-  $("add-change").onclick = () => go({ changes: [...state.changes, { latent: state.latent, do: "steer", strength: 1 }] }, true);
+  $("add-change").onclick = () => go({ changes: [...state.changes, { latent: state.latent, do: form().actions[0], strength: 1 }] }, true);
   $("amplify").oninput = () => { $("amplify-value").textContent = `× ${$("amplify").value}`; };
   $("amplify").onchange = () => go({ amplify: $("amplify").valueAsNumber }, true);
   $("model").onchange = () => go({ model: $("model").value }, true);

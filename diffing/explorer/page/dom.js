@@ -31,8 +31,11 @@ export function number(value, digits = 3) {
 
 export const percent = (value) => `${(100 * value).toFixed(value < 0.1 ? 1 : 0)}%`;
 
-export function verdict(word) {
-  return h("span", { class: `verdict ${word}` }, word);
+const VERDICTS = ["tuned-specific", "base-specific", "rotated", "shrunk", "decoupled", "shared", "undetermined", "dead"];
+
+// A verdict in its colour, or where something fires mostly.
+export function tag(word) {
+  return h("span", { class: VERDICTS.includes(word) ? `verdict ${word}` : "verdict" }, word);
 }
 
 const GONE = "The server does not answer. Is diffing explore still running?";

@@ -1,8 +1,9 @@
 // The page of one latent: why it has its verdict, where it fires, what it writes, what it causes.
 
-import { $, get, h, number, percent, problem, svg, verdict } from "./dom.js";
+import { $, get, h, number, percent, problem, svg, tag } from "./dom.js";
 import { address, go, state } from "./state.js";
 import { neighbour } from "./latents.js";
+import { form, row, showing } from "./prompt.js";
 
 const BOUNDS = { min_active: "alive from", base_only: "base-only to", base_leaning: "base side to", tuned_leaning: "tuned side from",
   tuned_only: "tuned-only from", rotated_cosine: "rotated below", nu_error: "specific below", nu_reconstruction: "specific below", partner_correlation: "decoupled from" };
@@ -15,9 +16,9 @@ const plusMinus = (value, stderr) => number(value) + (stderr === null || stderr 
 
 function example(shown, top) {
   const spans = shown.tokens.map((token, i) => h("span", {
-    class: i === shown.peak ? "peak" : "", title: number(shown.values[i]), vars: { "--a": (shown.values[i] > 0 ? Math.max(0.05, 0.75 * shown.values[i] / top) : 0).toFixed(3) },
+    class: i === shown.peak ? "peak" : "", title: shown.value === undefined ? "" : number(shown.values[i]), vars: { "--a": (shown.values[i] > 0 ? Math.max(0.05, 0.75 * shown.values[i] / top) : 0).toFixed(3) },
   }, token));
-  const source = [shown.group, `document ${shown.document}, token ${shown.position}`, `activation ${number(shown.value)}`].filter(Boolean).join(" · ");
+  const source = [shown.group, shown.document === undefined ? null : `document ${shown.document}, token ${shown.position}`, shown.value === undefined ? null : `activation ${number(shown.value)}`].filter(Boolean).join(" · ");
   return h("div", { class: "example tokens" }, ...spans, h("span", { class: "dim" }, source));
 }
 
@@ -74,38 +75,57 @@ function predictors(listed) {
 
 const lens = (tokens) => h("p", {}, ...tokens.flatMap((token) => [h("code", {}, token), " "]));
 
+const LENS = { raised: "Tokens that it makes likelier where it is needed", lowered: "Tokens that it makes less likely" };
+const ACTIONS = { steer: "Steer with it", ablate: "Ablate it", exchange: "Take it from the other model" };
+
 function tools(latent) {
   const change = (what) => go({ view: "prompt", changes: [...state.changes.filter((c) => c.latent !== latent), { latent, do: what, strength: 1 }] });
   const button = (text, onclick) => h("button", { type: "button", onclick }, text);
   return h("div", { class: "controls" },
     button("‹ previous", () => step(-1)), button("next ›", () => step(1)),
     button("Colour the prompt by it", () => go({ view: "prompt", colour: "latent", shade: latent })),
-    button("Steer with it", () => change("steer")), button("Ablate it", () => change("ablate")), button("Take it from the base", () => change("exchange")));
+    ...form().actions.map((what) => button(ACTIONS[what], () => change(what))));
+}
+
+// What decides the verdict of a crosscoder's latent, and what it causes; nothing of other kinds.
+function judged(found) {
+  if (!found.verdict) return [];
+  const { values } = found;
+  const norms = [["in the base model", number(values.decoder_norm_base)], ["in the tuned model", number(values.decoder_norm_tuned)], ["relative (0 base only, 1 tuned only)", number(values.relative_decoder_norm)], ["cosine of the two decoders", number(values.decoder_cosine)]];
+  return [
+    ...heading(`Why ${found.verdict.word}`, h("p", {}, found.verdict.meaning), h("div", { class: "scroll" }, why(found.why)),
+      found.beyond_null.length ? h("p", {}, `Stands out where ${found.beyond_null.join(", ")} has next to none.`) : null),
+    ...heading("Norms of its decoders", rows(norms)),
+    ...predictors(found.predictors),
+    ...heading("Twins and partners", relatives(values)),
+    ...heading("What exchanging it causes", h("div", { class: "scroll" }, causes(found.sets))),
+  ];
+}
+
+function lenses(found) {
+  const title = (name) => LENS[name] ?? (found.verdict ? `Tokens that its ${name} decoder writes for` : `Tokens that it writes for, by the head of the ${name} model`);
+  return Object.entries(found.lens).flatMap(([name, tokens]) => heading(title(name), lens(tokens)));
 }
 
 function page(found) {
-  const { values } = found, top = Math.max(1e-9, ...found.examples.map((shown) => Math.max(...shown.values)));
-  const others = Object.entries(values).filter(([, value]) => value !== null).map(([name, value]) => [name, typeof value === "number" ? number(value, 4) : String(value)]);
-  const norms = [["in the base model", number(values.decoder_norm_base)], ["in the tuned model", number(values.decoder_norm_tuned)], ["relative (0 base only, 1 tuned only)", number(values.relative_decoder_norm)], ["cosine of the two decoders", number(values.decoder_cosine)]];
+  const { values } = found, at = row(found.latent), { word } = form();
+  const top = Math.max(1e-9, ...found.examples.map((shown) => Math.max(...shown.values)));
+  const listed = rows(Object.entries(values).filter(([, value]) => value !== null).map(([name, value]) => [name, typeof value === "number" ? number(value, 4) : String(value)]));
+  const active = `${(values.rank ?? null) === null ? "" : `Rank ${number(values.rank)}. `}Active on ${number(values.n_active)} tokens, most of it in: ${values.main_context ?? "–"}.`;
+  const where = found.verdict ? active : `${at.label ? `${at.label}, ` : ""}${form().tag} ${at.tag}.`;
+  const histograms = found.histogram ? [["Activations", found.histogram]] : Object.entries(found.histograms ?? {}).map(([name, of]) => [`Activations in the ${name} model`, of]);
   return [
-    h("h2", {}, `Latent ${found.latent} `, verdict(found.verdict.word), found.name ? ` ${found.name}` : ""),
-    h("p", { class: "dim" }, `${values.rank === null ? "" : `Rank ${number(values.rank)}. `}Active on ${number(values.n_active)} tokens, most of it in: ${values.main_context ?? "–"}.`),
+    h("h2", {}, `${word[0].toUpperCase()}${word.slice(1)} ${found.latent} `, tag(at.tag), found.name ? ` ${found.name}` : ""),
+    h("p", { class: "dim" }, where),
     tools(found.latent),
     h("div", { class: "two" },
       h("div", {},
         ...heading("Where it fires", ...(found.examples.length ? found.examples.map((shown) => example(shown, top)) : [h("p", { class: "dim" }, "Nowhere in what was looked at.")])),
-        ...heading("Activations", ...histogram(found.histogram)),
-        ...(found.places.length ? heading("Around a response", ...places(found.places)) : [])),
+        ...histograms.flatMap(([title, of]) => heading(title, ...histogram(of))),
+        ...(found.places?.length ? heading("Around a response", ...places(found.places)) : [])),
       h("div", {},
-        ...heading(`Why ${found.verdict.word}`, h("p", {}, found.verdict.meaning), h("div", { class: "scroll" }, why(found.why)),
-          found.beyond_null.length ? h("p", {}, `Stands out where ${found.beyond_null.join(", ")} has next to none.`) : null),
-        ...heading("Norms of its decoders", rows(norms)),
-        ...heading("Tokens that its base decoder writes for", lens(found.lens.base)),
-        ...heading("Tokens that its tuned decoder writes for", lens(found.lens.tuned)),
-        ...predictors(found.predictors),
-        ...heading("Twins and partners", relatives(values)),
-        ...heading("What exchanging it causes", h("div", { class: "scroll" }, causes(found.sets))),
-        h("details", {}, h("summary", {}, "All its values"), h("div", { class: "scroll" }, rows(others))))),
+        ...judged(found), ...lenses(found),
+        ...(found.verdict ? [h("details", {}, h("summary", {}, "All its values"), h("div", { class: "scroll" }, listed))] : heading("Its values", h("div", { class: "scroll" }, listed))))),
   ];
 }
 
@@ -118,13 +138,14 @@ export async function showLatent() {
   const latent = state.latent;
   if (latent === null) { go({ view: "latents" }, true); return; }
   try {
-    if (!pages.has(latent)) {
-      $("latent").replaceChildren(h("p", { class: "dim", role: "status" }, `looking up latent ${latent} …`));
-      pages.set(latent, await get(`api/latent/${encodeURIComponent(latent)}`));
+    const path = `api/latent/${encodeURIComponent(latent)}?show=${encodeURIComponent(showing())}`;
+    if (!pages.has(path)) {
+      $("latent").replaceChildren(h("p", { class: "dim", role: "status" }, `looking up ${form().word} ${latent} …`));
+      pages.set(path, await get(path));
     }
     if (state.latent !== latent || state.view !== "latent") return;
     problem(null);
-    $("latent").replaceChildren(...page(pages.get(latent)));
+    $("latent").replaceChildren(...page(pages.get(path)));
   } catch (error) {
     if (state.latent === latent) { $("latent").replaceChildren(); problem(error); }
   }

@@ -1,44 +1,48 @@
 // The list of latents. Only the rows in sight are in the page, however many there are.
 
-import { $, h, number, verdict } from "./dom.js";
+import { $, h, number, tag } from "./dom.js";
 import { address, go, state } from "./state.js";
 
 const HEIGHT = 52;
-const SORTS = {
-  rank: ["rank", 1], latent: ["number", 1], relative_decoder_norm: ["relative norm", -1], decoder_cosine: ["decoder cosine", 1],
-  nu_error: ["nu_error", 1], nu_reconstruction: ["nu_reconstruction", 1], n_active: ["tokens it fires on", -1], max_activation: ["largest activation", -1],
-};
 let table = null;
+let sorts = {};
 let words = [];
 let rows = [];
 let at = 0;
 let shown = "";
 
+const sorted = () => (Object.hasOwn(sorts, state.sort) ? state.sort : Object.keys(sorts)[0]);
+const columnOf = (name) => (name === "number" ? table.number : table.values[name]);
 const kept = () => JSON.stringify([state.sort, state.verdict, state.find]);
 
 function select() {
-  const find = state.find.trim().toLowerCase(), [key, sign] = [state.sort, SORTS[state.sort]?.[1] ?? 1];
-  const column = table[key in SORTS ? key : "rank"];
-  rows = table.latent.map((_, row) => row).filter((row) => state.verdict === "" || table.verdict[row] === state.verdict);
-  if (/^\d+$/.test(find)) rows = rows.filter((row) => table.latent[row] === Number(find));
+  const find = state.find.trim().toLowerCase(), sign = sorts[sorted()][1];
+  const column = columnOf(sorted());
+  rows = table.number.map((_, row) => row).filter((row) => state.verdict === "" || table.tag[row] === state.verdict);
+  if (/^\d+$/.test(find)) rows = rows.filter((row) => table.number[row] === Number(find));
   else if (find) rows = rows.filter((row) => words[row].includes(find));
   const missing = (value) => value === null || value === undefined;
   rows.sort((a, b) => missing(column[a]) - missing(column[b]) || sign * (column[a] - column[b]) || a - b);
   at = 0;
-  $("count").textContent = `${number(rows.length)} of ${number(table.latent.length)} latents`;
+  $("count").textContent = `${number(rows.length)} of ${number(table.number.length)} ${table.form.word}s`;
 }
 
-const cell = (name, value) => h("span", { class: "number" }, h("small", {}, name), number(value));
+function rankOf(row) {
+  const rank = table.values.rank ? table.values.rank[row] : row + 1;
+  return rank === null ? "–" : `#${rank}`;
+}
+
+const cell = (title, value) => h("span", { class: "number" }, h("small", {}, title), number(value));
 
 function item(place) {
-  const row = rows[place], latent = table.latent[row], [before, peak, after] = table.text[row];
-  const where = table.name[row] ? [table.name[row]] : peak === undefined ? [table.main_context[row] ?? ""] : [before.slice(-40), h("mark", {}, peak), after];
+  const row = rows[place], latent = table.number[row], [before, peak, after] = table.text[row];
+  const where = table.name[row] ? [table.name[row]] : peak === undefined ? [table.values.main_context?.[row] ?? ""] : [before.slice(-40), h("mark", {}, peak), after];
   return h("a", {
     class: place === at ? "item at" : "item", href: address({ view: "latent", latent }), vars: { top: `${place * HEIGHT}px` }, tabIndex: -1,
     role: "listitem", "aria-posinset": place + 1, "aria-setsize": rows.length,
-  }, h("span", { class: "rank dim" }, table.rank[row] === null ? "–" : `#${table.rank[row]}`), h("b", {}, String(latent)), verdict(table.verdict[row]),
-  h("span", { class: "where" }, ...where), cell("rel. norm", table.relative_decoder_norm[row]), cell("cosine", table.decoder_cosine[row]),
-  cell("nu_error", table.nu_error[row]), cell("tokens", table.n_active[row]));
+  }, h("span", { class: "rank dim" }, rankOf(row)), h("b", {}, String(latent)), tag(table.tag[row]),
+  h("span", { class: "where" }, table.label[row] ? h("small", {}, table.label[row]) : null, ...where),
+  ...Object.entries(table.form.cells).filter(([name]) => table.values[name]).map(([name, title]) => cell(title, table.values[name][row])));
 }
 
 function draw() {
@@ -62,7 +66,7 @@ export function showLatents() {
     select();
     $("list").scrollTop = 0;
   }
-  $("sort").value = state.sort;
+  $("sort").value = sorted();
   $("verdict").value = state.verdict;
   if (document.activeElement !== $("find")) $("find").value = state.find;
   draw();
@@ -71,23 +75,28 @@ export function showLatents() {
 // The latent `step` places further in the list as it is sorted and filtered.
 export function neighbour(latent, step) {
   if (shown !== kept()) { shown = kept(); select(); }
-  const place = rows.findIndex((row) => table.latent[row] === latent);
+  const place = rows.findIndex((row) => table.number[row] === latent);
   const row = rows[place < 0 ? 0 : place + step];
-  return row === undefined ? null : table.latent[row];
+  return row === undefined ? null : table.number[row];
 }
 
-export function startLatents(columns, verdicts) {
-  table = columns;
-  words = table.latent.map((latent, row) => [latent, table.name[row] ?? "", ...table.text[row], table.main_context[row] ?? ""].join(" ").toLowerCase());
-  $("sort").append(...Object.entries(SORTS).map(([value, [word]]) => h("option", { value }, word)));
-  $("verdict").append(...Object.entries(verdicts).filter(([, n]) => n).map(([word, n]) => h("option", { value: word }, `${word} (${number(n)})`)));
+export function useListing(columns) {
+  [table, shown, at] = [columns, "", 0];
+  words = table.number.map((n, row) => [n, table.label[row], table.name[row] ?? "", table.tag[row], ...table.text[row], table.values.main_context?.[row] ?? ""].join(" ").toLowerCase());
+  sorts = Object.fromEntries(Object.entries(table.form.sorts).filter(([name]) => columnOf(name)));
+  $("sort").replaceChildren(...Object.entries(sorts).map(([value, [word]]) => h("option", { value }, word)));
+  $("tag").textContent = table.form.tag;
+  $("verdict").replaceChildren(h("option", { value: "" }, "all"), ...Object.entries(table.tags).map(([word, n]) => h("option", { value: word }, `${word} (${number(n)})`)));
+}
+
+export function startLatents() {
   $("list").append(h("div", { class: "spacer" }));
   $("list").onscroll = draw;
   $("list").onkeydown = (event) => {
     const page = Math.floor($("list").clientHeight / HEIGHT);
     const to = { ArrowDown: at + 1, ArrowUp: at - 1, PageDown: at + page, PageUp: at - page, Home: 0, End: rows.length - 1 }[event.key];
     if (to !== undefined) { event.preventDefault(); move(to); }
-    if (event.key === "Enter" && rows.length) go({ view: "latent", latent: table.latent[rows[at]] });
+    if (event.key === "Enter" && rows.length) go({ view: "latent", latent: table.number[rows[at]] });
   };
   addEventListener("resize", () => { if (state.view === "latents") draw(); });
   $("find").oninput = () => go({ find: $("find").value }, true);

@@ -1,15 +1,42 @@
 // Opens the view that the address names.
 
 import { showAnswers, startAnswers } from "./answers.js";
-import { $, get, problem } from "./dom.js";
+import { $, get, h, problem } from "./dom.js";
 import { showLatent, step } from "./latent.js";
-import { showLatents, startLatents } from "./latents.js";
-import { showPrompt, startPrompt, useTable } from "./prompt.js";
+import { showLatents, startLatents, useListing } from "./latents.js";
+import { form, showPrompt, startPrompt, useTable } from "./prompt.js";
 import { address, go, start, state } from "./state.js";
 
 const VIEWS = { prompt: () => { showPrompt(); showAnswers(); }, latents: showLatents, latent: showLatent };
 
+const tables = new Map();
+let run = null;
+let used = "";
+
+const wanted = () => (run.kinds.some(({ name }) => name === state.show) ? state.show : run.kinds[0].name);
+
+// Fetches what is to be looked at, and shows it if it still is.
+async function open(name) {
+  $("loading").textContent = "opening …";
+  try {
+    if (!tables.has(name)) tables.set(name, await get(`api/table?show=${encodeURIComponent(name)}`));
+    if (wanted() !== name) return;
+    used = name;
+    useTable(tables.get(name), name);
+    useListing(tables.get(name));
+    const { word } = tables.get(name).form;
+    $("to-latents").textContent = `${word[0].toUpperCase()}${word.slice(1)}s`;
+    render();
+  } catch (error) {
+    problem(error);
+  } finally {
+    $("loading").textContent = "";
+  }
+}
+
 function render() {
+  $("show").value = wanted();
+  if (wanted() !== used) { open(wanted()); return; }
   const view = state.view in VIEWS ? state.view : "prompt";
   for (const name of Object.keys(VIEWS)) $(name).hidden = name !== view;
   $("to-prompt").href = address({ view: "prompt" });
@@ -19,8 +46,14 @@ function render() {
     else $(id).removeAttribute("aria-current");
   }
   $("headline").hidden = view !== "prompt";
-  document.title = view === "latent" ? `latent ${state.latent} · diffing explore` : "diffing explore";
+  document.title = view === "latent" ? `${form().word} ${state.latent} · diffing explore` : "diffing explore";
   VIEWS[view]();
+}
+
+// Another kind has other numbers, so what was chosen by number is forgotten.
+function switchTo(show) {
+  const forgotten = { latent: null, token: null, shade: null, changes: [], model: "", answers: false, sort: "", verdict: "", find: "", colour: "kl" };
+  go({ ...forgotten, show: show === run.kinds[0].name ? "" : show, view: state.view === "latent" ? "latents" : state.view });
 }
 
 async function copy() {
@@ -43,10 +76,12 @@ function keys(event) {
 }
 
 try {
-  const [run, table] = await Promise.all([get("api/run"), get("api/table")]);
+  run = await get("api/run");
   $("headline").textContent = run.headline;
-  useTable(table);
-  startLatents(table, run.verdicts);
+  $("show").append(...run.kinds.map(({ name, title }) => h("option", { value: name }, title)));
+  $("show").closest("label").hidden = run.kinds.length < 2;
+  $("show").onchange = () => switchTo($("show").value);
+  startLatents();
   startPrompt();
   startAnswers();
   $("copy").onclick = copy;

@@ -1,6 +1,6 @@
 // A prompt and its tokens: coloured by KL or by latents; a token's latents and what both models expect after it.
 
-import { $, get, h, number, percent, problem, verdict } from "./dom.js";
+import { $, get, h, number, percent, problem, tag } from "./dom.js";
 import { address, go, state } from "./state.js";
 
 const FIRST = 8;  // latents of a token before the others are asked for
@@ -8,14 +8,23 @@ let read = { key: "", tokens: [] };
 let table = null;
 let rowOf = new Map();
 
-export function useTable(columns) {
-  table = columns;
-  rowOf = new Map(columns.latent.map((latent, row) => [latent, row]));
+let shown = "";
+
+export function useTable(columns, name) {
+  [table, shown] = [columns, name];
+  rowOf = new Map(columns.number.map((latent, row) => [latent, row]));
+  const { word, bars } = columns.form, option = (value) => $("colour").querySelector(`[value=${value}]`);
+  option("strongest").textContent = `strongest ${word}`;
+  option("latent").textContent = `one ${word}`;
+  option("specific").hidden = !bars.includes("differs") || columns.form.tag !== "verdict";
 }
 
+export const form = () => table.form;
+export const showing = () => shown;
+export const row = (latent) => { const at = rowOf.get(latent); return { label: table.label[at], tag: table.tag[at] }; };
 export const rowFor = (latent) => rowOf.get(latent);
 export const plainPrompt = () => (state.plain ? state.chat[0]?.content ?? "" : state.chat);
-const keyOf = () => JSON.stringify([state.chat, state.plain]);
+const keyOf = () => JSON.stringify([shown, state.chat, state.plain]);
 
 // ------------------------------------------------------------------------------------------------------ composer
 
@@ -45,22 +54,24 @@ function fillComposer() {
 
 // ------------------------------------------------------------------------------------------------------ tokens
 
-const isSpecific = (latent) => table.verdict[rowOf.get(latent)] === "tuned-specific";
+const isSpecific = (latent) => table.tag[rowOf.get(latent)] === "tuned-specific";
 
 // Strength of each token from 0 to 1, and what 1 is.
 function shades() {
-  const share = (token, i) => token.activations[i] / (table.max_activation[rowOf.get(token.latents[i])] || 1);
+  const dark = (latent) => table.form.darkest * (table.unit[rowOf.get(latent)] || 1);
+  const share = (token, i) => Math.abs(token.activations[i]) / dark(token.latents[i]);
+  const darkest = `${table.form.darkest === 1 ? "" : `${table.form.darkest} × `}${table.form.unit}`;
   const largest = (token, wanted) => Math.max(0, ...token.latents.map((latent, i) => (wanted(latent) ? share(token, i) : 0)));
   if (state.colour === "kl") {
     const top = Math.max(1e-9, ...read.tokens.map((token) => token.kl));
     return [read.tokens.map((token) => token.kl / top), `darkest: ${number(top)} nats, KL(tuned ‖ base) of what follows the token`];
   }
   if (state.colour === "latent") {
-    const words = state.shade === null ? "give its number" : `darkest: its largest activation, ${number(table.max_activation[rowOf.get(state.shade)])}`;
+    const words = state.shade === null ? "give its number" : `darkest: ${darkest}, ${number(dark(state.shade))}`;
     return [read.tokens.map((token) => largest(token, (latent) => latent === state.shade)), words];
   }
   const wanted = state.colour === "specific" ? isSpecific : () => true;
-  return [read.tokens.map((token) => largest(token, wanted)), "darkest: a latent at its largest activation of the table"];
+  return [read.tokens.map((token) => largest(token, wanted)), `darkest: a ${table.form.word} at ${darkest}`];
 }
 
 function showTokens() {
@@ -69,7 +80,7 @@ function showTokens() {
   const spans = read.tokens.map((token, i) => h("span", {
     role: "option", tabIndex: i === (state.token ?? 0) ? 0 : -1, data: { token: i }, class: token.is_scored ? "" : "unread",
     "aria-selected": String(i === state.token), vars: { "--shade": shade, "--a": (0.75 * Math.min(1, strengths[i])).toFixed(3) },
-    title: `KL ${number(token.kl)} nats · ${token.latents.length} latents`,
+    title: `KL ${number(token.kl)} nats · ${token.latents.length} ${table.form.word}s`,
   }, token.text || "·", token.text.includes("↵") ? "\n" : null));
   $("tokens").replaceChildren(...spans);
   $("legend").textContent = read.tokens.length ? legend : "";
@@ -80,24 +91,25 @@ function showTokens() {
 
 function contextOf(row) {
   if (table.name[row]) return table.name[row];
-  return table.text[row].length ? table.text[row].join("") : `mostly in ${table.main_context[row] ?? "–"}`;
+  return table.text[row].length ? table.text[row].join("") : `mostly in ${table.values.main_context?.[row] ?? table.tag[row]}`;
 }
+
+const BARS = "Length of what it writes in each model, and of the difference; units of what it is added to";
 
 function firing(token, i, longest) {
   const latent = token.latents[i], row = rowOf.get(latent), value = token.activations[i];
-  const lengths = { base: table.length_base[row], tuned: table.length_tuned[row], differs: table.length_difference[row] };
-  const bars = Object.entries(lengths).flatMap(([name, length]) => [
-    h("span", {}, name), h("div", { class: "bar", vars: { "--c": `var(--${name})`, "--w": (value * length / longest).toFixed(4) } }),
-    h("span", {}, number(value * length, 2)),
-  ]);
-  const share = value / (table.max_activation[row] || value);
+  const bars = table.form.bars.flatMap((name, bar) => {
+    const length = token.lengths[i][bar];
+    return [h("span", {}, name), h("div", { class: "bar", vars: { "--c": `var(--${name})`, "--w": (length / longest).toFixed(4) } }), h("span", {}, number(length, 2))];
+  });
+  const share = value / (table.unit[row] || value);
   return h("li", {},
     h("div", { class: "row" },
-      h("a", { href: address({ view: "latent", latent }) }, `latent ${latent}`), verdict(table.verdict[row]),
-      h("span", { class: "dim", title: "activation, and its share of the largest of the table" }, `${number(value)} (${percent(share)})`),
-      h("button", { type: "button", title: "Colour the prompt by this latent", onclick: () => go({ colour: "latent", shade: latent }) }, "colour")),
-    h("span", { class: "context" }, contextOf(row)),
-    h("div", { class: "bars", title: "Length of what it writes in the base and in the tuned model, and of the difference; units of the activations" }, ...bars));
+      h("a", { href: address({ view: "latent", latent }) }, `${table.form.word} ${latent}`), tag(table.tag[row]),
+      h("span", { class: "dim", title: `activation, and as a share of ${table.form.unit}` }, `${number(value)} (${percent(share)})`),
+      h("button", { type: "button", title: `Colour the prompt by this ${table.form.word}`, onclick: () => go({ colour: "latent", shade: latent }) }, "colour")),
+    table.label[row] ? h("span", { class: "context" }, table.label[row]) : null, h("span", { class: "context" }, contextOf(row)),
+    h("div", { class: "bars", title: BARS }, ...bars));
 }
 
 const guesses = (model, listed) => h("div", {}, h("h3", {}, `${model} expects`),
@@ -106,23 +118,20 @@ const guesses = (model, listed) => h("div", {}, h("h3", {}, `${model} expects`),
 function showToken() {
   const token = read.tokens[state.token];
   if (token === undefined) {
-    $("token").replaceChildren(h("p", { class: "dim" }, read.tokens.length ? "Click a token: its latents, and what both models expect after it." : "Write a prompt and read it: each token is then coloured by how far the two models differ there."));
+    $("token").replaceChildren(h("p", { class: "dim" }, read.tokens.length ? `Click a token: its ${table.form.word}s, and what the models expect after it.` : "Write a prompt and read it: each token is then coloured by how far the two models differ there."));
     return;
   }
-  const longest = Math.max(1e-9, ...token.latents.map((latent, i) => {
-    const row = rowOf.get(latent);
-    return token.activations[i] * Math.max(table.length_base[row], table.length_tuned[row], table.length_difference[row]);
-  }));
+  const longest = Math.max(1e-9, ...token.lengths.flat()), { word, models, bars } = table.form;
   const list = h("ul", { class: "firing" });
-  const more = h("button", { type: "button" }, `All ${token.latents.length} latents`);
+  const more = h("button", { type: "button" }, `All ${token.latents.length} ${word}s`);
   const fill = (n) => { list.replaceChildren(...token.latents.slice(0, n).map((_, i) => firing(token, i, longest))); more.hidden = n >= token.latents.length; };
   more.onclick = () => fill(token.latents.length);
   fill(FIRST);
-  const fired = `${token.latents.length} latents fire, those first that write most differently in the two models`;
+  const fired = `${token.latents.length} ${word}s ${table.form.tag.startsWith("important") ? "are needed" : "fire"}, those first that write most${bars.includes("differs") ? " differently in the two models" : ""}`;
   $("token").replaceChildren(
     h("h3", {}, `Token ${state.token} `, h("code", {}, token.text)),
-    h("p", { class: "dim" }, `KL of what follows: ${number(token.kl)} nats. ${token.is_scored ? fired : "The crosscoder does not read this token"}.`),
-    h("div", { class: "guesses" }, guesses("base", token.base), guesses("tuned", token.tuned)), list, more);
+    h("p", { class: "dim" }, `KL of what follows: ${number(token.kl)} nats. ${token.is_scored ? fired : "The models read this token, the dictionary does not"}.`),
+    h("div", { class: "guesses" }, ...models.map((model) => guesses(model, token.expects[model]))), list, more);
 }
 
 async function readPrompt() {
@@ -133,7 +142,7 @@ async function readPrompt() {
   $("reading").textContent = "reading …";
   const started = performance.now();
   try {
-    const { tokens } = await get("api/tokens", { prompt: plainPrompt(), is_plain: state.plain });
+    const { tokens } = await get("api/tokens", { prompt: plainPrompt(), is_plain: state.plain, show: shown });
     if (keyOf() !== key) return;
     read = { key, tokens };
     problem(null);

@@ -1,8 +1,8 @@
 // What the page shows is in its address, after the #, so that every view can be copied and opened again.
 
 const DEFAULTS = {
-  view: "prompt", latent: null, chat: [], plain: false, token: null, colour: "kl", shade: null, changes: [],
-  amplify: 0, model: "tuned", length: 64, answers: false, sort: "rank", verdict: "", find: "",
+  view: "prompt", show: "", latent: null, chat: [], plain: false, token: null, colour: "kl", shade: null, changes: [],
+  amplify: 0, model: "", length: 64, answers: false, sort: "", verdict: "", find: "",
 };
 
 export let state = { ...DEFAULTS };

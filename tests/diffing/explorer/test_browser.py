@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 from browsers import NEEDS_CHROMIUM, chromium
-from explorer_runs import explorer_run, serving
+from conftest import Pair
+from explorer_runs import explorer_run, latents_of, run_of_every_kind, serving
 
 from diffing import Session
+from diffing.explorer.crosscoder import FORM
 from diffing.explorer.server import ExplorerServer
 
 pytestmark = NEEDS_CHROMIUM
@@ -161,7 +163,7 @@ def test_the_back_button_returns_to_the_prompt(page: Any) -> None:
 
 
 def test_the_list_sorts_filters_and_finds(page: Any, session: Session) -> None:
-    table = session.evidence.table
+    table = latents_of(session).evidence.table
     page.get_by_role("link", name="Latents").click()
     page.get_by_label("sort by").select_option("n_active")
     assert page.locator(".item b").first.inner_text() == str(table["n_active"].idxmax())
@@ -176,10 +178,11 @@ def test_the_list_sorts_filters_and_finds(page: Any, session: Session) -> None:
 def test_a_list_of_100_000_latents_has_only_those_in_sight(page: Any, server: ExplorerServer) -> None:
     n = 100_000
     column: list[Any] = list(range(n))
-    words = {"verdict": ["shared"] * n, "text": [[]] * n, "name": [None] * n, "main_context": ["raw"] * n}
-    names = "rank relative_decoder_norm decoder_cosine nu_error nu_reconstruction n_active max_activation".split()
-    table = {"latent": column, **dict.fromkeys(names, column), **words}
-    page.route("**/api/table", lambda route: route.fulfill(json=table))
+    words = {"tag": ["shared"] * n, "text": [[]] * n, "name": [None] * n, "label": [""] * n}
+    form = {**FORM._asdict(), "sorts": {"rank": ["rank", 1]}, "cells": {"n_active": "tokens"}}
+    values = dict.fromkeys(("rank", "n_active"), column)
+    table = {"form": form, "tags": {"shared": n}, "number": column, "unit": column, "values": values, **words}
+    page.route("**/api/table*", lambda route: route.fulfill(json=table))
     page.goto("about:blank")
     page.goto(f"{server.address}#view=latents")
     page.locator(".item").first.wait_for()
@@ -216,14 +219,14 @@ def test_markup_in_tokens_names_and_answers_stays_text(
     page: Any, server: ExplorerServer, session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     readings = [reading._replace(text=SCRIPT) for reading in session.latents(PROMPT)]
-    table, found = session.evidence.table, dict(session.latent(0))
+    table, found = latents_of(session).evidence.table, dict(session.latent(0))
     shown = [entry | {"tokens": [SCRIPT] * len(entry["tokens"]), "group": SCRIPT} for entry in found["examples"]]
     found |= {"name": SCRIPT, "examples": shown}
     monkeypatch.setattr(session, "latents", lambda *_, **__: readings)
-    monkeypatch.setattr(session, "latent", lambda _: found)
+    monkeypatch.setattr(session, "latent", lambda _, **__: found)
     monkeypatch.setattr(session, "answer", lambda *_, **__: iter([SCRIPT]))
     names = {str(j): {"name": SCRIPT} for j in range(len(table))}
-    monkeypatch.setattr(session, "evidence", session.evidence._replace(interpreted=names))
+    monkeypatch.setattr(latents_of(session), "evidence", latents_of(session).evidence._replace(interpreted=names))
     page.reload()
     assert read(page, SCRIPT).first.inner_text() == SCRIPT
     page.locator("#tokens span").nth(3).click()
@@ -286,6 +289,48 @@ def test_an_answer_can_be_stopped(page: Any, session: Session, monkeypatch: pyte
     page.get_by_role("button", name="Stop").click()
     page.locator("#answers", has_text="stopped").wait_for()
     assert ended.wait(timeout=20)
+
+
+@pytest.fixture(scope="module")
+def every_kind(cache_folder: Path, pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ExplorerServer]:
+    run = run_of_every_kind(tmp_path_factory.mktemp("every-kind") / "run", cache_folder, pair)
+    with serving(Session(run, cache_folder)) as served:
+        yield served
+
+
+@pytest.mark.parametrize(
+    "show, word, models, changed",
+    [
+        ("topk-lora", "direction", 3, "adapted, direction 1 ablated"),
+        ("sae", "latent", 2, "tuned, latent 1 ablated"),
+        ("pieces", "piece", 2, "tuned, piece 1 ablated"),
+    ],
+)
+def test_what_is_shown_is_chosen_and_then_read_listed_and_changed(
+    browser: Any, every_kind: ExplorerServer, show: str, word: str, models: int, changed: str
+) -> None:
+    session, page = every_kind.session, browser.new_page(viewport={"width": 420, "height": 860})
+    page.goto(every_kind.address)
+    page.locator("#show").select_option(show)
+    page.get_by_role("link", name=f"{word.title()}s").wait_for()
+    readings = session.latents(PROMPT, show=show)
+    read(page).last.click()
+    assert page.locator(".firing a").first.inner_text() == f"{word} {readings[-1].latents[0]}"
+    assert page.locator(".guesses > div").count() == models
+    page.get_by_label("at most").fill("4")
+    page.get_by_role("button", name=f"Change a {word}").click()
+    page.get_by_label(word, exact=True).fill("1")
+    page.get_by_label(word, exact=True).press("Tab")
+    page.get_by_label("what is done to it").select_option("ablate")
+    page.get_by_role("button", name="Answer").click()
+    expected = "".join(session.answer(PROMPT, show=show, ablate=[1], max_new_tokens=4)).strip()
+    assert waited(page)[models] == expected
+    assert page.locator("#answers h3").last.inner_text() == changed
+    page.get_by_role("link", name=f"{word.title()}s").click()
+    page.locator(".item").first.click()
+    page.locator(".example").first.wait_for()
+    assert page.evaluate("document.documentElement.scrollWidth") <= 420
+    page.close()
 
 
 def test_a_server_that_is_gone_is_said(browser: Any, session: Session) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from explorer_runs import explorer_run, serving
+from explorer_runs import explorer_run, latents_of, serving
 
 from crosscoders import EnvironmentFault
 from diffing import Session, cli
@@ -100,7 +100,7 @@ def test_tokens_are_those_of_the_session(server: ExplorerServer, session: Sessio
     assert status == 200
     assert [token["latents"] for token in answer["tokens"]] == [reading.latents for reading in readings]
     assert [token["kl"] for token in answer["tokens"]] == [reading.kl for reading in readings]
-    assert answer["tokens"][-1]["tuned"][0][1] == readings[-1].tuned[0].probability
+    assert answer["tokens"][-1]["expects"]["tuned"][0][1] == readings[-1].tuned[0].probability
 
 
 def test_a_chat_is_read_as_the_session_reads_it(server: ExplorerServer, session: Session) -> None:
@@ -111,9 +111,9 @@ def test_a_chat_is_read_as_the_session_reads_it(server: ExplorerServer, session:
 
 def test_the_list_has_every_latent_best_rank_first(server: ExplorerServer, session: Session) -> None:
     _, table = said(server, "api/table")
-    ranked = session.evidence.table.sort_values("rank")
-    assert table["latent"] == ranked.index.tolist()
-    assert table["verdict"] == ranked["verdict"].tolist()
+    ranked = latents_of(session).evidence.table.sort_values("rank")
+    assert table["number"] == ranked.index.tolist()
+    assert table["tag"] == ranked["verdict"].tolist()
     assert any(table["text"])
 
 

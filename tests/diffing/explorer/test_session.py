@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Pair
-from explorer_runs import explorer_run, slow_answer
+from explorer_runs import explorer_run, latents_of, slow_answer
 from torch import Tensor
 
 from crosscoders import InputError
@@ -43,7 +43,7 @@ def activations(session: Session, ids: list[int]) -> tuple[Tensor, list[Tensor]]
 
 def test_each_token_lists_the_latents_that_fire_on_it(session: Session) -> None:
     ids = prompt_ids(session)
-    expected = session.crosscoder.encode(activations(session, ids)[0])
+    expected = latents_of(session).crosscoder.encode(activations(session, ids)[0])
     readings = session.latents(PROMPT)
     assert [reading.id for reading in readings] == ids
     assert sum(len(reading.latents) for reading in readings) > 10
@@ -53,7 +53,7 @@ def test_each_token_lists_the_latents_that_fire_on_it(session: Session) -> None:
 
 
 def test_latents_are_listed_by_how_differently_they_write(session: Session) -> None:
-    decoder = session.crosscoder.W_dec / session.crosscoder.input_scale[:, None]
+    decoder = latents_of(session).crosscoder.W_dec / latents_of(session).crosscoder.input_scale[:, None]
     lengths = (decoder[:, 1] - decoder[:, 0]).norm(dim=1)
     for reading in session.latents(PROMPT):
         written = [f * float(lengths[j]) for j, f in zip(reading.latents, reading.activations, strict=True)]
@@ -95,9 +95,9 @@ def test_an_answer_without_changes_is_the_greedy_one(session: Session, model: st
 
 
 def test_steering_is_that_of_diffing_steer(session: Session) -> None:
-    largest = float(session.evidence.table["max_activation"][3])
-    vector = steering_vector(session.crosscoder, 3, side=1, activation=40 * largest)
-    with steered(session.pair.models[0], session.hook_point, vector):
+    largest = float(latents_of(session).evidence.table["max_activation"][3])
+    vector = steering_vector(latents_of(session).crosscoder, 3, side=1, activation=40 * largest)
+    with steered(session.pair.models[0], latents_of(session).hook_point, vector):
         expected = answer(session.pair.models[0], session.info.tokenizer, PROMPT, max_new_tokens=N_NEW)
     assert said(session, model="base", steer={3: 40.0}).strip() == expected != said(session, model="base").strip()
 
@@ -107,7 +107,7 @@ def test_steering_is_that_of_diffing_steer(session: Session) -> None:
 def test_changed_latents_follow_their_definition(
     session: Session, side: int, ablated: list[int], exchanged: list[int]
 ) -> None:
-    crosscoder = session.crosscoder
+    crosscoder = latents_of(session).crosscoder
     decoder = crosscoder.W_dec / crosscoder.input_scale[:, None]
 
     def edit(x: Tensor) -> Tensor:
@@ -154,7 +154,7 @@ def test_a_chat_may_end_with_an_answer_to_read_and_not_to_answer(session: Sessio
     "changes, message",
     [
         ({"model": "tunde"}, "model is 'tunde'; give one of base, tuned"),
-        ({"ablate": [24]}, "there is no latent 24: this crosscoder has latents 0 to 23"),
+        ({"ablate": [24]}, "there is no latent 24: there are latents 0 to 23"),
         ({"ablate": [1], "exchange": [1]}, "latent 1 is both ablated and exchanged"),
         ({"ablate": [1, 1]}, "latent 1 is ablated twice"),
         ({"steer": {1: float("nan")}}, "a strength is nan"),
