@@ -83,8 +83,9 @@ def test_a_crosscoder_and_a_cache_say_what_they_are(tmp_path: Path) -> None:
         ("--lr 1e-3", "--lr 1e-3"),
         ("--latent 3,4", "--latents [3, 4]"),
         ("--l 3", "--l 3"),
+        ("--methods pca", '--methods ["pca"]'),
     ],
 )
 def test_numbers_and_short_flags_are_taken_as_people_type_them(typed: str, expected: str) -> None:
-    hints = {"n_tokens": int | None, "lr": float, "latents": list[int]}
+    hints = {"n_tokens": int | None, "lr": float, "latents": list[int], "methods": list[str]}
     assert " ".join(as_parsed(typed.split(), hints, list(hints))) == expected

@@ -143,7 +143,9 @@ def _find(program: str, commands: list[Command], argv: list[str]) -> Command:
     names = [command.name for command in commands]
     of_group = [name for name in names if name.split()[0] == argv[0]]
     if of_group:
-        raise InputError(f"{program} {argv[0]} needs one of {', '.join(name.split()[1] for name in of_group)}.")
+        words = [name.split()[1] for name in of_group]
+        near = nearest(argv[1], words).removesuffix(".") if len(argv) > 1 else ""
+        raise InputError(f"{program} {argv[0]} needs one of {', '.join(words)}{near or '.'}")
     raise InputError(f"unknown command {argv[0]!r}{nearest(argv[0], names)} {program} has {', '.join(names)}.")
 
 

@@ -43,8 +43,9 @@ def with_lists(argv: list[str], hints: dict[str, Any]) -> list[str]:
     words: list[str] = []
     while argv:
         flag, _, value = argv[0].partition("=")
-        kinds = typing.get_args(hints.get(flag[2:])) or (hints.get(flag[2:]),)
-        lists = [hint for hint in (hints.get(flag[2:]), *kinds) if typing.get_origin(hint) is list]
+        hint = hints.get(flag[2:])
+        kinds = (hint,) if typing.get_origin(hint) is list else typing.get_args(hint) or (hint,)
+        lists = [kind for kind in kinds if typing.get_origin(kind) is list]
         values = [value] if value else list(itertools.takewhile(lambda word: not re.match("-[^0-9.]", word), argv[1:]))
         if not flag.startswith("--") or not lists or not values or values[0].startswith("["):
             words, argv = [*words, argv[0]], argv[1:]
