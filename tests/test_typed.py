@@ -12,7 +12,8 @@ from benchmarks.throughput.reading import write_plain_cache
 from crosscoders import Crosscoder, CrosscoderConfig
 from crosscoders import cli as crosscoders_cli
 from crosscoders.activations.command import next_command
-from crosscoders.common.command_line import _with_lists, parse
+from crosscoders.common.command_line import parse
+from crosscoders.common.words import as_parsed, with_lists
 from diffing import cli as diffing_cli
 
 
@@ -42,7 +43,7 @@ class Lists(NamedTuple):
 )  # fmt: skip
 def test_lists_are_taken_as_people_type_them(typed: str, expected: str) -> None:
     hints = typing.get_type_hints(Lists)
-    assert [word.replace(", ", ",") for word in _with_lists(typed.split(), hints)] == expected.split()
+    assert [word.replace(", ", ",") for word in with_lists(typed.split(), hints)] == expected.split()
 
 
 def test_a_command_says_its_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -69,3 +70,22 @@ def test_a_crosscoder_and_a_cache_say_what_they_are(tmp_path: Path) -> None:
         f"ActivationCache({str(tmp_path / 'cache')!r}: 1,500 tokens of none and none at blocks.0.hook_resid_post, "
         "d_model=6, bfloat16)"
     )
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        ("--n-tokens 10k", "--n_tokens 10000"),
+        ("--n-tokens=1.5M", "--n_tokens=1500000"),
+        ("--n-tokens 1e6", "--n_tokens 1000000"),
+        ("--n_tokens 10,000", "--n_tokens 10000"),
+        ("--n-tokens 10x", "--n_tokens 10x"),
+        ("--lr 1e-3", "--lr 1e-3"),
+        ("--latent 3,4", "--latents [3, 4]"),
+        ("--l 3", "--l 3"),
+        ("--methods pca", '--methods ["pca"]'),
+    ],
+)
+def test_numbers_and_short_flags_are_taken_as_people_type_them(typed: str, expected: str) -> None:
+    hints = {"n_tokens": int | None, "lr": float, "latents": list[int], "methods": list[str]}
+    assert " ".join(as_parsed(typed.split(), hints, list(hints))) == expected

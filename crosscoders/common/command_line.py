@@ -18,14 +18,17 @@ import traceback
 import typing
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from crosscoders.common.completion import completion
 from crosscoders.common.errors import CorruptData, EnvironmentFault, InputError, nearest
 from crosscoders.common.help import help_text
 from crosscoders.common.notices import without_notices
 from crosscoders.common.progress import say
+from crosscoders.common.words import as_parsed
 
+_LISTED = 20
+"""Keys that a message lists."""
 TEXTS = ("prompt", "prompts")
 """Settings that may be empty text."""
 
@@ -143,7 +146,9 @@ def _find(program: str, commands: list[Command], argv: list[str]) -> Command:
     names = [command.name for command in commands]
     of_group = [name for name in names if name.split()[0] == argv[0]]
     if of_group:
-        raise InputError(f"{program} {argv[0]} needs one of {', '.join(name.split()[1] for name in of_group)}.")
+        words = [name.split()[1] for name in of_group]
+        near = nearest(argv[1], words).removesuffix(".") if len(argv) > 1 else ""
+        raise InputError(f"{program} {argv[0]} needs one of {', '.join(words)}{near or '.'}")
     raise InputError(f"unknown command {argv[0]!r}{nearest(argv[0], names)} {program} has {', '.join(names)}.")
 
 
@@ -170,8 +175,7 @@ def parse(program: str, command: Command, argv: list[str]) -> Parsed:
         print(help_text(parser.prog, command.help, *known), flush=True)
         raise SystemExit(0)
     hints = typing.get_type_hints(command.settings)
-    argv = _with_true(_with_underscores(argv), [name for name, hint in hints.items() if hint is bool])
-    argv = _with_lists(argv, hints)
+    argv = as_parsed(argv, hints, [*_keys(parser), "config"])
     if command.positional and argv and not argv[0].startswith("-"):
         if typing.get_origin(hints[command.positional]) is list:
             words = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
@@ -196,7 +200,7 @@ def parse(program: str, command: Command, argv: list[str]) -> Parsed:
     except InputError:
         raise
     except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
-        raise InputError(_one_line(error, parser)) from error
+        raise InputError(_one_line(error, parser, command.positional)) from error
     _require_places(command, settings)
     return Parsed(settings, bool(parsed.json), bool(parsed.debug))
 
@@ -209,49 +213,6 @@ def _require_places(command: Command, settings: Any) -> None:
             raise InputError(f"--{field.name.replace('_', '-')} is empty. Give a value, or leave it out.")
         if field.name == "out" and "://" in str(value) and not command.takes_url:
             raise InputError(f"--out {value!r} is a URL; {command.name} writes to a local folder. Give one.")
-
-
-def _with_underscores(argv: list[str]) -> list[str]:
-    """Return the arguments with underscores in flags, which may be written with dashes: --n-tokens is --n_tokens."""
-    return [
-        re.sub(r"^--[^=]+", lambda m: "--" + m[0][2:].replace("-", "_"), arg) if arg.startswith("--") else arg
-        for arg in argv
-    ]
-
-
-def _with_true(argv: list[str], switches: list[str]) -> list[str]:
-    """Return the arguments with `--force` alone written as `--force=true`."""
-    return [
-        f"{word}=true" if word[2:] in switches and word.startswith("--") and after.startswith("--") else word
-        for word, after in zip(argv, [*argv[1:], "--"], strict=False)
-    ]
-
-
-def _with_lists(argv: list[str], hints: dict[str, Any]) -> list[str]:
-    """Return the arguments with lists in the form [a, b], also where they are typed as `6 939` or `6,939`.
-
-    Words without spaces and slashes are parted at commas. One word stays as it is where one value will do.
-    """
-    words: list[str] = []
-    while argv:
-        flag, _, value = argv[0].partition("=")
-        kinds = typing.get_args(hints.get(flag[2:])) or (hints.get(flag[2:]),)
-        lists = [hint for hint in (hints.get(flag[2:]), *kinds) if typing.get_origin(hint) is list]
-        values = [value] if value else list(itertools.takewhile(lambda word: not re.match("-[^0-9.]", word), argv[1:]))
-        if not flag.startswith("--") or not lists or not values or values[0].startswith("["):
-            words, argv = [*words, argv[0]], argv[1:]
-            continue
-        argv = argv[1 if value else 1 + len(values) :]
-        entries = [part for word in values for part in (word.split(",") if re.fullmatch(r"[^\s/]+", word) else [word])]
-        entries = [entry for entry in entries if entry]
-        is_text = typing.get_args(lists[0]) == (str,)
-        is_one = len(entries) == 1 and any(
-            entries[0] in typing.get_args(kind) if typing.get_origin(kind) is Literal else kind in (str, int, float)
-            for kind in kinds
-        )
-        whole = json.dumps(entries) if is_text else f"[{', '.join(entries)}]"
-        words += [flag, entries[0] if is_one else whole]
-    return words
 
 
 def _value_of(argv: list[str], flag: str) -> str | None:
@@ -310,12 +271,16 @@ def _check_yaml(argv: list[str], parser: Any) -> None:
 def _unknown(key: str, keys: list[str]) -> str:
     section, _, name = key.rpartition(".")
     beside = [known for known in keys if known.rpartition(".")[0] == section] or keys
-    names = [known.rpartition(".")[2] for known in beside]
+    inside = [known for known in keys if known.endswith(f".{name}")]
     where = f" in [{section}]" if section else ""
-    return f"unknown key {name!r}{where}{nearest(name, names)} Known keys: {', '.join(sorted(names))}."
+    if inside and not section:
+        return f"unknown key {name!r}; did you mean {inside[0]!r}?"
+    names = sorted(known.rpartition(".")[2] for known in beside)
+    listed = f"Known keys: {', '.join(names)}." if len(names) <= _LISTED else "--help lists all."
+    return f"unknown key {name!r}{where}{nearest(name, names)} {listed}"
 
 
-def _one_line(error: Exception, parser: Any) -> str:
+def _one_line(error: Exception, parser: Any, positional: str | None) -> str:
     text = " ".join(str(error).split())
     unknown = re.search(r"unrecognized arguments: --([^\s=]+)", text) or re.search(
         r"Option '([^']+)' is not accepted", text
@@ -324,12 +289,18 @@ def _one_line(error: Exception, parser: Any) -> str:
         return _unknown(unknown[1].rstrip("+"), _keys(parser))
     if "unrecognized arguments: " in text:
         stray = text.split("unrecognized arguments: ")[1]
-        return f"{stray!r} is not a setting; a folder without a flag stands right behind the command."
+        beside = "a folder without a flag stands right behind the command" if positional else "every value has its flag"
+        return f"{stray!r} is not a setting; {beside}. {parser.prog} --help lists them."
     missing = re.search(r"the following arguments are required: (.*)", text)
     if missing:
-        return f"{missing[1]} must be given. {parser.prog} --help lists the settings."
+        names = (name.strip() for name in missing[1].split(","))
+        flags = ", ".join(name if name == positional else f"--{name.replace('_', '-')}" for name in names)
+        return f"{flags} must be given. {parser.prog} --help lists the settings."
     wrong = re.search(r'Parser key "([^"]+)": (.*)', text)
     if wrong:
         said = re.sub(r"<class '([^']+)'>", r"\1", wrong[2])
+        union = re.search(r"Subtypes: \[(.*?)\] Errors: .* Given value: (.*)", said)
+        if union:
+            said = f"it takes {union[1].replace(', NoneType', '').replace(', ', ' or ')}, not {union[2]!r}."
         return f"setting {wrong[1]!r} is wrong: {said} {parser.prog} --help lists what it takes."
     return text

@@ -92,10 +92,12 @@ def read_source(source: DataSource) -> Iterator[Document]:
         for file in files:
             rows = _readable(_read_file(file), file)
             yield from _documents(rows, source, str(file), default_group=file.name.split(".")[0])
-    elif source.path.endswith(LOCAL_SUFFIXES) or source.path.startswith((".", "/", "~")):
-        raise InputError(
-            f"data file {source.path!r} does not exist. Check the path (it is taken from the current folder)."
-        )
+    elif (
+        source.path.endswith(LOCAL_SUFFIXES)
+        or source.path.startswith((".", "/", "~"))
+        or ("/" in source.path and path.parent.is_dir())
+    ):
+        raise InputError(f"data {source.path!r} does not exist. Check the path (it is taken from the current folder).")
     else:
         yield from _documents(_read_hub(source), source, source.path, default_group=source.path)
 
