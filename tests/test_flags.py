@@ -33,7 +33,7 @@ def flags_of(command: Command) -> set[str]:
 
 
 COMMANDS = {f"{program} {c.name}": c for program, cli in PROGRAMS.items() for c in cli.COMMANDS}
-ANY = set().union(*map(flags_of, COMMANDS.values()))
+ANY = {"print-completion"}.union(*map(flags_of, COMMANDS.values()))
 
 
 def texts_of(path: Path) -> list[str]:
