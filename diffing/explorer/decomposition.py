@@ -19,6 +19,7 @@ from crosscoders.models.pair import ModelPair
 from crosscoders.models.resume import final_states
 from crosscoders.text.padding import Batch
 from crosscoders.text.settings import DataConfig
+from crosscoders.training.checkpoint import RunRecord
 from diffing.decomposition.build import fresh
 from diffing.decomposition.curves import masks_with
 from diffing.decomposition.language import deltas_of
@@ -57,11 +58,12 @@ class DecompositionKind:
     """
 
     form = FORM
-    data = DataConfig(data="", n_tokens=1)
-    """Every token is read, and chats are in the tokenizer's own template."""
 
     def __init__(self, folder: Path, load: Callable[[], ModelPair]) -> None:
         config, _ = read_description(folder)
+        settings = files.read_model(folder / "run.json", RunRecord)["config"]
+        template = {name: settings[name] for name in ("chat_template", "template_date") if name in settings}
+        self.data = DataConfig(data="", n_tokens=1, **template)
         if not (folder / PIECES).is_file():
             raise InputError(f"{folder} lacks {PIECES}. Run the same diffing decompose again; it is not trained anew.")
         self.table = pandas.read_parquet(folder / PIECES)
