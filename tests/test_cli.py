@@ -147,7 +147,7 @@ def test_a_switch_may_stand_alone(argv: list[str], force: bool, capsys: pytest.C
     "yaml_text, argv, line",
     [
         ("", ["--crosscoder.dictsize", "3"], r"unknown key 'dictsize' in [crosscoder]; did you mean 'dict_size'?"),
-        ("", ["--learning-rat", "3"], "unknown key 'learning_rat'. Known keys: adam_beta1"),
+        ("", ["--learning-rat", "3"], "unknown key 'learning_rat'. --help lists all."),
         ("", ["--batchsize", "3"], "unknown key 'batchsize'; did you mean 'batch_size'?"),
         ("crosscoder:\n  dictsize: 3\n", [], "unknown key 'dictsize' in [crosscoder]; did you mean 'dict_size'?"),
         ("batch_sise: 3\n", [], "unknown key 'batch_sise'; did you mean 'batch_size'?"),
