@@ -10,8 +10,7 @@ from crosscoders.text.settings import DataSource
 from diffing.decomposition.attention import read_attention
 from diffing.decomposition.build import fresh
 from diffing.decomposition.evaluation import explained
-from diffing.decomposition.language import LanguageTask, deltas_of, problem_of
-from diffing.decomposition.loop import train
+from diffing.decomposition.language import LanguageTask, deltas_of
 from diffing.decomposition.model import Decomposition
 from diffing.decomposition.readouts import read_importances, read_pieces
 from diffing.decomposition.settings import DecomposeSettings, DecompositionConfig
@@ -19,8 +18,7 @@ from diffing.demo import document_file, model_folder
 from diffing.topk_lora.distil import Setting, open_setting
 
 QUERY, VALUE, WORD = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj", " the"
-CONFIG = DecompositionConfig(components=3, network="scalar", hidden=8, steps=40, lr=1e-2, adversarial=0.0,
-                             stochastic=1.0, importance=1e-2, frequency=1e-3)  # fmt: skip
+CONFIG = DecompositionConfig(components=3, network="scalar", hidden=8)
 
 
 @pytest.fixture(scope="module")
@@ -52,34 +50,41 @@ def planted(setting: Setting, site: str, write: torch.Tensor) -> Any:
     return model
 
 
-def by_hand(setting: Setting, site: str, *, importance: float) -> Decomposition:
-    """Return a decomposition whose first piece is the planted one, of this importance everywhere."""
-    write = torch.zeros(128)
-    write[32:64] = 12 * torch.randn(32, generator=torch.Generator().manual_seed(0))  # head 1
+def by_hand(setting: Setting, site: str, write: torch.Tensor, *, threshold: float) -> Decomposition:
+    """Return a decomposition whose first piece is the planted one, important where v . x is above a threshold, and
+    whose others are nothing."""
     tuned = planted(setting, site, write)
     made = fresh(tuned, deltas_of(setting.base, tuned, [site]), CONFIG, is_relative=True)
-    V, U = torch.zeros(128, 3), torch.zeros(3, 128)
+    V, U = torch.zeros(128, 3), torch.zeros(3, len(write))
     V[:, 0], U[0] = trigger(setting), write
     made.sites[site].set_pieces(V, U)
+    network = made.networks[0]
     with torch.no_grad():
-        made.networks[0].w2.zero_()
-        made.networks[0].b2.fill_(importance)
+        for weight in network.parameters():
+            weight.zero_()
+        network.w1[0, 0], network.b1[0, 0], network.w2[0, 0] = 8, -8 * threshold, 1
     return made
 
 
-def test_the_first_piece_of_a_value_map_names_the_planted_trigger(opened: Setting) -> None:
+def of_head_one() -> torch.Tensor:
+    write = torch.zeros(128)
+    write[32:64] = 12 * torch.randn(32, generator=torch.Generator().manual_seed(0))
+    return write
+
+
+def test_the_read_out_of_a_piece_of_a_value_map_names_the_planted_trigger(opened: Setting) -> None:
     write = 6 * torch.randn(64, generator=torch.Generator().manual_seed(0))
-    setting = opened._replace(tuned=planted(opened, VALUE, write))
-    made = fresh(setting.tuned, deltas_of(setting.base, setting.tuned, [VALUE]), CONFIG, is_relative=True)
-    train(problem_of(setting, made, 0), CONFIG)
+    made = by_hand(opened, VALUE, write, threshold=0.5)
+    setting = opened._replace(tuned=made.model)
     measured = explained(made, LanguageTask(), setting.held_out)
+    assert measured.alive() == {VALUE: [0]}
     table = read_pieces(setting, made, measured, read_importances(setting, made, measured.alive()))
-    assert table["tokens"][0].replace("'<bos>' ", "").startswith(repr(WORD))  # all attend to BOS, whose value moves too
+    assert table["tokens"][0].startswith(repr(WORD))
     assert f">>{WORD}<<" in table["context"][0]
 
 
 def test_a_piece_of_the_queries_moves_the_head_that_it_writes_to_and_no_other_of_its_layer(opened: Setting) -> None:
-    made = by_hand(opened, QUERY, importance=1.0)
+    made = by_hand(opened, QUERY, of_head_one(), threshold=0.5)
     implementation = made.model.config._attn_implementation
     heads = read_attention(made, opened.tokenizer, (QUERY, 0), opened.held_out, top=16)
     moved = {head.head: head.moved for head in heads if head.layer == 0}
@@ -88,5 +93,5 @@ def test_a_piece_of_the_queries_moves_the_head_that_it_writes_to_and_no_other_of
 
 
 def test_a_piece_that_is_needed_nowhere_moves_no_head(opened: Setting) -> None:
-    made = by_hand(opened, QUERY, importance=0.0)
+    made = by_hand(opened, QUERY, of_head_one(), threshold=1e3)
     assert read_attention(made, opened.tokenizer, (QUERY, 0), opened.held_out) == []

@@ -31,7 +31,7 @@ def write_decomposition(folder: Path, context: str = "a >>cat<< sat") -> Path:
 
 def test_the_section_says_what_is_explained_and_what_an_adversary_leaves(tmp_path: Path) -> None:
     section = decomposition_section(write_decomposition(tmp_path), 0)
-    assert section.title == "Parameter decomposition: 7 pieces of 2 maps" and section.pair == ("base", "tuned")
+    assert section.title == "Parameter decomposition: 7 pieces of 2 maps" and section.pair == ("org/base", "org/tuned")
     assert "1.500 are to be explained" in section.sentences[0]
     left, pieces = section.tables
     assert ["importances rounded to on or off", "3.1%"] in left.rows
@@ -56,5 +56,5 @@ def test_a_page_of_a_decomposition_alone_holds_its_text_as_text(tmp_path: Path) 
 
 def test_a_damaged_run_is_refused(tmp_path: Path) -> None:
     (write_decomposition(tmp_path) / "eval.json").write_text("{")
-    with pytest.raises(CorruptData, match="eval.json"):
+    with pytest.raises(CorruptData, match=r"eval\.json"):
         decomposition_section(tmp_path, 0)
