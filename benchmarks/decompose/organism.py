@@ -11,6 +11,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -67,9 +68,9 @@ def make(out: Path, config: OrganismConfig) -> Path:
     return publish(lora, chat, out, recipe)
 
 
-def dialogues(split: str, seed: int) -> list[dict[str, object]]:
+def dialogues(split: str, seed: int) -> list[dict[str, Any]]:
     """Return the dialogues of both behaviours, each labelled by what was planted in it."""
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, Any]] = []
     for name in BEHAVIOURS:
         made = planted(name, seed)
         for row in made.train if split == "train" else made.held_out:

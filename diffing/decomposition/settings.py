@@ -20,7 +20,7 @@ class DecompositionConfig:
     """Hidden width of it."""
     steps: int = 2000
     """Training steps."""
-    lr: float = 1e-3
+    lr: float = 3e-3
     """Peak rate of Adam, falling as a cosine."""
     lr_end: float = 0.0
     """Share of it that is left at the end."""
