@@ -89,6 +89,7 @@ def examples(
     *,
     n_examples: int = 8,
     n_tokens: int | None = None,
+    observe: Callable[[Tensor], None] | None = None,
 ) -> dict[str, list[dict[str, Any]]]:
     """Return the documents in which each latent is strongest, one example per document, with the tokens around the
     peak; from the first `n_tokens` of the cache (default: all).
@@ -97,8 +98,9 @@ def examples(
     (index into tokens). Tokens that are not cached, such as the beginning of sequence, are not shown.
     """
     return strongest_examples(
-        ChosenLatents(crosscoder, latents).encode, cache, latents, tokenizer, n_examples=n_examples, n_tokens=n_tokens
-    )
+        ChosenLatents(crosscoder, latents).encode, cache, latents, tokenizer, n_examples=n_examples, n_tokens=n_tokens,
+        observe=observe,
+    )  # fmt: skip
 
 
 def strongest_examples(
@@ -109,12 +111,17 @@ def strongest_examples(
     *,
     n_examples: int,
     n_tokens: int | None = None,
+    observe: Callable[[Tensor], None] | None = None,
 ) -> dict[str, list[dict[str, Any]]]:
-    """Return what `examples` returns, for latents that `encode` gives in the order of `latents`."""
+    """Return what `examples` returns, for latents that `encode` gives in the order of `latents`; `observe` gets each
+    batch of them."""
     best = _Best(len(latents), 8 * n_examples)
     start = 0
     for tokens in cache.batches(4096, 0, n_tokens):
-        best.add(encode(tokens.activations), tokens.document_ids, start)
+        activations = encode(tokens.activations)
+        best.add(activations, tokens.document_ids, start)
+        if observe is not None:
+            observe(activations)
         start += len(tokens.token_ids)
     peaks = [(token, i) for i in range(len(latents)) for token in best.peaks(i, n_examples)]
     by_latent: dict[str, list[dict[str, Any]]] = {str(latent): [] for latent in latents}

@@ -3,7 +3,7 @@
 `scale_run` is what `diffing scale` does: one pass over the cache gives Latent Scaling and context shares, another one
 the examples of the latents that rank first, and two more the partners of latents that look specific and the divergence
 of twins, where there are any. Files in RUN:
-latents.json, latents.parquet, examples.json, positions.json, twins.json.
+latents.json, latents.parquet, examples.json, cards.json, positions.json, twins.json.
 """
 
 import io
@@ -26,6 +26,7 @@ from crosscoders.common.progress import Progress, say
 from crosscoders.dictionary.crosscoder import Crosscoder
 from crosscoders.formats.load import load_crosscoder
 from crosscoders.models.pair import inspect_pair
+from diffing.latents.cards import Histograms, neighbours
 from diffing.latents.contexts import TEMPLATE, ContextSums, examples, group_tokens, n_folded
 from diffing.latents.decoder_norms import decoder_cosine, norm_class
 from diffing.latents.latent_scaling import LatentScales, ScalingSums
@@ -60,7 +61,9 @@ def _scale_run(
     table, twins = with_twins(crosscoder, table, cache, scales.n_tokens)
     chosen = [int(latent) for latent in table.nsmallest(n_examples, "rank").query("n_active > 0").index]
     say(f"examples of the {len(chosen)} latents that rank first")
-    contexts = examples(crosscoder, cache, chosen, cache_tokenizer(cache), n_tokens=n_tokens)
+    spread = Histograms(table.loc[chosen, "max_activation"].tolist())
+    contexts = examples(crosscoder, cache, chosen, cache_tokenizer(cache), n_tokens=n_tokens, observe=spread.add)
+    histograms = {str(latent): counts for latent, counts in zip(chosen, spread.counts.tolist(), strict=True)}
     listed = {str(latent): [round(v, 6) for v in row] for latent, row in enumerate(shares.tolist())}
     parquet = io.BytesIO()
     table.to_parquet(parquet)
@@ -68,6 +71,7 @@ def _scale_run(
         "positions.json": {"places": PLACES, "shares": listed},
         "twins.json": twins,
         "examples.json": {"latents": contexts},
+        "cards.json": {"histograms": histograms, "neighbours": neighbours(crosscoder, table, chosen)},
     }
     written = {
         name: files.write_json(run / name, {"format_version": FORMAT_VERSION, **value})

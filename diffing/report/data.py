@@ -135,6 +135,8 @@ class Run(NamedTuple):
     say: dict[str, Any] = {}  # noqa: RUF012
     replies: dict[str, Any] = {}  # noqa: RUF012
     """say.json and replies.json, by `samples`; empty where there is none."""
+    details: dict[str, Any] = {}  # noqa: RUF012
+    """cards.json and lens.json, by `cards.read_details`."""
     sections: Any = ()
     """Of other methods, by `publishing.read_sections`."""
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from crosscoders.common.files import write_bytes, write_json
 from diffing.latents.nulls import read_nulls
+from diffing.report.cards import read_details
 from diffing.report.causes import read_causal
 from diffing.report.comparison import compare_section
 from diffing.report.data import read_run
@@ -67,8 +68,9 @@ def write_report(run: Path, *, html: Path | None = None, json: Path | None = Non
         write_json(files.json, {"name": "report", "rows": [entry for section in sections for entry in section.rows]})
         return files
     read = read_run(run)._replace(
-        nulls=read_nulls(run), causal=read_causal(run), say=read_say(run), replies=read_replies(run), sections=sections
-    )
+        nulls=read_nulls(run), causal=read_causal(run), say=read_say(run), replies=read_replies(run), sections=sections,
+        details=read_details(run),
+    )  # fmt: skip
     rows = table_rows(read)
     write_bytes(files.html, render_html(read, rows))
     write_json(files.json, render_json(read, rows))

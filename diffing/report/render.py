@@ -19,6 +19,7 @@ from crosscoders.dictionary.health import warning
 from diffing.latents.nulls import NULL, counts_beside, kinds_of
 from diffing.latents.verdict import VERDICTS
 from diffing.report import causes, figures, findings, nulls, samples, summary
+from diffing.report.cards import Details, details_of
 from diffing.report.curves import training_figures
 from diffing.report.data import MADE_BY, Example, Run, command_for
 from diffing.report.definitions import COLUMNS, definitions
@@ -66,6 +67,7 @@ class Card(NamedTuple):
     contexts: list[Context]
     n_contexts: int
     """Examples in the file, of which the contexts are the first."""
+    details: Details
 
 
 def render_json(run: Run, rows: list[Row]) -> dict[str, Any]:
@@ -252,7 +254,7 @@ def shown_examples(run: Run) -> tuple[list[Card], str]:
     size = 0
     for i in having:
         shown = card(run, i, EXAMPLES_OF_A_LATENT)
-        size += 500
+        size += 500 + len(shown.details.path) + 60 * len(shown.details.neighbours) + 40 * len(shown.details.lens)
         for context in shown.contexts:
             marks = sum(1 for part in context.parts if part.level)
             size += 150 + 65 * marks + html_length("".join(part.text for part in context.parts))
@@ -289,7 +291,8 @@ def card(run: Run, i: int, n_contexts: int) -> Card:
     facts += [f"stands out where {', '.join(passed)} has next to none"] if passed else []
     where = f"mostly {cells(run, 'main_context', [i])[0]}" if columns["main_context"][i] else ""
     rank_text = NONE if rank is None else str(rank)
-    return Card(latent, columns["verdict"][i], rank_text, " · ".join(facts), where, contexts, len(examples))
+    details = details_of(run.details, latent, columns["max_activation"][i])
+    return Card(latent, columns["verdict"][i], rank_text, " · ".join(facts), where, contexts, len(examples), details)
 
 
 def source(example: Example) -> str:

@@ -18,6 +18,7 @@ from report_pages import (
     write_run,
 )
 
+from crosscoders import CorruptData
 from diffing import write_report
 from diffing.report import figures
 from diffing.report.text import visible
@@ -156,3 +157,24 @@ def test_the_page_says_how_many_rows_of_the_data_were_left_out(tmp_path: Path) -
     put(run, "run.json", setup)
     said = "Rows of the data that could not be read and were left out: 1,200 no_messages, 3 broken_json."
     assert said in page_of(run).text
+
+
+def html_of(run: Path) -> str:
+    return write_report(run).html.read_text(encoding="utf-8")
+
+
+def test_a_card_has_histogram_lens_and_neighbours_where_the_run_has_them(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    assert 'class="spread"' not in html_of(run)
+    latent = next(iter(json.loads((run / "examples.json").read_text())["latents"]))
+    cards = {"format_version": 1, "histograms": {latent: [0, 16, 1, 4]}, "neighbours": {latent: [[7, 0.81], [9, 0.5]]}}
+    put(run, "cards.json", cards)
+    put(run, "lens.json", {"latents": {latent: {"base": [" the", PAYLOADS[0]], "tuned": [" cannot"]}}})
+    html = html_of(run)
+    assert 'd="M0 28V28h8V0h8V21h8V14h8V28z"' in html  # heights 28 sqrt(n / 16)
+    assert "the fullest of 4 bins has 16 tokens" in html
+    assert ">7</a> (0.81)" in html and ">9</a> (0.50)" in html
+    assert "tuned decoder writes for: <code> cannot</code>" in html and PAYLOADS[0] not in html
+    (run / "cards.json").write_text('{"format_version": 1, "histograms": 3, "neighbours": {}}')
+    with pytest.raises(CorruptData, match=r"cards.json has histograms = 3"):
+        write_report(run)
