@@ -13,7 +13,7 @@ from diffing.report.text import number
 
 HEIGHT, BIN_WIDTH = 28, 8
 """Of the drawing, in pixels."""
-SHOWN_TOKENS = 8
+SHOWN_TOKENS, SHOWN_NEIGHBOURS = 8, 3
 
 
 class LensRecord(Record):
@@ -28,7 +28,6 @@ class Details(NamedTuple):
 
     path: str
     """Outline of the histogram, as an SVG path in a box of BIN_WIDTH times the bins by HEIGHT; empty without one."""
-    width: int
     spread: str
     """The histogram in words."""
     neighbours: list[tuple[int, str]]
@@ -52,16 +51,12 @@ def details_of(read: dict[str, Any], latent: int, largest: float | None) -> Deta
     """Return what is known of a latent; `largest`: its largest activation."""
     cards, key = read.get("cards", {}), str(latent)
     counts = cards.get("histograms", {}).get(key, [])
-    nearest = [(int(j), f"{cosine:.2f}") for j, cosine in cards.get("neighbours", {}).get(key, [])]
+    nearest = [(int(j), f"{cosine:.2f}") for j, cosine in cards.get("neighbours", {}).get(key, [])[:SHOWN_NEIGHBOURS]]
     lens = read.get("lens", {}).get("latents", {}).get(key, {})
-    spread = ""
-    if counts:
-        fullest = number(max(counts))
-        spread = (
-            f"activations from 0 to {number(largest or 0.0)}; the fullest of {len(counts)} bins has {fullest} tokens"
-        )
+    fullest = f"{number(max(counts))} tokens in the fullest" if counts else ""
+    spread = f"{len(counts)} bins, 0 to {number(largest or 0.0)}: {fullest}" if counts else ""
     return Details(
-        outline(counts), BIN_WIDTH * len(counts), spread, nearest,
+        outline(counts), spread, nearest,
         [(model, tokens[:SHOWN_TOKENS]) for model, tokens in lens.items()],
     )  # fmt: skip
 

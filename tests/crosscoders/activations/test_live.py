@@ -115,7 +115,7 @@ def test_a_live_run_of_another_plan_in_the_same_folder_is_refused(
         ({"hook_point": ["blocks.0.hook_resid_post", "blocks.1.hook_resid_post"]}, [], "names 2 hook points; --live"),
         ({"part": "1/2"}, [], "has no effect with --live"),
         ({"bse": "x"}, [], "unknown key 'bse'; did you mean 'base'?"),
-        ({"data": "no/such.jsonl"}, [], "data .no/such.jsonl. does not exist"),
+        ({"data": "no/such.jsonl"}, [], "data 'no/such.jsonl' does not exist"),
     ],
 )
 def test_wrong_settings_of_a_live_run_are_one_line(

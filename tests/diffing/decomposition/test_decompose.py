@@ -2,13 +2,14 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from crosscoders.common.errors import InputError
@@ -109,12 +110,21 @@ def test_a_lora_is_decomposed_between_its_factors(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"sites": ["*nothing"]}, "sites: '*nothing' matches none of the"),
-    ({"base": str(model_folder("tuned"))}, "none of the 3 sites differs between the models"),
+    ({"base": str(model_folder("tuned"))}, "are the same model"),
     ({"compare": ["nowhere"]}, "nowhere holds no decomposition"),
 ])  # fmt: skip
 def test_what_cannot_be_decomposed_is_one_line(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=re.escape(message)):
         decompose(settings(tmp_path / "run", **changes))
+
+
+def test_models_that_differ_outside_the_sites_alone_are_one_line(tmp_path: Path) -> None:
+    shutil.copytree(model_folder("tuned"), tmp_path / "base")
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    weights["model.norm.weight"] *= 1.01
+    save_file(weights, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match="none of the 3 sites differs between the models"):
+        decompose(settings(tmp_path / "run", base=str(tmp_path / "base")))
 
 
 def test_maps_of_another_shape_are_one_line() -> None:
