@@ -203,7 +203,7 @@ def verdicts(values: dict[tuple[int, int], list[Values]]) -> list[dict[str, Any]
 
     weak alignment: at chance where the mean max cosine lies within .02 of that of random or covariance-matched
     directions; else confirmed below half of the second seed's, refuted above. The others: slope of the figure over
-    log2 of the rank, interval over seeds; density rises: confirmed above 0, refuted below; stable: confirmed where the
+    log2 of the rank, interval over seeds, none for one seed; density rises: confirmed above 0, refuted below; stable: confirmed where the
     interval holds 0.
     """
     rows = []
@@ -220,10 +220,12 @@ def verdicts(values: dict[tuple[int, int], list[Values]]) -> list[dict[str, Any]
         rows.append(row(f"methods.delta.weak_alignment.layer_{layer}", weak, "verdict", len(ranks)))
         for claim, figure in SLOPED.items():
             slopes = _slopes(of_rank, figure)
-            low, high = t_interval(slopes) if len(slopes) > 1 else (slopes[0], slopes[0])
-            held = 0 if low <= 0 <= high else 1 if low > 0 else -1
-            said = held if claim == "density_rises_with_rank" else 1 if held == 0 else -1
-            rows.append(row(f"methods.delta.{claim}.layer_{layer}", said, "verdict", len(slopes)))
+            low, high = None, None
+            if len(slopes) > 1:  # one seed has no interval, so no verdict
+                low, high = t_interval(slopes)
+                held = 0 if low <= 0 <= high else 1 if low > 0 else -1
+                said = held if claim == "density_rises_with_rank" else 1 if held == 0 else -1
+                rows.append(row(f"methods.delta.{claim}.layer_{layer}", said, "verdict", len(slopes)))
             slope = sum(slopes) / len(slopes)
             rows.append(
                 row(f"methods.delta.{claim}.layer_{layer}.slope", slope, "per doubling", len(slopes), low, high)
