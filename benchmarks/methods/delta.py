@@ -202,8 +202,8 @@ def verdicts(values: dict[tuple[int, int], list[Values]]) -> list[dict[str, Any]
     """Return rows methods.delta.<claim>.layer_<l>: 1 (confirmed), 0 (at chance) or -1 (refuted), and their slopes.
 
     weak alignment: at chance where the mean max cosine lies within .02 of that of random or covariance-matched
-    directions; else confirmed below half of the second seed's, refuted above. The others, of two seeds or more: slope of
-    the figure over log2 of the rank, interval over seeds; density rises: confirmed above 0, refuted below; stable:
+    directions; else confirmed below half of the second seed's, refuted above. The others, of two seeds or more: slope
+    of the figure over log2 of the rank, interval over seeds; density rises: confirmed above 0, refuted below; stable:
     confirmed where the interval holds 0.
     """
     rows = []
