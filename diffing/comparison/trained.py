@@ -33,6 +33,7 @@ from diffing.latents.decoder_norms import decoder_difference
 from diffing.latents.table import latent_table, scale_cache
 
 _BATCH = 4096
+_SCORES = {"crosscoder-norm": "norm", "crosscoder-scaling": "scaling"}
 SCORED = 32
 """Latents whose writing is a token's score."""
 Lengths = Float[Tensor, " dict_size"]
@@ -159,9 +160,6 @@ def by_score(model: Crosscoder, cache: ActivationCache) -> dict[str, Int[np.ndar
     """Return the alive latents of a crosscoder in the orders of `diffing causal`, tuned ones first."""
     table = latent_table(model, scale_cache(model, cache)[0])
     return orders(table, 1, decoder_difference(model).cpu().numpy())
-
-
-_SCORES = {"crosscoder-norm": "norm", "crosscoder-scaling": "scaling"}
 
 
 def pair_cache(inputs: Inputs, which: str, seed: int, folder: Path) -> ActivationCache:

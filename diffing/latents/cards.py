@@ -15,6 +15,7 @@ from torch import Tensor
 
 from crosscoders.common.records import Record
 from crosscoders.dictionary.crosscoder import Crosscoder
+from diffing.latents.decoder_norms import joint_directions
 from diffing.latents.verdict import alive_latents
 
 N_BINS, N_NEIGHBOURS = 20, 4
@@ -50,11 +51,10 @@ class Histograms:
 def neighbours(crosscoder: Crosscoder, table: pandas.DataFrame, latents: list[int]) -> dict[str, list[list[float]]]:
     """Return for each latent its nearest alive ones with their cosine, nearest first."""
     candidates = alive_latents(table)
-    vectors = torch.nn.functional.normalize(crosscoder.decoder().detach().flatten(1), dim=1)
-    theirs = vectors[torch.from_numpy(candidates).to(vectors.device)]
+    theirs = joint_directions(crosscoder, candidates)
     nearest: dict[str, list[list[float]]] = {}
     for part in np.array_split(np.array(latents, dtype=np.int64), max(1, len(latents) // 1024)):
-        cosines = vectors[torch.from_numpy(part).to(vectors.device)] @ theirs.T
+        cosines = joint_directions(crosscoder, part) @ theirs.T
         cosines[torch.from_numpy(part[:, None] == candidates).to(cosines.device)] = -2.0
         best = cosines.topk(min(N_NEIGHBOURS, max(0, len(candidates) - 1)), dim=1)
         for latent, places, values in zip(part.tolist(), best.indices.tolist(), best.values.tolist(), strict=True):

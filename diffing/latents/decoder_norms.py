@@ -3,13 +3,15 @@ r"""What decoder norms and directions alone say about a latent: class, cosine an
 relative_decoder_norm   `Crosscoder.relative_decoder_norm`
 norm_class              base-only [0, 0.1], shared [0.4, 0.6], tuned-only [0.9, 1], other
 decoder_cosine          cos(d_base, d_tuned)
+joint_directions        [d_base; d_tuned] as a unit vector, by which latents are matched
 decoder_difference      ||D_tuned - D_base||, in the units of x
 """
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from crosscoders.dictionary.crosscoder import Crosscoder
@@ -43,6 +45,12 @@ def decoder_cosine(crosscoder: Crosscoder) -> Float[Tensor, " dict_size"]:
         for part in crosscoder.decoder().split(4096)
     ]
     return torch.cat(cosines)
+
+
+def joint_directions(crosscoder: Crosscoder, latents: Int[np.ndarray, " n"]) -> Float[Tensor, "n decoders"]:
+    """Return [d_base; d_tuned] of some latents, the two decoders end to end in training space, as unit vectors."""
+    decoder = crosscoder.decoder().detach().flatten(1)
+    return torch.nn.functional.normalize(decoder[torch.from_numpy(latents).to(decoder.device)], dim=1)
 
 
 def decoder_difference(crosscoder: Crosscoder) -> Float[Tensor, " dict_size"]:

@@ -19,7 +19,6 @@ import numpy as np
 import pandas
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
 
 from crosscoders.common import files
 from crosscoders.common.errors import InputError
@@ -29,6 +28,7 @@ from crosscoders.dictionary.crosscoder import Crosscoder
 from crosscoders.formats.load import load_crosscoder
 from crosscoders.formats.ours import trained_on
 from crosscoders.models.names import identity
+from diffing.latents.decoder_norms import joint_directions
 from diffing.latents.table import read_table
 from diffing.latents.verdict import VERDICTS, alive_latents
 
@@ -77,18 +77,14 @@ def _source(folder: str) -> dict[str, Any]:
 def matches(run: TrainedRun, other: TrainedRun, *, permute: int | None = None) -> Matches:
     """Return nearest latents; `permute`: seed of a permutation of the other run's coordinates, for the control."""
     latents, candidates = alive_latents(run.table), alive_latents(other.table)
-    mine, theirs = _directions(run, latents), _directions(other, candidates)
+    mine = joint_directions(run.crosscoder, latents)
+    theirs = joint_directions(other.crosscoder, candidates)
     if permute is not None:
         order = torch.randperm(theirs.shape[1] // 2, generator=torch.Generator().manual_seed(permute))
         theirs = torch.cat([half[:, order] for half in theirs.chunk(2, dim=1)], dim=1)
     best = [(chunk @ theirs.T).max(dim=1) for chunk in mine.split(4096)]
     cosine, nearest = (torch.cat([maxima[i] for maxima in best]).numpy() for i in (0, 1))
     return Matches(latents, candidates[nearest], cosine)
-
-
-def _directions(run: TrainedRun, latents: Int[np.ndarray, " n"]) -> Float[Tensor, "n twice_d_model"]:
-    decoder = run.crosscoder.decoder().detach().flatten(1)[torch.from_numpy(latents)]
-    return torch.nn.functional.normalize(decoder, dim=1)
 
 
 def stability(runs: list[TrainedRun], *, seed: int = 0) -> list[dict[str, Any]]:
