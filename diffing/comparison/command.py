@@ -62,10 +62,10 @@ def run_seeds(inputs: Inputs) -> tuple[dict[str, list[Rows]], dict[str, dict[str
     seeds: dict[str, list[Rows]] = {which: [] for which in ("tuned", "null") if which in inputs.infos}
     texts: dict[str, dict[str, Any]] = {which: {} for which in seeds}
     for seed in range(settings.seed, settings.seed + settings.n_seeds):
-        rows = inputs.rows(seed)
-        null = Reader(inputs, "null", seed, rows, None) if "null" in seeds else None
+        documents = inputs.documents(seed)
+        null = Reader(inputs, "null", seed, documents, None) if "null" in seeds else None
         readers = [null] if null is not None else []
-        for reader in [*readers, Reader(inputs, "tuned", seed, rows, null)]:
+        for reader in [*readers, Reader(inputs, "tuned", seed, documents, null)]:
             parts = {}
             for unit, methods in units.items():
                 with about(f"{unit}, {reader.which}, seed {seed}"):
