@@ -35,7 +35,8 @@ def test_the_wheel_alone_runs_in_an_empty_folder(tmp_path: Path) -> None:
     zipfile.ZipFile(built).extractall(tmp_path / "site")
     (empty := tmp_path / "empty").mkdir()
     script = (
-        "import diffing, sae_lora, crosscoders\nfrom diffing.cli import main\nfrom diffing.demo import document_file, model_folder\n"
+        "import diffing, sae_lora, crosscoders\nfrom diffing.cli import main\n"
+        "from diffing.demo import document_file, model_folder\n"
         "for part in (diffing, sae_lora, crosscoders): print(part.__file__)\n"
         "for name in ('base', 'tuned', 'placebo', 'format_only'): print(model_folder(name) / 'model.safetensors')\n"
         "for name in ('raw_train', 'dialogues_heldout'): print(document_file(name))\n"

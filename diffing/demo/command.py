@@ -194,7 +194,7 @@ def context_text(examples: list[dict[str, Any]]) -> str:
 
 
 def closing_words(html: Path, rows: list[dict[str, Any]], seconds: float) -> str:
-    """Say the quality with its count, time, memory, where the report is, how to explore, and the path on another pair."""
+    """Say the quality with its count, time, memory, where the report is, the explorer, and the path on another pair."""
     value = {entry["name"]: entry for entry in rows}
     n = value["eval.l0"]["n"]
     return f"""
