@@ -1,6 +1,7 @@
-"""Takes the pictures of the documents from a run: python tests/pictures.py RUN [FOLDER], FOLDER instead of docs/img.
+"""Takes the pictures of the documents from a run: python tests/pictures.py RUN [FOLDER], by default into docs/img.
 
-RUN is that of `diffing demo`, with results of other commands inside (docs/img/README.md). Needs playwright and Chromium.
+RUN is that of `diffing demo`, with the results of `diffing causal` and `lens`, and inside it those of `topk-lora fit`,
+`sae`, `decompose` and `compare`. Needs playwright and Chromium.
 """
 
 import base64
@@ -55,8 +56,6 @@ def views(session: Session, report: str, server: str) -> Iterator[View]:
     refusal, gap, identity = (first(session, context) for context in ("refusal", "gap", "identity"))
     yield View("report", report, "nav")
     yield View("report-latent", f"{report}#latent-{identity}", f"#latent-{identity}", f"#latent-{identity}")
-    for section in ("topk-lora", "sae", "compare", "decomposition"):
-        yield View(f"report-{section}", report, f"[id^={section}]", f"[id^={section}]")
 
     def view(name: str, ready: str, **state: Any) -> View:
         words = {key: value if isinstance(value, str) else json.dumps(value) for key, value in state.items()}
@@ -78,7 +77,9 @@ def views(session: Session, report: str, server: str) -> Iterator[View]:
 def take(browser: Any, view: View, size: str, scheme: str) -> bytes:
     """Return the picture of a view, as PNG."""
     width, height = SIZES[size]
-    page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=SCHEMES[scheme])
+    page = browser.new_page(
+        viewport={"width": width, "height": height}, color_scheme=SCHEMES[scheme], reduced_motion="reduce"
+    )
     page.set_default_timeout(200_000)
     page.goto(view.address, timeout=200_000)
     page.locator(view.ready).first.wait_for()
