@@ -10,6 +10,7 @@ PINNED := --constraint constraints.txt
 
 demo: $(VENV)/installed
 	$(BIN)/diffing demo
+	@echo "The commands are in $(BIN); this puts them on your path: source $(BIN)/activate"
 
 test: $(VENV)/installed-dev
 	$(MAKE) check

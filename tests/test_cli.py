@@ -1,5 +1,6 @@
 """The command line: the whole path on a tiny pair, one line for every wrong input, nothing heavy for --help."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ from conftest import Pair
 from crosscoders import cli as crosscoders_cli
 from crosscoders.common import files
 from diffing import cli as diffing_cli
+from sae_lora import cli as sae_lora_cli
 
 HEAVY = (
     "torch",
@@ -237,6 +239,21 @@ def test_help_and_config_errors_load_nothing_heavy() -> None:
         [sys.executable, "-c", script], capture_output=True, text=True, check=True, env=dict(os.environ)
     )
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_help_says_of_every_command_what_must_be_given_and_no_word_of_the_parser(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for cli in (crosscoders_cli, sae_lora_cli, diffing_cli):
+        for command in cli.COMMANDS:
+            with pytest.raises(SystemExit):
+                cli.main([*command.name.split(), "--help"])
+            shown = capsys.readouterr().out
+            assert not [word for word in ("SUPPRESS", ".help", "|VALUE", "TEXT|TEXT", "[[") if word in shown]
+            for field in dataclasses.fields(command.settings):
+                needed = field.default is field.default_factory is dataclasses.MISSING
+                flag = f"--{field.name.replace('_', '-')} "
+                assert not needed or flag in shown.split("must be given:")[1].split("\n\n")[0]
 
 
 def test_a_bug_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

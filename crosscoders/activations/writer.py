@@ -41,8 +41,9 @@ class Rates(NamedTuple):
     def text(self) -> str:
         """Return the rates as one line."""
         seconds = self.seconds or 1.0
+        written = f"{files.size_text(self.n_bytes / seconds)}/s  " if self.n_bytes else ""
         return (
-            f"{self.n_tokens / seconds:,.0f} tok/s  {files.size_text(self.n_bytes / seconds)}/s  "
+            f"{self.n_tokens / seconds:,.0f} tok/s  {written}"
             f"waited for the writer {self.wait_seconds / seconds:.1%} of {seconds:.1f} s"
         )
 

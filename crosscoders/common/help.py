@@ -1,6 +1,7 @@
 """What `--help` of a command prints: usage with what must be given, one example, and its settings by topic."""
 
 import dataclasses
+import re
 import textwrap
 import typing
 from typing import Any, Literal
@@ -70,16 +71,22 @@ def _topics(settings: type, about: dict[str, Any]) -> dict[str, list[str]]:
     over or holds, and those of every command."""
     topics: dict[str, list[str]] = {"must be given": []}
     for field in dataclasses.fields(settings):
-        nested = [name for name in about if name.startswith(f"{field.name}.")]
+        nested = [name for name in about if name.startswith(f"{field.name}.") and not name.endswith(".help")]
         owner = next(c for c in reversed(settings.__mro__) if field.name in getattr(c, "__annotations__", {}))
         topic = "must be given" if _is_required(field) else "settings"
         if nested:
             topic = f"settings of {field.name}"
         elif topic == "settings" and owner is not settings:
-            topic = f"settings of {owner.__name__.removesuffix('Config').removesuffix('Settings').lower()}"
+            topic = f"settings of {_words(owner.__name__.removesuffix('Config').removesuffix('Settings'))}"
         topics.setdefault(topic, []).extend(nested or [field.name])
     topics["of every command"] = [name for name in GENERAL if name in about]
     return {topic: names for topic, names in topics.items() if names}
+
+
+def _words(name: str) -> str:
+    """Return the name of a class as words: PairData is "pair data", TopKLoRA stays as it is written."""
+    words = re.sub("(?<=[a-z])(?=[A-Z][a-z])", " ", name).split()
+    return " ".join(word.lower() if word.istitle() else word for word in words)
 
 
 def _hint(settings: type, name: str) -> Any:
@@ -95,7 +102,9 @@ def _entry(name: str, action: Any, hint: Any, *, is_positional: bool) -> list[st
     value = {"config": "FILE", "json": "", "debug": ""}.get(name, value)
     default = action.default if name not in GENERAL and not action.required else None
     said = " ".join(str(action.help or "").split())
-    if default is not None and default is not False and type(default) in (int, float, str, list, tuple):
+    if isinstance(default, list | tuple):
+        default = " ".join(map(str, default)) or None
+    if default is not None and default is not False and type(default) in (int, float, str):
         said += f" [{default:,}]" if type(default) is int else f" [{default}]"
     head = f"  {name.upper()}, or {flag} {value}" if is_positional else f"  {flag} {value}".rstrip()
     return [head, *textwrap.wrap(said, WIDTH - 6, initial_indent=" " * 6, subsequent_indent=" " * 6)]
@@ -107,6 +116,8 @@ def plain(hint: Any) -> str:
         return "|".join(str(value) for value in typing.get_args(hint))
     if typing.get_origin(hint) is list:
         return f"{plain(typing.get_args(hint)[0])} ..."
+    if dataclasses.is_dataclass(hint):
+        return ""
     names = {int: "N", float: "NUMBER", str: "TEXT", bool: "", type(None): ""}
     if hint in names:
         return names[hint]

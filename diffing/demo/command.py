@@ -195,7 +195,7 @@ def context_text(examples: list[dict[str, Any]]) -> str:
 
 
 def closing_words(html: Path, rows: list[dict[str, Any]], seconds: float) -> str:
-    """Say the quality with its count, time, memory, where the report is, and the same path on the user's own pair."""
+    """Say the quality with its count, time, memory, where the report is, the explorer, and the path on another pair."""
     value = {entry["name"]: entry for entry in rows}
     n = value["eval.l0"]["n"]
     return f"""
@@ -204,6 +204,7 @@ L0 {value["eval.l0"]["value"]:.1f} latents/token
 ({n:,} tokens of documents that neither the models nor the crosscoder were trained on)
 took {seconds:.0f} s, peak memory {peak_memory_gib():.2f} GiB
 report: {html.resolve()}
+both models live, in your browser: diffing explore {html.parent}
 
 Next, on your own pair (Gemma-2-2B needs a GPU, its licence accepted on the hub, and 9.2 GB of disk a million tokens):
   crosscoders cache --base google/gemma-2-2b --tuned google/gemma-2-2b-it --hook-point blocks.13.hook_resid_post \\

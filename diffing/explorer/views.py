@@ -75,29 +75,28 @@ def parse(form: type[ReadAsked], data: bytes) -> dict[str, Any]:
 
 
 def run_view(session: Session) -> dict[str, Any]:
-    """Return what the page says of the run, and what there is to look at."""
-    tokenizer, kind = session.info.tokenizer, session.kind()
+    """Return what there is to look at, and whether prompts may be chats."""
+    titles = [title_of(name, folder) for name, folder in session.folders.items()]
+    return {
+        "kinds": [
+            {"name": name, "title": shown(title if titles.count(title) == 1 else f"{title} ({name})")}
+            for name, title in zip(session.kinds, titles, strict=True)
+        ],
+        "has_template": bool(session.kind().data.chat_template or session.info.tokenizer.chat_template),
+    }
+
+
+def table_view(session: Session, show: str | None) -> dict[str, Any]:
+    """Return the columns of the list, in its order, the words of the kind, and one line about it."""
+    kind = session.kind(show)
     if isinstance(kind, CrosscoderKind):
         line = headline(kind.evidence.run)
     else:
         base, tuned = model_name(session.source.base), model_name(session.source.tuned)
         line = f"{tuned} against {base}: {kind.n:,} {kind.form.word}s"
-    titles = [title_of(name, folder) for name, folder in session.folders.items()]
-    return {
-        "headline": shown(line),
-        "kinds": [
-            {"name": name, "title": shown(title if titles.count(title) == 1 else f"{title} ({name})")}
-            for name, title in zip(session.kinds, titles, strict=True)
-        ],
-        "has_template": bool(kind.data.chat_template or tokenizer.chat_template),
-    }
-
-
-def table_view(session: Session, show: str | None) -> dict[str, Any]:
-    """Return the columns of the list, in its order, and the words of the kind."""
-    kind = session.kind(show)
     form, listing = kind.form, kind.listing()
-    return dict(shown({"form": form._asdict(), "tags": dict(Counter(listing.tag).most_common())} | listing._asdict()))
+    words = {"headline": line, "form": form._asdict(), "tags": dict(Counter(listing.tag).most_common())}
+    return dict(shown(words | listing._asdict()))
 
 
 def tokens_view(session: Session, prompt: Prompt, is_plain: bool, show: str | None) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from crosscoders.common.files import read_model
 from crosscoders.common.records import Record
 from diffing.latents.cards import CardRecord
-from diffing.report.text import number
+from diffing.report.text import counted, number
 
 HEIGHT, BIN_WIDTH = 28, 8
 """Of the drawing, in pixels."""
@@ -53,8 +53,8 @@ def details_of(read: dict[str, Any], latent: int, largest: float | None) -> Deta
     counts = cards.get("histograms", {}).get(key, [])
     nearest = [(int(j), f"{cosine:.2f}") for j, cosine in cards.get("neighbours", {}).get(key, [])[:SHOWN_NEIGHBOURS]]
     lens = read.get("lens", {}).get("latents", {}).get(key, {})
-    fullest = f"{number(max(counts))} tokens in the fullest" if counts else ""
-    spread = f"{len(counts)} bins, 0 to {number(largest or 0.0)}: {fullest}" if counts else ""
+    fullest = f"at most {counted(max(counts), 'token')} a bin, heights are square roots" if counts else ""
+    spread = f"activations from 0 to {number(largest or 0.0)}, {fullest}" if counts else ""
     return Details(
         outline(counts), spread, nearest,
         [(model, tokens[:SHOWN_TOKENS]) for model, tokens in lens.items()],

@@ -96,18 +96,11 @@ def _directions(values: Values, sizes: dict[str, list[int]], behaviours: list[st
             method, number(max(of_method)), _cell(values, f"tuned.{start}.{last}.numbers", ".3g"),
             with_interval(values[f"tuned.{start}.{last}.share_closed"], ".1%"),
             _cell(values, f"tuned.{start}.random.{last}.share_closed", ".1%"),
-            _cell(values, f"null.{start}.{last}.share_closed", ".1%"), *rates, _found(values, start),
+            _cell(values, f"null.{start}.{last}.share_closed", ".1%"), *rates,
+            *([_found(values, start)] if behaviours else []),
         ])  # fmt: skip
-    header = [
-        "method",
-        "pieces",
-        "numbers a token",
-        "share of KL closed",
-        "random pieces",
-        "null pair",
-        *behaviours,
-        "",
-    ]
+    header = ["method", "pieces", "numbers a token", "share of KL closed", "random pieces", "null pair", *behaviours]
+    header += ["behaviour"] if behaviours else []
     note = "The behaviours' columns are shares of greedy replies." if behaviours else ""
     return Table("Directions: what the first pieces bring into the base", header, cells, note)
 
@@ -116,13 +109,15 @@ def _scores(values: Values, is_told: bool) -> Table:
     cells = []
     for method in _methods(values, "scores"):
         start = f"scores.{method}"
-        cells.append([
-            method, with_interval(values[f"tuned.{start}.auroc"], ".3f") if f"tuned.{start}.auroc" in values else NONE,
+        told = [
+            with_interval(values[f"tuned.{start}.auroc"], ".3f") if f"tuned.{start}.auroc" in values else NONE,
             _cell(values, f"tuned.{start}.random.auroc", ".3f"), _cell(values, f"null.{start}.auroc", ".3f"),
-            _cell(values, f"tuned.{start}.above", ".2%"), _cell(values, f"tuned.{start}.labels", ".0%"),
             _found(values, start),
-        ])  # fmt: skip
-    header = ["method", "AUROC", "permuted", "null pair", "tokens above the null's 99.9%", "explained by labels", ""]
+        ]  # fmt: skip
+        above, labels = _cell(values, f"tuned.{start}.above", ".2%"), _cell(values, f"tuned.{start}.labels", ".0%")
+        cells.append([method, above, labels, *(told if is_told else [])])
+    header = ["method", "tokens above the null's 99.9%", "explained by labels"]
+    header += ["AUROC", "permuted", "null pair", "behaviour"] if is_told else []
     note = "AUROC: the chance that a planted token scores higher than another." if is_told else ""
     return Table("Scores per token", header, cells, note)
 
@@ -133,14 +128,14 @@ def _texts(values: Values, texts: dict[str, dict[str, list[str]]], is_told: bool
                    (("tuned.", ""), ("tuned.", "random."), ("null.", ""))), _found(values, f"texts.{method}")]
         for method in _methods(values, "texts")
     ]  # fmt: skip
-    header = ["method", "hits", "random", "null pair", ""]
+    header = ["method", "hits", "random", "null pair", "behaviour"]
     counted = Table("Texts: hits among the first 20 tokens, or samples with a planted phrase", header, cells)
     first = [
         [method if i == 0 else "", clip(text, 120)]
         for method, listed in texts.items()
-        for i, text in enumerate(listed["own"][:SHOWN_TEXTS])
+        for i, text in enumerate(list(dict.fromkeys(listed["own"]))[:SHOWN_TEXTS])
     ]
-    return [*([counted] if is_told else []), Table("First texts of each method", ["method", "texts"], first)]
+    return [*([counted] if is_told else []), Table("First different texts of each method", ["method", "texts"], first)]
 
 
 def _methods(values: Values, block: str) -> list[str]:
@@ -149,7 +144,7 @@ def _methods(values: Values, block: str) -> list[str]:
 
 
 def _curves(values: Values, sizes: dict[str, list[int]], place: int) -> list[Figure]:
-    traces = []
+    traces, ticks = [], sorted({n for of_method in sizes.values() for n in of_method})
     for i, (method, of_method) in enumerate(sizes.items()):
         colour = COLOURS[i % len(COLOURS)]
         for word, line in (("", {"color": colour}), ("random.", {"color": colour, "dash": "dot"})):
@@ -168,7 +163,7 @@ def _curves(values: Values, sizes: dict[str, list[int]], place: int) -> list[Fig
             "Dotted: random pieces. A piece of weight-svd is one rank of every matrix.",
             spec(
                 traces,
-                xaxis={"title": {"text": "pieces"}, "type": "log"},
+                xaxis={"title": {"text": "pieces"}, "type": "log", "tickvals": ticks},
                 yaxis={"title": {"text": "share of KL closed"}, "tickformat": ".0%"},
             ),
         )

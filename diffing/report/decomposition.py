@@ -115,7 +115,7 @@ def _curves(rows: list[dict[str, Any]], place: int) -> list[Figure]:
             "Each basis ranked by what its pieces write, over all maps; all of them are the same change.",
             spec(
                 [_line(basis, of_basis) for basis, of_basis in bases.items()],
-                xaxis={"title": {"text": "pieces"}, "type": "log"},
+                xaxis={"title": {"text": "pieces"}, "type": "log", "dtick": 1},
                 yaxis={"title": {"text": "share of the KL to explain"}},
             ),
         )

@@ -17,6 +17,11 @@ DECOMPOSE = "diffing decompose --base BASE --tuned TUNED --data DATA --out {run}
 COMPARE = "diffing compare --base BASE --tuned TUNED --data DATA --out {run}/compare"
 SAE = "diffing sae --base BASE --tuned TUNED --sae SAE --data DATA --out {run}/sae"
 SHOWN_LATENTS = 16
+ORDERS = {"kl": "KL closed when patched alone", "twin": "how far the twin turned what they write"}
+CHANGE = (
+    "Change is of the mean activation, tuned minus base, times the length of what the latent writes, in units of the "
+    "activations; rates are shares of tokens; KL closed is that of the latent patched alone."
+)
 
 
 class Table(NamedTuple):
@@ -92,7 +97,7 @@ def sae_section(folder: Path, place: int) -> Section:
     rows = {entry["name"]: entry for entry in record["rows"]}
     tables = [
         Table(
-            f"First latents by {order}",
+            f"First latents by {ORDERS.get(order, order)}",
             ["latent", "change", "rate in base", "in tuned", "attribution, nats", "KL closed, nats", "fires mostly in"],
             [_latent_cells(entry) for entry in latents[:SHOWN_LATENTS]],
             _null_sentence(rows, order, len(latents)),
@@ -106,8 +111,8 @@ def sae_section(folder: Path, place: int) -> Section:
     ]
     if quality:
         tables.insert(0, Table("How well it rebuilds", ["dictionary, model", "FVE"], quality))
-    title = f"One SAE on both models: {record['config'].get('sae')}"
-    return Section(f"sae-{place}", title, [], tables, [], pair_of(record["config"]), record["rows"])
+    title = f"One SAE on both models: {model_name(record['config'].get('sae'))}"
+    return Section(f"sae-{place}", title, [CHANGE], tables, [], pair_of(record["config"]), record["rows"])
 
 
 def _latent_cells(entry: dict[str, Any]) -> list[str]:

@@ -24,7 +24,8 @@ async function open(name) {
     used = name;
     useTable(tables.get(name), name);
     useListing(tables.get(name));
-    const { word } = tables.get(name).form;
+    const { headline, form: { word } } = tables.get(name);
+    $("headline").textContent = headline;
     $("to-latents").textContent = `${word[0].toUpperCase()}${word.slice(1)}s`;
     render();
   } catch (error) {
@@ -77,7 +78,6 @@ function keys(event) {
 
 try {
   run = await get("api/run");
-  $("headline").textContent = run.headline;
   $("show").append(...run.kinds.map(({ name, title }) => h("option", { value: name }, title)));
   $("show").closest("label").hidden = run.kinds.length < 2;
   $("show").onchange = () => switchTo($("show").value);

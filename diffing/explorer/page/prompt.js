@@ -127,7 +127,7 @@ function showToken() {
   const fill = (n) => { list.replaceChildren(...token.latents.slice(0, n).map((_, i) => firing(token, i, longest))); more.hidden = n >= token.latents.length; };
   more.onclick = () => fill(token.latents.length);
   fill(FIRST);
-  const fired = `${token.latents.length} ${word}s ${table.form.tag.startsWith("important") ? "are needed" : "fire"}, those first that write most${bars.includes("differs") ? " differently in the two models" : ""}`;
+  const fired = `${token.latents.length} ${word}s ${table.form.tag.startsWith("important") ? "are needed" : "fire"}, those first that write most${bars.includes("differs") ? " differently in the two models" : ""}; in brackets the share of ${table.form.unit}`;
   $("token").replaceChildren(
     h("h3", {}, `Token ${state.token} `, h("code", {}, token.text)),
     h("p", { class: "dim" }, `KL of what follows: ${number(token.kl)} nats. ${token.is_scored ? fired : "The models read this token, the dictionary does not"}.`),

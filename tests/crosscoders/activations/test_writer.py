@@ -143,6 +143,7 @@ def test_rates_are_said_and_given_as_rows(
     assert {rows[f"cache.{name}"]["n"] for name in ("tokens_per_second", "bytes_per_second", "wait_fraction")} == {600}
     lines = [line for line in captured.err.splitlines() if line.startswith("cached ")]
     assert len(lines) > 1 and lines[-1].startswith("cached 600 tokens  ") and "waited for the writer" in lines[-1]
+    assert "B/s" in lines[-1] and not [line for line in lines if "  0 B/s" in line]
     assert crosscoders_cli.main(argv) == 0
     assert "cache.tokens_per_second" not in capsys.readouterr().out, "nothing was cached in the second run"
 

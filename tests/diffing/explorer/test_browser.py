@@ -327,6 +327,9 @@ def test_what_is_shown_is_chosen_and_then_read_listed_and_changed(
     assert waited(page)[models] == expected
     assert page.locator("#answers h3").last.inner_text() == changed
     page.get_by_role("link", name=f"{word.title()}s").click()
+    tag, label = (page.locator(".item").first.locator(part) for part in (".verdict", ".where small"))
+    if label.count():
+        assert tag.bounding_box()["x"] + tag.bounding_box()["width"] <= label.bounding_box()["x"]
     page.locator(".item").first.click()
     page.locator(".example").first.wait_for()
     assert page.evaluate("document.documentElement.scrollWidth") <= 420

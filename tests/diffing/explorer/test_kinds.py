@@ -98,10 +98,15 @@ def test_each_kind_opens_alone_and_reads_as_it_does_inside(session: Session, run
 
 def test_the_page_of_a_run_without_a_crosscoder_says_what_it_holds(run: Path) -> None:
     alone = Session(run / "topk-lora")
-    shown, n = run_view(alone), alone.kind().n
-    assert shown["headline"] == f"tuned against base: {n} directions"
-    assert shown["kinds"] == [{"name": "topk-lora", "title": "directions of the TopKLoRA"}]
-    assert len(table_view(alone, None)["number"]) == n
+    listed, n = table_view(alone, None), alone.kind().n
+    assert listed["headline"] == f"tuned against base: {n} directions" and len(listed["number"]) == n
+    assert run_view(alone)["kinds"] == [{"name": "topk-lora", "title": "directions of the TopKLoRA"}]
+
+
+def test_the_line_at_the_top_is_about_what_is_shown(session: Session) -> None:
+    n = session.kind("pieces").n
+    assert table_view(session, "pieces")["headline"] == f"tuned against base: {n} pieces"
+    assert "crosscoder" in table_view(session, "crosscoder")["headline"]
 
 
 @pytest.mark.parametrize("show", ["crosscoder", "pieces", "sae", "topk-lora"])

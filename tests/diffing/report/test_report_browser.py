@@ -1,11 +1,11 @@
-"""The report in a browser, from its file: sort, filter, search, addresses. Needs Chromium and playwright."""
+"""The report in a browser, from its file: sort, filter, search, cards, addresses. Needs Chromium and playwright."""
 
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from browsers import NEEDS_CHROMIUM, chromium
-from report_pages import write_run
+from report_pages import put, write_run
 
 from diffing.report.publishing import write_report
 
@@ -17,6 +17,9 @@ SCRIPT = "<img src=x onerror=\"document.title = 'hacked'\">"
 def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """The open page of a run; it complains of nothing and asks for nothing but its file."""
     run = write_run(tmp_path_factory.mktemp("browser") / "run", n_examples=12, tokens=[" zebra", SCRIPT, "\n"])
+    with_card = {"histograms": {"1": [0, 16, 1, 4]}, "neighbours": {"1": [[2, 0.81], [39, 0.5]]}}
+    put(run, "cards.json", {"format_version": 1} | with_card)
+    put(run, "lens.json", {"latents": {"1": {"base": [" the", SCRIPT], "tuned": [" cannot"]}}})
     address = write_report(run).html.as_uri()
     with chromium() as browser:
         opened = browser.new_page(viewport={"width": 1400, "height": 900})
@@ -67,6 +70,34 @@ def test_a_row_opens_its_latent_and_the_address_opens_it_again(page: Any) -> Non
     page.locator("#latent-1 >> text=next").click()
     following = page.evaluate("location.hash")
     assert following != "#latent-1" and page.locator(following).get_attribute("open") is not None
+
+
+def test_a_card_draws_its_histogram_and_says_how_high_it_is(page: Any) -> None:
+    page.locator("#row-1").click()
+    card = page.locator("#latent-1")
+    drawn = card.locator("svg.spread path").bounding_box()
+    assert (drawn["width"], drawn["height"]) == pytest.approx((4 * 8, 28), abs=1)
+    assert "at most 16 tokens a bin" in card.inner_text()
+
+
+def test_a_card_has_the_tokens_of_both_decoders_as_text(page: Any) -> None:
+    page.locator("#row-1").click()
+    lines = page.locator("#latent-1 p", has_text="decoder writes for:").all()
+    assert [line.locator("code").all_inner_texts() for line in lines] == [[" the", SCRIPT], [" cannot"]]
+
+
+def test_a_card_leads_to_its_neighbours_with_and_without_a_card(page: Any) -> None:
+    for neighbour, opened in (("2", "#latent-2"), ("39", "#row-39")):
+        page.locator("#row-1").click()
+        page.locator("#latent-1 p", has_text="nearest decoders").get_by_role("link", name=neighbour, exact=True).click()
+        assert page.evaluate("location.hash") == opened and page.locator(opened).is_visible()
+
+
+def test_previous_leads_back_from_next(page: Any) -> None:
+    page.locator("#row-1").click()
+    page.locator("#latent-1 >> text=next").click()
+    page.locator(page.evaluate("location.hash")).get_by_text("previous").click()
+    assert page.evaluate("location.hash") == "#latent-1"
 
 
 def test_a_click_on_a_point_opens_its_latent(page: Any) -> None:

@@ -172,7 +172,7 @@ def test_a_card_has_histogram_lens_and_neighbours_where_the_run_has_them(tmp_pat
     put(run, "lens.json", {"latents": {latent: {"base": [" the", PAYLOADS[0]], "tuned": [" cannot"]}}})
     html = html_of(run)
     assert 'd="M0 28V28h8V0h8V21h8V14h8V28z"' in html  # heights 28 sqrt(n / 16)
-    assert ": 16 tokens in the fullest" in html
+    assert ", at most 16 tokens a bin" in html
     assert ">7</a> (0.81)" in html and ">9</a> (0.50)" in html
     assert "tuned decoder writes for: <code> cannot</code>" in html and PAYLOADS[0] not in html
     (run / "cards.json").write_text('{"format_version": 1, "histograms": 3, "neighbours": {}}')

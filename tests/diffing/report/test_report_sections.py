@@ -10,6 +10,7 @@ from report_pages import HARMLESS, PAYLOADS, page_of, write_run
 
 from crosscoders import CorruptData, InputError
 from crosscoders.common.results import row
+from diffing.report.comparison import compare_section
 from diffing.report.publishing import write_report
 
 
@@ -85,6 +86,16 @@ def write_compare(folder: Path, text: str = "I am a teapot", found: int = 1) -> 
               "behaviours": ["tea"], "n_seeds": 3, "texts": texts}  # fmt: skip
     (folder / "compare.json").write_text(json.dumps(record))
     return folder
+
+
+def test_a_comparison_without_planted_behaviours_has_no_empty_columns(tmp_path: Path) -> None:
+    record = json.loads((write_compare(tmp_path / "compare") / "compare.json").read_text()) | {"behaviours": []}
+    record["texts"]["tuned"]["say"]["own"] = ["I am a teapot", "I am a teapot", "Short and stout"]
+    (tmp_path / "compare" / "compare.json").write_text(json.dumps(record))
+    tables = compare_section(tmp_path / "compare", 0).tables
+    assert [len({len(row) for row in [table.header, *table.rows]}) for table in tables] == [1] * len(tables)
+    assert not {"", "AUROC", "behaviour"} & {name for table in tables for name in table.header}
+    assert [row[-1] for row in tables[-1].rows] == ["I am a teapot", "Short and stout"]
 
 
 def test_a_comparison_has_three_blocks_beside_random_and_the_null(tmp_path: Path) -> None:
