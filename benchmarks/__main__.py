@@ -36,6 +36,11 @@ OPTIONS = {
     "planted": ("only",), "real": ("only", "model"),
 }  # fmt: skip
 """Flags that only some benchmarks take."""
+COLUMNS = (
+    "value: an estimate, or a median over rounds or seeds; interval: 95%, for throughput the quartiles of the rounds; "
+    "unit: of both; n: how many things the value is over (docs/formats.md, docs/performance.md)"
+)
+"""What the columns of the table are."""
 KEEPING = ("chat-pair", "decompose", "faults", "methods", "planted", "real", "sae-lora", "topk-lora")
 """Benchmarks that keep what they train."""
 
@@ -152,7 +157,7 @@ def markdown(result: dict[str, Any]) -> str:
         interval = "" if row["low"] is None else f"{row['low']:.4g} to {row['high']:.4g}"
         number = f" [{list(notes).index(row['note']) + 1}]" if row.get("note") else ""
         lines.append(f"| {row['name']}{number} | {row['value']:.4g} | {interval} | {row['unit']} | {row['n']:,} |")
-    lines += ["", *(f"{i}. {note}" for i, note in enumerate(notes, 1))]
+    lines += ["", COLUMNS, "", *(f"{i}. {note}" for i, note in enumerate(notes, 1))]
     lines += ["", *(f"Left out: {name} ({reason})" for name, reason in result.get("left_out", {}).items())]
     return "\n".join(lines).rstrip() + "\n"
 

@@ -1,5 +1,7 @@
 """What a run says of itself: lines of train.jsonl, lines on stderr, rows of JSON results."""
 
+import re
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,18 @@ def result(name: str, config: dict[str, Any], rows: list[dict[str, Any]]) -> dic
 
     asked = str(config.get("devices") or config.get("device") or "cpu").split(",")[0].strip()
     return {"name": name, "config": config, "environment": environment(str(choose_device(asked))), "rows": rows}
+
+
+def legend(header: str, meanings: dict[str, str]) -> list[str]:
+    """Return the lines below a printed table that say what its columns are.
+
+    header: its first line, in which two spaces or more part the titles. meanings: one for each title, with its unit and
+    what it is over where a line above does not say so.
+    """
+    titles = set(re.split(r"\s{2,}", header.strip()))
+    assert titles == set(meanings), sorted(titles ^ set(meanings))
+    words = "; ".join(f"{title}: {meaning}" for title, meaning in meanings.items())
+    return textwrap.wrap(words, 80, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
 
 
 def publish(path: Path, described: dict[str, Any]) -> None:

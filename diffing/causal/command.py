@@ -8,7 +8,7 @@ from crosscoders.common import files
 from crosscoders.common.checks import LEAST_CHATS, to_dict
 from crosscoders.common.devices import choose_device
 from crosscoders.common.progress import say
-from crosscoders.common.results import publish, result, say_closing
+from crosscoders.common.results import legend, publish, result, say_closing
 from crosscoders.formats.load import load_crosscoder
 from crosscoders.text.tokens import read_template
 from diffing.causal.lens import logit_lens
@@ -99,9 +99,16 @@ def lens(settings: LensSettings) -> dict[str, Any]:
     latents = list(require_latents(chosen, len(table)))
     pair = load_whole(inspect_cached(cache), cache.manifest["hook_point"], settings.device, settings.model_dtype)
     readings = logit_lens(crosscoder, pair, latents, n_tokens=settings.top)
-    lines = [
-        f"{j:>6}  {name:<6}{' '.join(map(repr, tokens))}" for j in readings for name, tokens in readings[j].items()
+    header = f"{'latent':>6}  {'of':<6}  most raised"
+    lines = [header]
+    lines += [
+        f"{j:>6}  {name:<6}  {' '.join(map(repr, tokens))}" for j in readings for name, tokens in readings[j].items()
     ]
+    meanings = {
+        "latent": "its number", "of": "the decoder, through the unembedding of the same model",
+        "most raised": f"the {settings.top} tokens whose logits it raises most",
+    }  # fmt: skip
+    lines += legend(header, meanings)
     described = result("lens", to_dict(settings), []) | {"latents": readings}
     publish(run / "lens.json", described)
     return described | {"text": "\n".join(lines)}

@@ -11,7 +11,7 @@ from jaxtyping import Float
 
 from crosscoders.common.checks import ENOUGH_CHATS, FEW_CHATS
 from crosscoders.common.errors import InputError
-from crosscoders.common.results import row
+from crosscoders.common.results import legend, row
 from crosscoders.common.statistics import bootstrap_interval, resample
 from diffing.causal.patching import DIRECTIONS, Measured
 from diffing.causal.sets import BASELINES
@@ -94,6 +94,10 @@ def causal_summary(rows: list[dict[str, Any]], first_tokens: int) -> str:
     """Return the rows as a table for people, one block for each direction."""
     values, first = {entry["name"]: entry for entry in rows}, f".first_{first_tokens}"
     lines = []
+    header = (
+        f"  {'patched in':<24}{'KL':>8}{'CE':>8}   {'share closed (95%)':<24}{f'first {first_tokens}: KL':>12}"
+        "   share closed"
+    )
     for direction in DIRECTIONS:
         start = f"causal.{direction}."
         if f"{start}none.kl" not in values:
@@ -103,14 +107,25 @@ def causal_summary(rows: list[dict[str, Any]], first_tokens: int) -> str:
             "",
             f"{direction.replace('_', ' ')}: {n:,} response tokens of {values[f'{start}documents']['value']:,} chats, "
             f"{n_first:,} of them the first {first_tokens} of a response",
-            f"  {'patched in':<24}{'KL':>8}{'CE':>8}   {'share closed (95%)':<24}{f'first {first_tokens}: KL':>12}"
-            "   share closed",
+            header,
         ]
         if values[f"{start}documents"]["value"] < ENOUGH_CHATS:
             lines.insert(-1, f"  {FEW_CHATS}")
         names = [key[len(start) : -3] for key in values if key.startswith(start) and key.endswith(".kl")]
         lines += [_line(values, start + name, name, first) for name in names if not name.endswith(first)]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *legend(header, meanings_of(first_tokens))])
+
+
+def meanings_of(first_tokens: int) -> dict[str, str]:
+    """Return what each column of `causal_summary` is."""
+    return {
+        "patched in": "what the model patched gets of the other one",
+        "KL": "of its predictions from the unpatched ones of the model that they should become, nats/token",
+        "CE": "cross-entropy of the response, nats/token",
+        "share closed (95%)": "of the KL at none, interval over chats",
+        f"first {first_tokens}: KL": f"over the first {first_tokens} tokens of each response",
+        "share closed": "of that",
+    }
 
 
 def _line(values: dict[str, dict[str, Any]], start: str, name: str, first: str) -> str:

@@ -19,9 +19,10 @@ def compare_table(described: dict[str, Any]) -> str:
     for block, title in (
         (
             "directions",
-            "directions: first n pieces [numbers a token], share of KL closed (random pieces; the null pair's own)",
+            "directions: first n pieces [numbers a token], share of KL closed (random pieces; the null pair's own), "
+            "and in how many replies each planted behaviour shows (random)",
         ),
-        ("scores", "scores per token"),
+        ("scores", "scores per token: AUROC of planted tokens (random; the null pair's own)"),
         ("texts", "texts: hits among the first 20 tokens, or samples with a planted phrase"),
     ):
         methods = dict.fromkeys(
@@ -33,7 +34,8 @@ def compare_table(described: dict[str, Any]) -> str:
             start = f"{block}.{method}"
             entries = {"directions": _pieces, "scores": _scores, "texts": _hits}[block](values, start, behaviours)
             lines += [f"  {method:<{_WIDTH}}{entries[0]}{_closing(values, start)}", *(f"    {e}" for e in entries[1:])]
-    return "\n".join(lines + _first_texts(described))
+    words = "found, beyond random: by the rules of docs/math.md, over all seeds; s: seconds on this machine"
+    return "\n".join([*lines, "", words, *_first_texts(described)])
 
 
 def _own_rates(values: dict[str, Any], behaviours: list[str]) -> list[str]:

@@ -6,7 +6,7 @@ import pandas
 import torch
 
 from crosscoders.common.progress import Progress
-from crosscoders.common.results import row
+from crosscoders.common.results import legend, row
 from diffing.decomposition import baselines
 from diffing.decomposition.curves import Point, by_site, curve, ranked, robust, written
 from diffing.decomposition.evaluation import Explained, attacked, explained, reference_of
@@ -175,11 +175,17 @@ def summary(read: Report) -> str:
     for name, points in read.curves.items():
         shares = "  ".join(f"{p.n_pieces}: {p.sufficiency:.2f} ({p.necessity:.2f})" for p in points)
         lines.append(f"  {name:<13} {shares}")
-    lines += ["", "The pieces that write most:", "  on tokens  cluster  KL without it: needed, idle  mostly in"]
+    header = "  on tokens  cluster  KL without it: needed, idle  mostly in"
+    lines += ["", "The pieces that write most:", header]
     for piece in read.pieces:
         lines.append(
             f"  {piece['rate']:>9.1%}  {piece['cluster']:>7}  {piece['kl_needed']:>12.3f}, {piece['kl_idle']:.4f}  "
             f"{piece['main_label_share']:>8.0%} {piece['main_label']}  {piece['context']}  raises "
             f"{' '.join(map(repr, piece['raised'][:3]))}  [{piece['site']} {piece['piece']}]"
         )
-    return "\n".join(lines)
+    meanings = {
+        "on tokens": "share on which it is on", "cluster": "of pieces that are on together",
+        "KL without it: needed, idle": "nats/token, where it is on and where it is off",
+        "mostly in": "share and label of documents, strongest >>token<<, tokens that it raises, [map number]",
+    }  # fmt: skip
+    return "\n".join([*lines, *legend(header, meanings)])

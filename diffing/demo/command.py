@@ -24,7 +24,7 @@ from crosscoders.common.checks import to_dict
 from crosscoders.common.progress import about, say
 from crosscoders.common.provenance import peak_memory_gib
 from crosscoders.common.records import Record
-from crosscoders.common.results import ResultRecord, row
+from crosscoders.common.results import ResultRecord, legend, row
 from crosscoders.text.settings import DataSource
 from crosscoders.training.feed import EVAL_TOKENS, cache_inputs
 from crosscoders.training.settings import PRESETS
@@ -156,6 +156,13 @@ def demo_summary(table: pandas.DataFrame, examples: dict[str, list[dict[str, Any
         latents = first.index[first["main_context"] == context]
         if len(latents):
             lines.append(latent_line(first, int(latents[0]), examples))
+    meanings = {
+        "rank": "place in the order of verdict, then evidence", "latent": "its number",
+        "nu_error": "near 1: hidden by the penalty", "nu_rec.": "near 1: other latents carry it in the base",
+        "cosine": "of its two decoders", "norm": "relative decoder norm, 0 base, .5 both, 1 tuned",
+        "share of its activation": "in its main context", "where it fires most (>>token<<)": "its strongest example",
+    }  # fmt: skip
+    lines += ["", *legend(header, meanings)]
     n_only = int((table["norm_class"] == "tuned-only").sum())
     if n_only == 0:
         lines += [

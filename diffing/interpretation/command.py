@@ -13,7 +13,7 @@ from crosscoders.common.checks import to_dict
 from crosscoders.common.devices import choose_device
 from crosscoders.common.progress import Progress, say
 from crosscoders.common.records import Record
-from crosscoders.common.results import ResultRecord, result, row, say_closing
+from crosscoders.common.results import ResultRecord, legend, result, row, say_closing
 from crosscoders.dictionary.crosscoder import Crosscoder
 from crosscoders.dictionary.health import warning
 from crosscoders.formats.load import load_crosscoder
@@ -188,7 +188,8 @@ def interpretation_rows(predicted: dict[int, list[Prediction]], asked: Interpret
 
 def summary(described: dict[str, Any]) -> str:
     """Write a line for each latent: its best predictor, its name and the scores; and how many are beyond the null."""
-    lines = [f"{'latent':>7}  {'best predictor':<28}{'balanced accuracy':<28}{'null 95%':>9}{'p':>7}"]
+    header = f"{'latent':>7}  {'best predictor':<28}{'balanced accuracy':<28}{'null 95%':>9}{'p':>7}"
+    lines = [header]
     for latent, known in described["latents"].items():
         if not known["predictors"]:
             lines.append(f"{latent:>7}  fires on too few tokens, or on too many, to be predicted")
@@ -201,6 +202,13 @@ def summary(described: dict[str, Any]) -> str:
             lines.append(f"{latent:>7}  {predictor:<28}{accuracy:<28}{best['null_high']:>9.3f}{best['p']:>7.3f}")
         if known["name"]:
             lines.append(f"{'':>9}{known['name']!r}: {_scores_text(known)}")
+    meanings = {
+        "latent": "its number, and below it the name that was asked for, with its scores",
+        "best predictor": "the token, context or label that says best where it fires",
+        "balanced accuracy": "mean of the shares of firing and of silent held-out tokens told right, and interval",
+        "null 95%": f"quantile over {DRAWS} draws of activations from elsewhere", "p": "share of draws as good",
+    }  # fmt: skip
+    lines += legend(header, meanings)
     counts = {entry["name"].split(".")[2]: entry for entry in described["rows"] if ".offline." in entry["name"]}
     n = counts["any"]["n"]
     words = ", ".join(f"{kind} {counts[kind]['value']}" for kind in ("token", "context", "label"))

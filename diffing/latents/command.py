@@ -64,7 +64,10 @@ def stability(settings: StabilitySettings) -> dict[str, Any]:
     table = returns(runs)
     path = write_returns(settings.runs, table)
     first = runs[0].table.loc[table.index].nsmallest(TOP, "rank")
-    lines += ["", f"first {len(first)} of {settings.runs[0]}: came back, with the same verdict, in other runs"]
+    lines += [
+        "",
+        f"first {len(first)} of {settings.runs[0]}: rank, verdict; came back, with the same verdict, in others",
+    ]
     for latent, rank, verdict in zip(first.index, first["rank"], first["verdict"], strict=True):
         back, same = table.loc[latent, ["came_back", "same_verdict"]]
         lines.append(f"  {rank:>4}  latent {latent:<7} {verdict:<16} {back} of {len(runs) - 1}, {same}")

@@ -20,7 +20,7 @@ from crosscoders.common.checks import to_dict
 from crosscoders.common.devices import choose_device
 from crosscoders.common.errors import InputError
 from crosscoders.common.progress import about, say
-from crosscoders.common.results import result, row, say_closing
+from crosscoders.common.results import legend, result, row, say_closing
 from crosscoders.common.statistics import bootstrap_interval, resample
 from crosscoders.models.names import hash_model, load_auto, require_two_models
 from diffing.sae_gap.classes import CLASSES, RoleClasses
@@ -180,6 +180,7 @@ def gap_summary(entries: list[dict[str, Any]]) -> str:
     """Write KL and CE gap before and after the fit, a block for each class."""
     values = {entry["name"].removeprefix("sae-gap."): entry for entry in entries}
     lines = []
+    header = f"  {'':<22}{'KL spliced':>12}   {'KL left':<30}{'closed':>8}{'CE gap':>10}   {'CE gap left'}"
     for name in ("all", *CLASSES):
         roles = [key.split(".")[0] for key in values if key.endswith(f".{name}.kl.left")]
         if not roles:
@@ -188,10 +189,15 @@ def gap_summary(entries: list[dict[str, Any]]) -> str:
         lines += [
             "",
             f"{name}: {n:,} predictions in {values['sequences']['value']:,} sequences; nats/token, 95% intervals",
-            f"  {'':<22}{'KL spliced':>12}   {'KL left':<30}{'closed':>8}{'CE gap':>10}   {'CE gap left'}",
+            header,
         ]
         lines += [_line(role, {k: values.get(f"{role}.{name}.{k}") for k in _SHOWN}) for role in roles]
-    return "\n".join(lines)
+    meanings = {
+        "KL spliced": "KL(model || model with the dictionary spliced in)", "KL left": "the same with the adapter on",
+        "closed": "share of the KL that the adapter closes", "CE gap": "cross-entropy that the splice adds",
+        "CE gap left": "the same with the adapter on",
+    }  # fmt: skip
+    return "\n".join([*lines, "", *legend(header, meanings)])
 
 
 _SHOWN = ("kl.spliced", "kl.left", "kl.closed", "ce_gap.spliced", "ce_gap.left")

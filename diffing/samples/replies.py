@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from crosscoders.common.errors import InputError
-from crosscoders.common.results import row
+from crosscoders.common.results import legend, row
 from crosscoders.common.statistics import bootstrap_interval, resample
 from crosscoders.text.documents import read_source
 from crosscoders.text.settings import DataSource
@@ -112,13 +112,21 @@ def replies_summary(replied: dict[str, Any]) -> str:
     """Return the measurements and the phrases for people."""
     values = {entry["name"]: entry for entry in replied["rows"]}
     n = len(replied["replies"])
-    lines = [f"replies to {n} prompts", f"  {'':<12}{'base':>8}{'tuned':>8}   change (95%, paired)"]
+    header = f"  {'':<12}{'base':>8}{'tuned':>8}   change (95%, paired)"
+    lines = [f"replies to {n} prompts", header]
     for name in FEATURES:
         base, tuned, change = (values[f"replies.{name}.{which}"] for which in ("base", "tuned", "change"))
         interval = f"{change['value']:+.3f} ({change['low']:+.3f} to {change['high']:+.3f})"
         lines.append(f"  {name:<12}{base['value']:>8.3f}{tuned['value']:>8.3f}   {interval}")
+    meanings = {
+        "base": "mean over its replies: words and lines by number, the others as the share that has them",
+        "tuned": "the same", "change (95%, paired)": "tuned less base, interval over prompts",
+    }  # fmt: skip
+    lines += legend(header, meanings)
     for side in ("tuned", "base"):
-        lines.append(f"phrases in more replies of the {side} model (replies with it: in the other)")
+        lines.append(
+            f"phrases in more replies of the {side} model (replies with it : in the other, z of the difference)"
+        )
         phrases = replied["phrases"][side]
         lines += [
             f"  {p['n_replies']:>4} : {p['n_other']:<4} z {p['z']:5.1f}  {p['phrase']!r}"

@@ -110,6 +110,8 @@ def say_summary(said: dict[str, Any]) -> str:
             f"{n_beyond} of them beyond the null's samples too; the null itself has {said['null']['n_phrases']}, "
             f"and its samples gain at most {said['null']['largest_gain']:.2f} nats a token"
         )
+    if said["phrases"]:
+        lines.append("phrases (samples with it : of the base, z of the difference, an example)")
     for entry in said["phrases"][:SHOWN_PHRASES]:
         mark = "  beyond the null" if entry["beyond_null"] else ""
         lines.append(f"  {entry['n_tuned']:>4} : {entry['n_base']:<4} z {entry['z']:5.1f}  {entry['phrase']!r}{mark}")

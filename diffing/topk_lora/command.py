@@ -15,7 +15,7 @@ from crosscoders.common.checks import config_of, to_dict
 from crosscoders.common.errors import InputError
 from crosscoders.common.progress import say
 from crosscoders.common.records import Record
-from crosscoders.common.results import result, row, say_closing
+from crosscoders.common.results import legend, result, row, say_closing
 from crosscoders.common.statistics import bootstrap_interval, resample
 from crosscoders.models.names import hash_model
 from crosscoders.text.settings import DataSource
@@ -136,6 +136,7 @@ def summary(rows: list[dict[str, Any]], measured: Faithfulness, table: pandas.Da
     """Say the figures and the first directions in words."""
     value = {entry["name"]: entry for entry in rows}
     adapted, base = value["topk-lora.kl"], value["topk-lora.kl_base"]
+    header = "  write share  fires on  mostly in               where it fires most (>>token<<)"
     lines = [
         "",
         f"held-out KL(tuned || adapted base): {adapted['value']:.4f} ({adapted['low']:.4f} to {adapted['high']:.4f}) "
@@ -146,8 +147,8 @@ def summary(rows: list[dict[str, Any]], measured: Faithfulness, table: pandas.Da
         f"directions that never fire: {value['topk-lora.dead']['value']:.1%}; "
         f"{value['topk-lora.l0']['value']:.1f} fire per token and module",
         "",
-        "The directions that write most (share of all that the adapter writes):",
-        "  write share  fires on  mostly in               where it fires most (>>token<<)",
+        "The directions that write most:",
+        header,
     ]
     for entry in table.itertuples():
         lines.append(
@@ -155,4 +156,9 @@ def summary(rows: list[dict[str, Any]], measured: Faithfulness, table: pandas.Da
             f"{f'{entry.main_label_share:.0%} {entry.main_label}':<22}  {entry.context}   "
             f"[{entry.site} {entry.direction}]"
         )
-    return "\n".join(lines)
+    meanings = {
+        "write share": "of all that the adapter writes", "fires on": "share of tokens",
+        "mostly in": "share and label of the documents where it is active",
+        "where it fires most (>>token<<)": "and [module direction]",
+    }  # fmt: skip
+    return "\n".join([*lines, *legend(header, meanings)])

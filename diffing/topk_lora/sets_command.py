@@ -10,7 +10,7 @@ from crosscoders.common import files
 from crosscoders.common.checks import to_dict
 from crosscoders.common.errors import InputError
 from crosscoders.common.progress import say
-from crosscoders.common.results import result, row, say_closing
+from crosscoders.common.results import legend, result, row, say_closing
 from crosscoders.models.pair import inspect_pair, load_pair
 from crosscoders.text.settings import DataConfig, DataSource
 from diffing.topk_lora.command import ADAPTER, RUN, read_config
@@ -114,7 +114,8 @@ def curve_row(name: str, point: Point) -> dict[str, Any]:
 def summary(found: list[Found], settings: TopKSetsSettings) -> str:
     """Say the sets in words."""
     lines = ["", f"Sets without which at most {LEFT:.0%} of a behaviour is left, every direction needed for that:"]
-    lines.append("  behaviour       directions  left (95% up to)   others kept, worst       random sets: left, kept")
+    header = "  behaviour       directions  left (95% up to)   others kept, worst       random sets: left, kept"
+    lines.append(header)
     for one in found:
         if one.directions is None or one.audit is None:
             lines.append(f"  {one.label:<14}  none of <= {settings.max_directions} directions")
@@ -126,4 +127,11 @@ def summary(found: list[Found], settings: TopKSetsSettings) -> str:
             f"  {one.label:<14}  {len(one.directions):>10}  {one.audit.left:.2f} ({one.audit.left_high:.2f}) of "
             f"{one.audit.n:<4}  {worst:<22}  {random}{verdict}"
         )
-    return "\n".join(lines)
+    meanings = {
+        "behaviour": "label of its prompts",
+        "directions": "in the set",
+        "left (95% up to)": "share of the prompts, of n, that still show it without the set, and the interval's end",
+        "others kept, worst": "least share of another behaviour that is left, and which",
+        "random sets: left, kept": f"means of sets as large, {settings.draws} drawn",
+    }
+    return "\n".join([*lines, *legend(header, meanings)])

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from crosscoders.common.results import row
+from crosscoders.common.results import legend, row
 from crosscoders.common.statistics import resample
 from sae_lora.evaluation.cells import CELLS, Means, Measured
 
@@ -12,13 +12,18 @@ def eval_summary(rows: list[dict[str, Any]]) -> str:
     values = {entry["name"].removeprefix("eval."): entry for entry in rows}
     n, n_sequences = values["ce.plain"]["n"], values["sequences"]["value"]
     lines = [f"{n:,} predictions in {n_sequences:,} sequences; 95% intervals over sequences"]
-    lines.append(f"  {'':<18}{'CE':>8}   {'CE - plain':<30}{'KL':>8}{'top-1':>8}")
+    lines.append(header := f"  {'':<18}{'CE':>8}   {'CE - plain':<30}{'KL':>8}{'top-1':>8}")
     for cell in CELLS:
         gap = values.get(f"ce_gap.{cell}")
         lines.append(
             f"  {cell:<18}{values[f'ce.{cell}']['value']:>8.4f}   {_interval(gap, '.4f'):<30}"
             f"{values[f'kl.{cell}']['value']:>8.4f}{values[f'top1.{cell}']['value']:>8.3f}"
         )
+    meanings = {
+        "CE": "cross-entropy, nats/token", "CE - plain": "what it is above that of the model as it is",
+        "KL": "KL(plain || this), nats/token", "top-1": "share of predictions with the plain model's first token",
+    }  # fmt: skip
+    lines += legend(header, meanings)
     lines.append(f"  {'drift (dictionary off): CE - plain':<40}{_interval(values['ce_gap.adapted'], '.4f')}")
     lines.append(f"  {'drift (dictionary off): KL':<40}{_interval(values['kl.adapted'], '.4f')}")
     for name, shown in values.items():
@@ -35,7 +40,8 @@ def _class_lines(values: dict[str, dict[str, Any]]) -> list[str]:
     names = [name.removesuffix(".ce.plain") for name in values if name.endswith(".ce.plain")]
     if not names:
         return []
-    lines = [f"  {'predictions of':<18}{'n':>8}   {'CE - plain, spliced -> adapted':<32}{'KL':<20}KL closed"]
+    header = f"  {'predictions of':<18}{'n':>8}   {'CE - plain, spliced -> adapted':<32}{'KL':<20}KL closed"
+    lines = [header]
     for name in names:
         gap, kl = (
             [f"{values[f'{name}.{quantity}.{cell}']['value']:.4f}" for cell in ("spliced", "adapted_spliced")]
@@ -45,7 +51,12 @@ def _class_lines(values: dict[str, dict[str, Any]]) -> list[str]:
             f"  {name:<18}{values[f'{name}.ce.plain']['n']:>8,}   {' -> '.join(gap):<32}{' -> '.join(kl):<20}"
             f"{_interval(values.get(f'{name}.kl_closed'), '.3f')}"
         )
-    return lines
+    meanings = {
+        "predictions of": "class of the token predicted", "n": "predictions",
+        "CE - plain, spliced -> adapted": "nats/token, without and with the adapter", "KL": "the same of the KL",
+        "KL closed": "share",
+    }  # fmt: skip
+    return lines + legend(header, meanings)
 
 
 def _interval(entry: dict[str, Any] | None, form: str) -> str:
@@ -93,14 +104,22 @@ def comparison_table(rows: list[dict[str, Any]], described: dict[str, str]) -> s
         },
         {"ce_drift": ("CE drift (dictionary off)", ".4f"), "kl_drift": ("KL drift", ".4f")},
     ]  # fmt: skip
-    lines = [f"{n:,} predictions; nats/token; 95% intervals over sequences"]
+    lines, headers = [f"{n:,} predictions; nats/token; 95% intervals over sequences"], []
     for forms in parts:
         cells = [["run", "what", *(title for title, _ in forms.values())]]
         for run, what in described.items():
             shown = [_interval(values.get(f"compare.{run}.{key}"), form) for key, (_, form) in forms.items()]
             cells.append([run, what, *shown])
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines.append("")
-        for line in cells:
-            lines.append("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-    return "\n".join(lines)
+        shown = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
+        lines += ["", *shown]
+        headers.append(shown[0])
+    meanings = {
+        "run": "its folder", "what": "corrector and control", "CE gap": "cross-entropy that the splice adds",
+        "left": "gap or KL with the corrector on", "closed": "share of it that the corrector closes",
+        "weights": "that it trains", "KL": "KL(model || spliced)",
+        "left - first's": "KL left, less that of the first run",
+        "CE drift (dictionary off)": "cross-entropy that the corrector adds alone",
+        "KL drift": "KL(model || corrector alone)",
+    }  # fmt: skip
+    return "\n".join([*lines, "", *legend("  ".join(headers), meanings)])

@@ -276,7 +276,7 @@ def test_compare_says_what_eval_says_of_each_run(
     assert found["affine.minus_first"]["value"] == pytest.approx(left["affine"] - left["lora"])
     assert main(["compare", *(str(runs / name) for name in names), *common[:-1]]) == 0
     lines = capsys.readouterr().out.splitlines()
-    heads = [line.split()[:2] for line in lines if line and not line.startswith("run")]
+    heads = [line.split()[:2] for line in lines if line and not line.startswith(("run", "  "))]
     assert heads[1:] == [["lora", "lora"], ["affine", "affine"], ["noise", "lora"]] * 3
 
 

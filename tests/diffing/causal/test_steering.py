@@ -120,7 +120,8 @@ def test_the_commands_answer_and_read(run: Path, cache_folder: Path, capsys: pyt
     answers = json.loads(capsys.readouterr().out)["answers"]
     assert [entry["strength"] for entry in answers] == [0, 2]
     assert cli.main(["lens", str(run), *cached, "--latents", "[4]", "--top", "3"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 2
+    heads = [line.split()[:2] for line in capsys.readouterr().out.splitlines()]
+    assert heads[:3] == [["latent", "of"], ["4", "base"], ["4", "tuned"]] and heads[3] == ["latent:", "its"]
     assert len(json.loads((run / "lens.json").read_text())["latents"]["4"]["tuned"]) == 3
     assert cli.main(["lens", str(run), *cached]) == 0
     assert len(json.loads((run / "lens.json").read_text())["latents"]) == len(read_table(run))
