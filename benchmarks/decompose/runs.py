@@ -28,9 +28,8 @@ from diffing.decomposition.similarity import clusters
 from diffing.decomposition.sites import Delta, matrix
 
 Values = dict[str, tuple[float | None, str]]
-BATCH, HELD_OUT, PROBE, STILL = 512, range(10**6, 10**6 + 4), 0.75, 0.05
-"""Inputs of a step; numbers of the held-out batches; size of a single feature that importances are probed with; change
-of the output to it, in norm, below which the fine-tune left it as it was."""
+BATCH, HELD_OUT, PROBE = 512, range(10**6, 10**6 + 4), 0.75
+"""Inputs of a step; numbers of the held-out batches; size of a single feature that importances are probed with."""
 PLANTED = DecompositionConfig(
     components=12, network="scalar", hidden=16, steps=5000, lr=3e-3, stochastic=1.0, adversarial=0.0, importance=4e-2,
     frequency=4e-3,
@@ -157,33 +156,30 @@ def tms_run(seed: int, *, has_identity: bool = False, config: DecompositionConfi
 def new_features_run(seed: int) -> Values:
     """T2: a toy model of ten features that learned six first and then all; pieces of what changed.
 
-    A feature that is not learned may change too: before, the model wrote what its random start wrote. So a piece counts
-    as false where it is on for a single feature, old or new, whose output moved by less than STILL.
+    What is not learned changes too: the random columns of a feature that stays unlearned are erased, and those of old
+    features turn, in both matrices alike, which changes no output but is needed in each as long as the other has it.
     """
     model = TMS(10, 5, has_identity=False, generator=torch.Generator().manual_seed(seed))
     train_tms(model, torch.arange(10) < 6, steps=5000, seed=seed)
     before = {name: matrix(model.get_submodule(name)).clone() for name in ("encoder", "decoder")}
-    features = PROBE * torch.eye(10)
-    old = model(features)
     train_tms(model, torch.ones(10, dtype=torch.bool), steps=5000, seed=seed + 100)
     deltas = {name: Delta(matrix(model.get_submodule(name)) - weight) for name, weight in before.items()}
-    still = (model(features) - old).norm(dim=1) < STILL
     decomposition, measured, _ = _toy_problem(model, deltas, _with_seed(PLANTED, seed), is_relative=True)
     alive = measured.alive()["encoder"]
-    n_on = (_importances(decomposition, features)["encoder"][:, alive] > ON).sum(dim=1)
-    learned = learned_features(model)
-    new, others = ([j for j in range(6, 10) if bool(learned[j]) is is_new] for is_new in (True, False))
+    n_on = (_importances(decomposition, PROBE * torch.eye(10))["encoder"][:, alive] > ON).sum(dim=1).float()
+    learned, changes = learned_features(model), deltas["encoder"].inner.norm(dim=0)
+    new, rest = ([j for j in range(6, 10) if bool(learned[j]) is is_new] for is_new in (True, False))
     match = column_match(decomposition.sites["encoder"], alive, deltas["encoder"].inner, new) if new else None
     return {
         "learned": (float(len(new)), "new features that the model gives back, of 4"),
         "cosine": (sum(match.cosines) / len(new) if match else None, "mean cosine to the columns of these"),
         "with_one": (float(n_on[new].eq(1).sum()), "learned features with exactly one piece on"),
-        "still": (float(still.sum()), f"features whose output moved by less than {STILL}"),
-        "false": (float(n_on[still].sum()), "pieces on for one of these"),
-        "forgotten": (float(n_on[[j for j in others if not still[j]]].sum()),
-                      "pieces on for features that are not learned, whose output moved"),
+        "erased": (float(changes[rest].mean()) if rest else None, "norm of the change, new features not learned"),
+        "erased.on": (float(n_on[rest].mean()) if rest else None, "pieces on for one of these"),
+        "turned": (float(changes[:6].mean()), "norm of the change, old features"),
+        "turned.on": (float(n_on[:6].mean()), "pieces on for one of these"),
         "alive": (float(len(alive)), "pieces of the encoder"),
-    }  # fmt: skip
+    }
 
 
 def learned_features(model: TMS) -> Bool[Tensor, " features"]:
