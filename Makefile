@@ -6,7 +6,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 # The versions that the suite last passed with, so that a stranger gets what was tested; `make test-newest` leaves them out.
 PINNED := --constraint constraints.txt
 
-.PHONY: demo test test-newest constraints check format site notebooks dist clean
+.PHONY: demo test test-whole test-newest constraints check format site notebooks dist clean
 
 demo: $(VENV)/installed
 	$(BIN)/diffing demo
@@ -15,9 +15,13 @@ demo: $(VENV)/installed
 test: $(VENV)/installed-dev
 	$(MAKE) check
 
+# What a user does from end to end: the demo, the notebooks, the site, the wheel, the pages in a browser.
+test-whole: $(VENV)/installed-dev
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m whole
+
 # The same with the newest releases that pyproject.toml admits, in an environment of its own.
 test-newest:
-	$(MAKE) test VENV=.venv-newest PINNED=
+	$(MAKE) test test-whole VENV=.venv-newest PINNED=
 
 # Run after the suite passed: writes down the versions in $(VENV).
 constraints: $(VENV)/installed-dev

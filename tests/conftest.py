@@ -21,9 +21,10 @@ _hook.__enter__()
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
 from crosscoders import CacheConfig, EnvironmentFault, cache_activations  # noqa: E402
-from crosscoders.common import files  # noqa: E402
+from crosscoders.common import files, progress  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -142,3 +143,18 @@ def cache_folder(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("cache") / "cache"
     cache_activations(pair.config(out))
     return out
+
+
+@pytest.fixture(scope="module")
+def bar_labels() -> Iterator[list[str]]:
+    """The labels of all progress bars that a module's tests made so far; clear it before the command in question."""
+    labels: list[str] = []
+
+    class Recorded(tqdm):  # type: ignore[type-arg]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            labels.append(kwargs["desc"])
+            super().__init__(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(progress, "tqdm", Recorded)
+        yield labels

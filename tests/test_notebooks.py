@@ -12,6 +12,7 @@ from notebooks import executed
 MISSING = [name for name in ("ipykernel", "nbclient") if importlib.util.find_spec(name) is None]
 
 
+@pytest.mark.whole
 @pytest.mark.skipif(bool(MISSING), reason=f"needs {' and '.join(MISSING)} (extra dev)")
 @pytest.mark.filterwarnings("default")  # those of Jupyter are not ours
 @pytest.mark.parametrize("notebook", NOTEBOOKS)

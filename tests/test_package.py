@@ -29,6 +29,7 @@ def test_the_wheel_holds_every_file_of_the_packages() -> None:
     assert {Path(name).suffix for name in included} >= {".j2", ".js", ".css", ".html", ".jinja", ".safetensors", ".gz"}
 
 
+@pytest.mark.whole
 def test_the_wheel_alone_runs_in_an_empty_folder(tmp_path: Path) -> None:
     wheel = pytest.importorskip("hatchling.builders.wheel", reason="hatchling is not installed")
     (built,) = wheel.WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"])

@@ -40,6 +40,7 @@ def test_a_link_leads_to_the_same_page_on_the_site_as_on_github(page: str, link:
     assert site_links(f"See [it]({link}).", page) == f"See [it]({on_site})."
 
 
+@pytest.mark.whole
 @pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="needs the extra docs")
 def test_the_site_builds_without_a_warning_and_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]

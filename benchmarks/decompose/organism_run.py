@@ -33,7 +33,7 @@ RANK, N_QUESTIONS, SIZES = 4, 12, (8, 32)
 
 
 def settings_of(folder: Path, seed: int) -> DecomposeSettings:
-    """Return how the organism is decomposed: defaults, a fifth of the documents raw text, 8 documents a step."""
+    """Return how the organism is decomposed: 500 steps of 8 documents, a fifth of them raw text, without adversary."""
     data: list[list[str | DataSource]] = [
         [DataSource(path=str(folder / f"chats_{split}.jsonl"), weight=0.8),
          DataSource(path=str(document_file(f"raw_{split}")), weight=0.2, group="raw")]
@@ -41,7 +41,8 @@ def settings_of(folder: Path, seed: int) -> DecomposeSettings:
     ]  # fmt: skip
     return DecomposeSettings(
         base=str(model_folder("base")), tuned=str(folder), data=data[0], eval_data=data[1], n_tokens=60_000,
-        holdout_share=0.05, batch_rows=8, components=2 * RANK, out=str(folder / "run"), seed=seed, device="cpu",
+        holdout_share=0.05, batch_rows=8, components=2 * RANK, steps=500, adversarial=0.0,
+        stochastic=1.0, out=str(folder / "run"), seed=seed, device="cpu",
     )  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
     TMS 5-2         relu(W^T W x + b), five features in two dimensions, trained; with identity, a fixed 2 x 2 between
     planted         y = x + Wo relu(Wb x); the change of Wb is sum_k u_k v_k^T, v_k dual to feature k
-    always-on       the same, the change of rank 3, and three parts of every input that it reads: ±U[.5, 1.5] each
+    always-on       the same, the change of rank 3; it reads a part of every input, of one size and any direction
 
 Features are sparse: each is U[0, 1] with a small probability, 0 otherwise.
 """
@@ -47,7 +47,7 @@ class Planted(NamedTuple):
     probability: float
     """Of a feature in an input."""
     always: Float[Tensor, "always d_in"] | None = None
-    """Directions of which every input has U[.5, 1.5], with a sign of its own."""
+    """Orthonormal directions of which every input has a vector of norm 2, its direction uniform on the sphere."""
 
     def batch_of(self, seed: int, n: int) -> Callable[[int], Tensor]:
         """Return the inputs of each step."""
@@ -57,9 +57,8 @@ class Planted(NamedTuple):
             x = sparse_features(n, len(self.features), self.probability, generator) @ self.features
             if self.always is None:
                 return x
-            sizes = 0.5 + torch.rand(n, len(self.always), generator=generator)
-            signs = torch.randint(2, sizes.shape, generator=generator) * 2 - 1
-            return x + (signs * sizes) @ self.always
+            parts = torch.randn(n, len(self.always), generator=generator)
+            return x + 2 * functional.normalize(parts, dim=1) @ self.always
 
         return draw
 
@@ -139,7 +138,10 @@ def planted_linear(seed: int, *, n_features: int = 12, n_planted: int = 6, d: in
 
 
 def always_on(seed: int, *, n_features: int = 12, d: int = 16) -> Planted:
-    """Return T4 (ii): the change is of rank 3, and reads parts that every input has and no feature touches."""
+    """Return T4 (ii): the change is of rank 3, and reads a part that every input has and no feature touches.
+
+    Its direction is uniform, so no basis of the space is off more often than another, as ±1 in each part would allow.
+    """
     generator = torch.Generator().manual_seed(seed)
     reads = torch.linalg.qr(torch.randn(d, 3, generator=generator)).Q.T
     drawn = torch.randn(n_features, d, generator=generator)

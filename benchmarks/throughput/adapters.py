@@ -6,6 +6,7 @@ claims before anything is timed.
 """
 
 import contextlib
+import inspect
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -84,10 +85,10 @@ def saelens(weights: Crosscoder, k: int) -> Peer:
     width, dict_size = weights.W_dec[0].numel(), len(weights.W_dec)
     config = BatchTopKTrainingSAEConfig(d_in=width, d_sae=dict_size, k=float(k), apply_b_dec_to_input=False)
     sae = BatchTopKTrainingSAE(config)
-    copy_(sae.W_enc, weights.W_enc.flatten(0, 1))
-    copy_(sae.b_enc, weights.b_enc)
-    copy_(sae.W_dec, weights.W_dec.flatten(1))
-    copy_(sae.b_dec, weights.b_dec.flatten())
+    copy_(sae, "W_enc", weights.W_enc.flatten(0, 1))
+    copy_(sae, "b_enc", weights.b_enc)
+    copy_(sae, "W_dec", weights.W_dec.flatten(1))
+    copy_(sae, "b_dec", weights.b_dec.flatten())
     settings = SAETrainerConfig(total_training_samples=2**40, train_batch_size_samples=1024, lr=1e-4, lr_end=1e-5)
     trainer = SAETrainer(settings, sae, data_provider=iter(()))
 
@@ -112,8 +113,8 @@ def dictionary_learning(weights: Crosscoder, k: int) -> Peer:
         lm_name="none", lr=1e-4, device="cpu",
     )  # fmt: skip
     ae = trainer.ae
-    copy_linear_sae_(ae.encoder, ae.b_dec, weights)
-    copy_(ae.decoder.weight, weights.W_dec.flatten(1).T)
+    copy_linear_sae_(ae, weights)
+    copy_(ae.decoder, "weight", weights.W_dec.flatten(1).T)
     number = iter(range(1, 10**9))  # step 0 would replace the decoder bias
 
     def look(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -126,21 +127,24 @@ def dictionary_learning(weights: Crosscoder, k: int) -> Peer:
 def sparsify(weights: Crosscoder, k: int) -> Peer:
     """Build sparsify: `SparseCoder` in the order of `Trainer.fit`, which needs a language model; with default Adam.
 
-    Its loss is divided by the variance of the batch, which the check puts back.
+    Its loss is divided by the variance of the batch, which the check puts back; versions that take no `total_variance`
+    compute the same one themselves.
     """
     from sparsify import SparseCoder, SparseCoderConfig
 
     sae = SparseCoder(weights.W_dec[0].numel(), SparseCoderConfig(num_latents=len(weights.W_dec), k=k))
-    copy_linear_sae_(sae.encoder, sae.b_dec, weights)
-    copy_(sae.W_dec, weights.W_dec.flatten(1))
+    copy_linear_sae_(sae, weights)
+    copy_(sae, "W_dec", weights.W_dec.flatten(1))
     optimizer = torch.optim.Adam(sae.parameters(), lr=1e-4)
     since_fired = torch.zeros(len(weights.W_dec), dtype=torch.int64)
+    accepted = inspect.signature(sae.forward).parameters
 
     def step(x: Tensor) -> float:
         flat = x.flatten(1)
         sae.set_decoder_norm_to_unit_norm()
         variance = (flat - flat.mean(0)).pow(2).sum()
-        out = sae(flat, dead_mask=since_fired > 10_000_000, total_variance=variance)
+        given = {"y": flat, "dead_mask": since_fired > 10_000_000, "total_variance": variance}
+        out = sae(flat, **{name: value for name, value in given.items() if name in accepted})
         fired = torch.zeros(len(since_fired), dtype=torch.bool)
         fired[out.latent_indices.flatten()] = True
         out.fvu.backward()
@@ -169,10 +173,10 @@ def crosscoder_learning(weights: Crosscoder, k: int) -> Peer:
         lr=1e-4, device="cpu",
     )  # fmt: skip
     ae = trainer.ae
-    copy_(ae.encoder.weight, weights.W_enc)
-    copy_(ae.encoder.bias, weights.b_enc)
-    copy_(ae.decoder.weight, weights.W_dec.transpose(0, 1))
-    copy_(ae.decoder.bias, weights.b_dec)
+    copy_(ae.encoder, "weight", weights.W_enc)
+    copy_(ae.encoder, "bias", weights.b_enc)
+    copy_(ae.decoder, "weight", weights.W_dec.transpose(0, 1))
+    copy_(ae.decoder, "bias", weights.b_dec)
     number = iter(range(1, 10**9))  # step 0 would replace the decoder bias
 
     def look(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -196,10 +200,10 @@ def crosscode(weights: Crosscoder, k: int) -> Peer:
     model = ModelHookpointAcausalCrosscoder(
         n_models=n_models, n_hookpoints=1, d_model=d_model, n_latents=dict_size, activation_fn=BatchTopkActivation(k)
     )
-    copy_(model.W_enc_MPDL, weights.W_enc.unsqueeze(1))
-    copy_(model.b_enc_L, weights.b_enc)
-    copy_(model.W_dec_LMPD, weights.W_dec.unsqueeze(2))
-    copy_(model.b_dec_MPD, weights.b_dec.unsqueeze(1))
+    copy_(model, "W_enc_MPDL", weights.W_enc.unsqueeze(1))
+    copy_(model, "b_enc_L", weights.b_enc)
+    copy_(model, "W_dec_LMPD", weights.W_dec.unsqueeze(2))
+    copy_(model, "b_dec_MPD", weights.b_dec.unsqueeze(1))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
 
     def step(x: Tensor) -> float:
@@ -217,18 +221,25 @@ def crosscode(weights: Crosscoder, k: int) -> Peer:
     return Peer(step, look, squared)
 
 
-def copy_(target: Tensor, source: Tensor) -> None:
-    """Copy into the memory that is there, so that a parameter keeps its layout."""
+def copy_(owner: object, name: str, source: Tensor) -> None:
+    """Copy into the memory that is there, so that a parameter keeps its layout.
+
+    Raises:
+        TypeError: there is no such parameter, or it has another shape.
+    """
+    target = getattr(owner, name)
+    if not isinstance(target, Tensor) or target.shape != source.shape:
+        theirs = tuple(target.shape) if isinstance(target, Tensor) else target
+        raise TypeError(f"{type(owner).__name__}.{name} is {theirs}, not of shape {tuple(source.shape)}")
     with torch.no_grad():
-        assert target.shape == source.shape, (target.shape, source.shape)
         target.copy_(source)
 
 
-def copy_linear_sae_(encoder: Any, b_dec: Tensor, weights: Crosscoder) -> None:
+def copy_linear_sae_(sae: Any, weights: Crosscoder) -> None:
     """Copy our encoder into one that takes the decoder bias off its input: (x - b_dec) W + (b_enc + b_dec W)."""
-    copy_(encoder.weight, weights.W_enc.flatten(0, 1).T)
-    copy_(encoder.bias, weights.b_enc + weights.b_dec.flatten() @ weights.W_enc.flatten(0, 1))
-    copy_(b_dec, weights.b_dec.flatten())
+    copy_(sae.encoder, "weight", weights.W_enc.flatten(0, 1).T)
+    copy_(sae.encoder, "bias", weights.b_enc + weights.b_dec.flatten() @ weights.W_enc.flatten(0, 1))
+    copy_(sae, "b_dec", weights.b_dec.flatten())
 
 
 SAE_NOTE = "an SAE on the concatenation, squared error"

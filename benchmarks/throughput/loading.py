@@ -16,16 +16,37 @@ def load(name: str, folder: Path | None = None) -> Build:
 
     Raises:
         InputError: the checkout does not hold the package.
-        EnvironmentFault: the package, or one that it needs, is not installed.
+        EnvironmentFault: the package, or one that it needs, is not installed; or another one than the checkout's is.
     """
     known = PEERS[name]
     with foreign_import(), packages_of(name, known, folder):
         try:
-            importlib.import_module(known.package)
+            module = importlib.import_module(known.package)
         except ImportError as error:
-            mend = f"pip install {known.pip}" if known.pip and not folder else f"install what {folder} needs"
-            raise EnvironmentFault(f"{name} cannot be imported: {error}. Do: {mend}") from error
+            raise fault(name, folder, error) from error
+        if folder and not Path(origin := next(iter(module.__path__))).resolve().is_relative_to(folder.resolve()):
+            raise EnvironmentFault(f"{label(name, folder)}: {known.package!r} is imported from {origin}. Uninstall it.")
     return lambda weights, k: _build(name, known, folder, weights, k)
+
+
+def label(name: str, folder: Path | None) -> str:
+    """Return a peer as the command line names it."""
+    return f"--checkout {name}={folder}" if folder else name
+
+
+def fault(name: str, folder: Path | None, error: Exception) -> EnvironmentFault:
+    """Return one line on what a peer lacks: a package, or a class, function, parameter or argument for its adapter."""
+    known = PEERS[name]
+    words = (str(error).splitlines() or [""])[0].rstrip(".")
+    if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith(f"{known.package}."):
+        mend = f"install what {folder} needs" if folder else f"pip install {known.pip}"
+        return EnvironmentFault(f"{label(name, folder)} cannot be imported: {words}. Do: {mend}")
+    kind = "" if isinstance(error, ImportError | AttributeError | TypeError) else f"{type(error).__name__} "
+    mend = "check out a version that has it; docs/performance.md names those that were tried"
+    return EnvironmentFault(
+        f"{label(name, folder)} lacks what its adapter uses: {kind}{words}. "
+        f"Do: {mend if folder else f'pip install -U {known.pip}'}"
+    )
 
 
 def _build(name: str, known: Known, folder: Path | None, weights: Crosscoder, k: int) -> Peer:
@@ -35,11 +56,14 @@ def _build(name: str, known: Known, folder: Path | None, weights: Crosscoder, k:
 
 @contextlib.contextmanager
 def packages_of(name: str, known: Known, folder: Path | None) -> Iterator[None]:
-    """Import the package from the folder meanwhile; the one of the same name that was loaded comes back after."""
+    """Import the package from the folder meanwhile; the one of the same name that was loaded comes back after.
+
+    A package is a folder that holds .py files; it may lack an __init__.py.
+    """
     if folder is None:
         yield
         return
-    roots = [root for root in (folder, folder / "src") if (root / known.package / "__init__.py").is_file()]
+    roots = [root for root in (folder, folder / "src") if any((root / known.package).rglob("*.py"))]
     if not roots:
         raise InputError(
             f"--checkout {name}={folder}: there is no package {known.package!r} in it or in its src/. "

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 from benchmarks.throughput import equality, memory
 from benchmarks.throughput.adapters import PEERS, UNIT_NORM, Build
-from benchmarks.throughput.loading import load
+from benchmarks.throughput.loading import fault, load
 from benchmarks.throughput.steps import SHAPES, Shape, encoder_product, our_step, planted, rate_row, start_model, turns
 from benchmarks.timing import interleaved, ratio_row
-from crosscoders.common.errors import EnvironmentFault
+from crosscoders.common.errors import EnvironmentFault, InputError
 from crosscoders.common.progress import say
 
 CHECK_SHAPE = Shape(24, 160, 40, 6)
@@ -34,27 +34,48 @@ def rows(quick: bool, checkouts: dict[str, Path], installed: bool) -> Measured:
     what its adapter says, is left out with the reason.
 
     Raises:
-        InputError, EnvironmentFault: a checkout that was asked for cannot be imported.
+        InputError: a checkout that was asked for does not hold the package.
+        EnvironmentFault: checkouts that were asked for lack something; one line each, before anything is timed.
     """
     installable = [name for name, known in PEERS.items() if installed and known.pip and name not in checkouts]
     builds: dict[str, Build] = {}
     left_out: dict[str, str] = {}
+    lacking = []
     for name in [*checkouts, *installable]:
         try:
-            build = load(name, checkouts.get(name))
-            equality.check(name, PEERS[name], build, CHECK_SHAPE)
-            builds[name] = build
+            builds[name] = checked(name, checkouts.get(name))
         except (EnvironmentFault, equality.Unequal) as error:
             if name in checkouts and isinstance(error, EnvironmentFault):
-                raise
+                lacking.append(str(error))
+                continue
             left_out[name] = str(error)
             say(f"{name} is left out: {error}")
+    if lacking:
+        raise EnvironmentFault("\n".join(lacking))
     measured = []
     if builds:
         for shape in SHAPES[: 1 if quick else None]:
             measured += time_rows(shape, builds, n_rounds=3 if quick else 9)
             measured += memory.rows(shape, list(builds), 1 if quick else 3, checkouts)
     return Measured(measured, left_out)
+
+
+def checked(name: str, folder: Path | None) -> Build:
+    """Load a peer and hold it to what its adapter says.
+
+    Raises:
+        InputError: the checkout does not hold the package.
+        EnvironmentFault: it lacks something that its adapter uses.
+        Unequal: it computes something else.
+    """
+    try:
+        build = load(name, folder)
+        equality.check(name, PEERS[name], build, CHECK_SHAPE)
+    except (InputError, EnvironmentFault, equality.Unequal):
+        raise
+    except Exception as error:  # whatever others' code raises when it is not what the adapter was written for
+        raise fault(name, folder, error) from error
+    return build
 
 
 def time_rows(shape: Shape, builds: dict[str, Build], *, n_rounds: int) -> list[dict[str, Any]]:

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 from crosscoders.activations.settings import CacheConfig
 from crosscoders.common import files
 from crosscoders.common.progress import say
-from crosscoders.common.seals import checksum
 from crosscoders.models.limits import require_readable
 from crosscoders.models.names import require_two_models
 from crosscoders.models.pair import PairInfo, inspect_pair
@@ -42,9 +41,7 @@ def make_plan(config: CacheConfig) -> Plan:
         **info.hashes(),
         "template_hash": files.hash_json(template),
         **date,
-        "token_hash": files.hash_json(
-            [checksum(array.tobytes()) for array in (rows.ids, rows.roles, rows.scored, rows.offsets, rows.groups)]
-        ),
+        "token_hash": rows.token_hash(),
         "group_hash": files.hash_json(rows.group_names),
         "hook_point": None,
         "n_models": 2,

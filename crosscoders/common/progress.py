@@ -1,9 +1,11 @@
 """Progress for people: lines on stderr, a bar on a terminal. Results never go through here."""
 
+import contextlib
 import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 from tqdm import tqdm
@@ -12,6 +14,7 @@ T = TypeVar("T")
 SILENCE = 15.0
 """Seconds without a line after which one says how far the work is, where there is no terminal for a bar."""
 _said_at = time.monotonic()
+_about: ContextVar[tuple[str, ...]] = ContextVar("about", default=())
 
 
 def say(line: str) -> None:
@@ -27,11 +30,21 @@ def say(line: str) -> None:
         os.close(silence)
 
 
+@contextlib.contextmanager
+def about(words: str) -> Iterator[None]:
+    """Name the bars made meanwhile by `words` too, where a command does the same work more than once."""
+    token = _about.set((*_about.get(), words))
+    try:
+        yield
+    finally:
+        _about.reset(token)
+
+
 class Progress:
     """A bar with rate and time left on a terminal; elsewhere a line where nothing was said for a while."""
 
     def __init__(self, label: str, *, total: int, start: int = 0, unit: str = "it", hidden: bool = False) -> None:
-        self.done = start
+        self.done, label = start, ", ".join((label, *_about.get()))
         self._line = f"{label}  {{:,}} of {total:,} {unit}"
         self._is_bar, self._is_hidden = sys.stderr.isatty(), hidden
         self._bar: tqdm[Any] = tqdm(

@@ -15,7 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int, UInt8
 
+from crosscoders.common import files
 from crosscoders.common.errors import InputError
+from crosscoders.common.seals import checksum
 from crosscoders.text.documents import Document, read_documents
 from crosscoders.text.padding import Batch, make_batch
 from crosscoders.text.positions import scored_positions
@@ -68,6 +70,11 @@ class Rows(NamedTuple):
             batches = [order[i : i + batch_rows] for i in range(0, len(order), batch_rows)]
             shuffled.extend(batches[i] for i in np.random.default_rng(start).permutation(len(batches)))
         return shuffled
+
+    def token_hash(self) -> str:
+        """Return sha256 over the checksums of ids, roles, scored positions, borders and groups of all documents."""
+        arrays = (self.ids, self.roles, self.scored, self.offsets, self.groups)
+        return files.hash_json([checksum(array.tobytes()) for array in arrays])
 
     def packed(self, n_rows: int, length: int) -> "Rows":
         """Return all documents end to end, cut into `n_rows` sequences of `length` tokens."""

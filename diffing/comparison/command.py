@@ -10,6 +10,7 @@ from typing import Any
 
 from crosscoders.common import files
 from crosscoders.common.checks import to_dict
+from crosscoders.common.progress import about
 from crosscoders.common.results import result, say_closing
 from diffing.comparison.inputs import Inputs, inspect, model_hashes
 from diffing.comparison.judgement import Rows, over_seeds, verdict_rows
@@ -61,11 +62,14 @@ def run_seeds(inputs: Inputs) -> tuple[dict[str, list[Rows]], dict[str, dict[str
     seeds: dict[str, list[Rows]] = {which: [] for which in ("tuned", "null") if which in inputs.infos}
     texts: dict[str, dict[str, Any]] = {which: {} for which in seeds}
     for seed in range(settings.seed, settings.seed + settings.n_seeds):
-        rows = inputs.rows(seed)
-        null = Reader(inputs, "null", seed, rows, None) if "null" in seeds else None
+        documents = inputs.documents(seed)
+        null = Reader(inputs, "null", seed, documents, None) if "null" in seeds else None
         readers = [null] if null is not None else []
-        for reader in [*readers, Reader(inputs, "tuned", seed, rows, null)]:
-            parts = {unit: run_unit(reader, unit, methods) for unit, methods in units.items()}
+        for reader in [*readers, Reader(inputs, "tuned", seed, documents, null)]:
+            parts = {}
+            for unit, methods in units.items():
+                with about(f"{unit}, {reader.which}, seed {seed}"):
+                    parts[unit] = run_unit(reader, unit, methods)
             entries = [entry for part in parts.values() for entry in part["rows"]]
             seeds[reader.which].append({entry["name"]: entry for entry in entries})
             if seed == settings.seed:

@@ -24,7 +24,7 @@ from diffing.decomposition.loop import train
 from diffing.decomposition.model import Decomposition
 from diffing.decomposition.saving import DESCRIPTION, load_, read_description, save
 from diffing.decomposition.settings import DecomposeSettings, DecompositionConfig
-from diffing.topk_lora.distil import read_batches, setting_of
+from diffing.topk_lora.distil import PLACES, contents, read_batches, setting_of
 
 NAME = "decomposition"
 Piece = tuple[str, int]
@@ -62,10 +62,12 @@ def _decomposed(inputs: Inputs, which: str, task: Task, folder: Path) -> tuple[D
         context_length=settings.context_length, batch_rows=settings.batch_rows, steps=settings.distil_steps,
         seed=task.seed, device=settings.device, out=str(folder),
     )  # fmt: skip
-    setting = setting_of(task.pair, *read_batches(config, info))
+    read = read_batches(config, info)
+    setting = setting_of(task.pair, *read)
     deltas, training = deltas_of(*task.pair.models, ["*"]), config_of(DecompositionConfig, config)
     decomposition = fresh(copy.deepcopy(setting.tuned), deltas, training, is_relative=True).to(task.pair.device)
-    made_from = {"settings": {name: value for name, value in to_dict(config).items() if name != "out"}}
+    chosen = {name: value for name, value in to_dict(config).items() if name not in ("out", "device", *PLACES)}
+    made_from = {"settings": chosen, **contents(config, *read[:2])}
     if (folder / DESCRIPTION).is_file() and read_description(folder)[1] == made_from:
         load_(decomposition, folder)
     else:

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from crosscoders.common.progress import about
 from crosscoders.common.results import row
 from crosscoders.common.statistics import bootstrap_interval, resample, wilson
 from crosscoders.models.pair import ModelPair
@@ -171,7 +172,8 @@ def variant_rows(
     pair = task.pair
     rows = []
     for name, model in variants:
-        closed = closed_shares(_kl_of(task, model), task.seed, reference)["source_model"]
+        with about(name):
+            closed = closed_shares(_kl_of(task, model), task.seed, reference)["source_model"]
         rows.append(row(f"directions.{name}.share_closed", *closed))
         replies = own_replies(model, pair, task.every_prompt(), task.settings.max_new_tokens)
         rows += rate_rows(task, f"directions.{name}", replies)

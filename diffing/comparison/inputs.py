@@ -1,7 +1,7 @@
 """What a comparison has checked before weights load, and the pairs, rows and chats that its parts read."""
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from crosscoders.common import files
 from crosscoders.common.checks import LEAST_CHATS, to_dict
@@ -9,7 +9,7 @@ from crosscoders.common.errors import InputError
 from crosscoders.models.adapters import with_adapter
 from crosscoders.models.limits import require_readable
 from crosscoders.models.loading import load_model
-from crosscoders.models.names import hash_model, quiet_transformers
+from crosscoders.models.names import hash_model, identity, quiet_transformers
 from crosscoders.models.pair import ModelPair, PairInfo, inspect_pair, load_pair
 from crosscoders.text.chats import Chat
 from crosscoders.text.settings import DataConfig, DataSource
@@ -19,10 +19,22 @@ from diffing.comparison.settings import DIRECTIONS, TRAINED, TRAINED_DIRECTIONS,
 from diffing.comparison.truth import Behaviour, read_truth
 from diffing.samples.pairs import inspect_null, inspect_two
 
-SAME_RESULT = ("out", "methods", "n_seeds", "device", "seed", "null", "tuned")
-"""Settings that do not change what one method gives for one model and seed, or are named apart."""
-TRAINING = ("train_data", "cached_tokens", "train_tokens", "distil_steps")
+SAME_RESULT = ("out", "methods", "n_seeds", "device", "seed")
+"""Settings that do not change what one method gives for one model and seed."""
+PLACES = ("base", "tuned", "null", "data", "train_data", "truth", "tokenizer", "chat_template")
+"""Settings that say where something lies; what it holds decides."""
+TRAINING = ("cached_tokens", "train_tokens", "distil_steps")
 """Settings that only trained methods read."""
+
+
+class Documents(NamedTuple):
+    """What one seed reads."""
+
+    rows: Rows
+    chats: list[Chat]
+    """None where no method of directions is chosen."""
+    train_hash: str | None
+    """Of the tokens that trained methods are trained on, where such are chosen."""
 
 
 @dataclass(frozen=True)
@@ -49,26 +61,29 @@ class Inputs:
         settings = self.settings
         return settings.data if settings.train_data is None else settings.train_data
 
-    def require_train_data(self) -> None:
-        """Raise InputError where trained methods are chosen and their documents have too few tokens."""
-        settings = self.settings
-        if settings.chosen(TRAINED):
-            config = replace(self.data_config(settings.seed, settings.cached_tokens), data=self.train_data())
-            try:
-                tokenize_documents(config, self.infos["tuned"].tokenizer)
-            except InputError as error:
-                told = str(error).replace("n_tokens is", "cached_tokens is").replace("--n-tokens", "--cached-tokens")
-                raise InputError(f"to train on, {told}") from None
+    def documents(self, seed: int) -> Documents:
+        """Return what one seed reads.
 
-    def rows(self, seed: int) -> Rows:
-        """Return the documents of one seed as tokens."""
+        Raises:
+            InputError: too few tokens or chats, or ids that a model does not have.
+        """
         info = self.infos["tuned"]
         rows = tokenize_documents(self.data_config(seed, self.settings.n_tokens), info.tokenizer)
         require_readable(rows, info.models(), info.tokenizer)
-        return rows
+        return Documents(rows, self._chats(seed), self._train_hash(seed))
 
-    def chats(self, seed: int) -> list[Chat]:
-        """Return the chats of one seed; none where no method of directions is chosen."""
+    def _train_hash(self, seed: int) -> str | None:
+        settings = self.settings
+        if not settings.chosen(TRAINED):
+            return None
+        config = replace(self.data_config(seed, settings.cached_tokens), data=self.train_data())
+        try:
+            return tokenize_documents(config, self.infos["tuned"].tokenizer).token_hash()
+        except InputError as error:
+            told = str(error).replace("n_tokens is", "cached_tokens is").replace("--n-tokens", "--cached-tokens")
+            raise InputError(f"to train on, {told}") from None
+
+    def _chats(self, seed: int) -> list[Chat]:
         settings, info = self.settings, self.infos["tuned"]
         if not settings.chosen((*DIRECTIONS, *TRAINED_DIRECTIONS)):
             return []
@@ -79,14 +94,18 @@ class Inputs:
         )
         return read_enough_chats(config, info, settings.n_documents, too_few)
 
-    def fingerprint(self, which: str, unit: str, methods: list[str]) -> str:
-        """Return what decides the result of one part, as a hash."""
-        ignored = SAME_RESULT if set(methods) & set(TRAINED) else (*SAME_RESULT, *TRAINING)
+    def fingerprint(self, which: str, documents: Documents, unit: str, methods: list[str]) -> str:
+        """Return what decides the result of one part, as a hash; it does not matter where models and documents lie."""
+        is_trained = bool(set(methods) & set(TRAINED))
+        ignored = (*SAME_RESULT, *PLACES, *(() if is_trained else TRAINING))
         settings = {name: value for name, value in to_dict(self.settings).items() if name not in ignored}
         read = ("null",) if which == "null" else tuple(self.infos)  # what the null gives depends on no tuned model
-        models = [self.infos[name].hashes() for name in read]
+        models = [[identity(entry) for entry in self.infos[name].hashes().values()] for name in read]
+        has_chats = bool(set(methods) & {*DIRECTIONS, *TRAINED_DIRECTIONS})
+        chats = [[part.tolist() for part in chat] for chat in documents.chats] if has_chats else None
+        tokens = [documents.rows.token_hash(), chats, documents.train_hash if is_trained else None, self.template]
         truth = [behaviour.model_dump() for behaviour in self.truth]
-        return files.hash_json([settings, self.hook_point, models, truth, which, unit, methods])
+        return files.hash_json([settings, self.hook_point, models, tokens, truth, which, unit, methods])
 
 
 def inspect(settings: CompareSettings) -> Inputs:
@@ -108,9 +127,7 @@ def inspect(settings: CompareSettings) -> Inputs:
             f"pieces has {max(settings.pieces)}, more than the width {info.d_model} of the models. Lower it."
         )
     inputs = Inputs(settings, hook_point, infos, truth, template)
-    inputs.rows(settings.seed)
-    inputs.chats(settings.seed)
-    inputs.require_train_data()
+    inputs.documents(settings.seed)
     return inputs
 
 

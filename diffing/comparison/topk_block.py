@@ -18,7 +18,7 @@ from crosscoders.common.records import Record
 from crosscoders.common.results import row
 from diffing.comparison.direction_block import Task, base_kl, variant_rows
 from diffing.comparison.inputs import Inputs
-from diffing.topk_lora.distil import distil, read_batches, setting_of
+from diffing.topk_lora.distil import PLACES, contents, distil, read_batches, setting_of
 from diffing.topk_lora.readouts import read_directions
 from diffing.topk_lora.sets import Directions
 from diffing.topk_lora.settings import DistilConfig
@@ -28,7 +28,8 @@ from sae_lora.lora.topk import TopKLoRA
 class Trained(Record):
     """made.json of an adapter."""
 
-    config: dict[str, Any]
+    made_from: dict[str, Any]
+    """Settings, and hashes of models and tokens."""
     order: list[int]
     """Directions by what they write, `Directions` numbers."""
     firing_rate: list[float]
@@ -74,17 +75,20 @@ def _trained(
         template_date=settings.template_date, batch_rows=settings.batch_rows, steps=settings.distil_steps,
         embedding=True, seed=task.seed, device=settings.device,
     )  # fmt: skip
+    read = read_batches(config, info)
+    chosen = {name: value for name, value in to_dict(config).items() if name not in ("device", *PLACES)}
+    made_from = {"settings": chosen, **contents(config, *read[:2])}
     if (folder / "made.json").is_file():
         recorded = files.read_model(folder / "made.json", Trained)
-        if recorded["config"] == to_dict(config):
+        if recorded["made_from"] == made_from:
             adapter = TopKLoRA.load(task.pair.models[0], folder)
             return adapter, np.array(recorded["order"]), np.array(recorded["firing_rate"])
-    setting = setting_of(task.pair, *read_batches(config, info))
+    setting = setting_of(task.pair, *read)
     adapter = distil(setting, config)
     table = read_directions(setting, adapter)
     numbers = {name: i for i, name in enumerate(Directions(adapter).names())}
     order = [numbers[site, int(j)] for site, j in zip(table["site"], table["direction"], strict=True)]
     rates = table["firing_rate"].tolist()
     adapter.save(folder)
-    files.write_json(folder / "made.json", {"config": to_dict(config), "order": order, "firing_rate": rates})
+    files.write_json(folder / "made.json", {"made_from": made_from, "order": order, "firing_rate": rates})
     return adapter, np.array(order), np.array(rates)

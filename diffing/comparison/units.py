@@ -16,13 +16,12 @@ from crosscoders.common.progress import say
 from crosscoders.common.records import Record
 from crosscoders.common.results import Row, row
 from crosscoders.models.pair import ModelPair
-from crosscoders.text.tokens import Rows
 from diffing.baselines.directions import Directions
 from diffing.baselines.observation import Observed, observe
 from diffing.baselines.pca import mean_direction, principal_directions
 from diffing.comparison.decomposition_block import decomposition_rows
 from diffing.comparison.direction_block import Task, own_rates, span_rows, weight_rows
-from diffing.comparison.inputs import Inputs, load
+from diffing.comparison.inputs import Documents, Inputs, load
 from diffing.comparison.overlap import score_overlaps, span_overlaps
 from diffing.comparison.patched_replies import prompts_of
 from diffing.comparison.score_block import score_rows, token_scores
@@ -46,8 +45,9 @@ class UnitRecord(Record):
 class Reader:
     """One pair of one seed: its models, rows, activations and chats, each made when it is first asked for."""
 
-    def __init__(self, inputs: Inputs, which: str, seed: int, rows: Rows, null: "Reader | None") -> None:
-        self.inputs, self.which, self.seed, self.rows, self.null = inputs, which, seed, rows, null
+    def __init__(self, inputs: Inputs, which: str, seed: int, documents: Documents, null: "Reader | None") -> None:
+        self.inputs, self.which, self.seed, self.documents, self.null = inputs, which, seed, documents, null
+        self.rows = documents.rows
         self.folder = Path(inputs.settings.out) / which / f"seed-{seed}"
 
     @functools.cached_property
@@ -68,7 +68,7 @@ class Reader:
             (behaviour, prompts_of(self.pair, behaviour, settings.n_prompts, template, settings.template_date))
             for behaviour in self.inputs.truth
         ]
-        return Task(self.pair, self.inputs.chats(self.seed), prompts, settings, self.seed)
+        return Task(self.pair, self.documents.chats, prompts, settings, self.seed)
 
 
 def units_of(inputs: Inputs) -> dict[str, list[str]]:
@@ -86,7 +86,7 @@ def units_of(inputs: Inputs) -> dict[str, list[str]]:
 def run_unit(reader: Reader, unit: str, methods: list[str]) -> dict[str, Any]:
     """Return rows and texts of one unit, from its file where that is of the same inputs."""
     path = reader.folder / f"{unit}.json"
-    fingerprint = reader.inputs.fingerprint(reader.which, unit, methods)
+    fingerprint = reader.inputs.fingerprint(reader.which, reader.documents, unit, methods)
     if path.is_file():
         recorded = files.read_model(path, UnitRecord)
         if recorded["fingerprint"] == fingerprint:

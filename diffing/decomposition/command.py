@@ -15,7 +15,6 @@ from crosscoders.common.checks import config_of, to_dict
 from crosscoders.common.progress import say
 from crosscoders.common.provenance import environment
 from crosscoders.common.results import result, say_closing
-from crosscoders.models.names import hash_model
 from crosscoders.models.pair import inspect_pair
 from crosscoders.models.skeleton import skeleton
 from crosscoders.text.tokens import tokenize_prompt
@@ -29,7 +28,7 @@ from diffing.decomposition.report import report, summary
 from diffing.decomposition.saving import DESCRIPTION, load_, read_description, save
 from diffing.decomposition.settings import DecomposeSettings, DecompositionConfig
 from diffing.decomposition.sites import Delta, find_sites
-from diffing.topk_lora.distil import Setting, open_setting
+from diffing.topk_lora.distil import PLACES, Setting, contents, open_setting
 
 READOUT_ONLY = ("out", "compare", "top", "device", "prompt", "attack_steps")
 """Settings that may differ when a run goes on."""
@@ -47,7 +46,8 @@ def decompose(settings: DecomposeSettings) -> dict[str, Any]:
     deltas = deltas_of(setting.base, setting.tuned, settings.sites)
     device = next(setting.tuned.parameters()).device
     with files.exclusive(out):
-        start_run(out, settings, _inputs(settings), environment(settings.device), "decompose", READOUT_ONLY)
+        inputs = _inputs(settings, setting)
+        start_run(out, settings, inputs, environment(settings.device), "decompose", (*READOUT_ONLY, *PLACES))
         decomposition = fresh(setting.tuned, deltas, config, is_relative=True).to(device)
         of_rest = kept(setting, decomposition)
         say(kept_line(of_rest, len(deltas)))
@@ -56,7 +56,7 @@ def decompose(settings: DecomposeSettings) -> dict[str, Any]:
             load_(decomposition, out)
         else:
             train(problem_of(setting, decomposition, config.seed), config, out)
-            save(decomposition, out, config, _inputs(settings))
+            save(decomposition, out, config, inputs)
         others = [_other(setting, deltas, Path(other)) for other in settings.compare]
         read = report(setting, decomposition, deltas, of_rest, others, settings)
         read.table.to_parquet(out / "pieces.parquet")
@@ -69,10 +69,11 @@ def decompose(settings: DecomposeSettings) -> dict[str, Any]:
     return result("decompose", to_dict(settings), read.rows) | {"pieces": read.pieces, "text": summary(read)}
 
 
-def _inputs(settings: DecomposeSettings) -> dict[str, Any]:
-    """Return what identifies the models, wherever they lie."""
-    return {name: {"name": model, "hash": hash_model(model)}
-            for name, model in (("base", settings.base), ("tuned", settings.tuned))}  # fmt: skip
+def _inputs(settings: DecomposeSettings, setting: Setting) -> dict[str, Any]:
+    """Return what identifies models and tokens, wherever they lie."""
+    names = {"base": {"name": settings.base}, "tuned": {"name": settings.tuned}}
+    hashes = contents(settings, setting.rows, setting.train_rows)
+    return {part: names.get(part, {}) | {"hash": value} for part, value in hashes.items()}
 
 
 def _other(setting: Setting, deltas: dict[str, Delta], folder: Path) -> Decomposition:

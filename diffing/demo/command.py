@@ -21,7 +21,7 @@ from crosscoders import (
 )
 from crosscoders.common import files, results
 from crosscoders.common.checks import to_dict
-from crosscoders.common.progress import say
+from crosscoders.common.progress import about, say
 from crosscoders.common.provenance import peak_memory_gib
 from crosscoders.common.records import Record
 from crosscoders.common.results import ResultRecord, row
@@ -48,7 +48,8 @@ def run_demo(settings: DemoSettings) -> dict[str, Any]:
     out = Path(settings.out)
     say("diffing demo: what did the fine-tune change in the embedded pair? (two Gemma-2 models of 1 M parameters)")
     train_cache = cache_activations(cache_config(out / "cache", "train", settings.n_tokens, settings.seed))
-    heldout = cache_activations(cache_config(out / "cache-heldout", "heldout", HELDOUT_TOKENS, settings.seed))
+    with about("held out"):
+        heldout = cache_activations(cache_config(out / "cache-heldout", "heldout", HELDOUT_TOKENS, settings.seed))
     run = out / "run"
     config = train_config(settings.seed)
     train_on(train_cache, heldout, config, run)

@@ -15,6 +15,7 @@ from typing import Any
 from crosscoders.activations.cache import ActivationCache
 from crosscoders.common import files
 from crosscoders.common.errors import InputError
+from crosscoders.common.progress import about
 from crosscoders.models.names import hash_model
 from diffing.latents.records import LatentRecord
 from diffing.null.calibration import Tables, calibrate
@@ -40,17 +41,18 @@ def calibrate_run(settings: NullSettings, opened: ActivationCache) -> dict[str, 
         if model is not None:
             require_null(base, model, opened)
     models = null_models(settings, opened, config.seed)
-    caches = {
-        kind: null_cache(opened, model, out / kind / "cache", settings.device, force=settings.force)
-        for kind, model in models.items()
-    }
+    caches = {}
+    for kind, model in models.items():
+        with about(kind):
+            caches[kind] = null_cache(opened, model, out / kind / "cache", settings.device, force=settings.force)
     tables: Tables = {"tuned": {config.seed: read_scaled(run)}, **{kind: {} for kind in models}}
     for seed in range(config.seed, config.seed + settings.n_seeds):
         for kind, cache in {**caches, "tuned": opened}.items():
             # A rounded copy barely differs from the base: one crosscoder says whether any latent passes.
             if seed not in tables[kind] and not (kind == "rounded" and seed > config.seed):
-                here = out / kind / f"seed-{seed}"
-                tables[kind][seed] = null_run(replace(config, seed=seed), cache, here, n_tokens, force=settings.force)
+                here, changed = out / kind / f"seed-{seed}", replace(config, seed=seed)
+                with about(f"{kind}, seed {seed}"):
+                    tables[kind][seed] = null_run(changed, cache, here, n_tokens, force=settings.force)
     calibration = {
         "format_version": FORMAT_VERSION,
         "latents": files.hash_file(run / "latents.json"),

@@ -20,7 +20,7 @@ from crosscoders.common import files
 from crosscoders.common.checks import to_dict
 from crosscoders.common.devices import choose_device
 from crosscoders.common.errors import InputError
-from crosscoders.common.progress import say
+from crosscoders.common.progress import about, say
 from crosscoders.common.results import result, row, say_closing
 from crosscoders.models.names import hash_model, require_two_models
 from crosscoders.models.pair import ModelPair, PairInfo, inspect_pair, load_pair
@@ -75,7 +75,8 @@ def sae(settings: SaeSettings) -> dict[str, Any]:
     rates = {"sae": compare_rates(dictionary, cache, seed=settings.seed)}
     table, entries = with_causes(inputs, dictionary, rates["sae"], settings.tuned, "sae")
     if twin is not None and aligned is not None:
-        rates["tuned_sae"] = compare_rates(twin, cache, seed=settings.seed)
+        with about("tuned SAE"):
+            rates["tuned_sae"] = compare_rates(twin, cache, seed=settings.seed)
         table, rows = with_twin(table, rates["tuned_sae"].table, aligned)
         entries += rows
     null = read_null(inputs, dictionary, cache, out)
@@ -211,11 +212,11 @@ def read_null(
     settings = inputs.settings
     if settings.null is None:
         return None
-    opened = null_cache(cache, settings.null, out / "null-cache", settings.device)
-    say(f"read {settings.sae} in the base and the null {settings.null}")
-    return with_causes(
-        inputs, dictionary, compare_rates(dictionary, opened, seed=settings.seed), settings.null, "sae.null"
-    )
+    with about("null"):
+        opened = null_cache(cache, settings.null, out / "null-cache", settings.device)
+        say(f"read {settings.sae} in the base and the null {settings.null}")
+        rates = compare_rates(dictionary, opened, seed=settings.seed)
+        return with_causes(inputs, dictionary, rates, settings.null, "sae.null")
 
 
 def contexts_of(dictionary: FrozenDictionary, cache: ActivationCache, latents: list[int]) -> dict[str, Any]:

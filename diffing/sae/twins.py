@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from crosscoders.common.errors import InputError
+from crosscoders.common.progress import about
 from crosscoders.common.results import row
 from crosscoders.common.statistics import bootstrap_interval, resample
 from crosscoders.models.pair import ModelPair
@@ -92,7 +93,8 @@ def splice_rows(
     sets = {direction: [PatchSet("reconstruction", "reconstruction")] for direction in DIRECTIONS}
     weights, entries = resample(len(chats), seed), []
     for name, dictionary in dictionaries.items():
-        measured = measure(SharedExchange(dictionary, []), pair, chats, sets, batch_rows=batch_rows)
+        with about(f"splice of {name}"):
+            measured = measure(SharedExchange(dictionary, []), pair, chats, sets, batch_rows=batch_rows)
         for direction, model in sorted(DIRECTIONS.items(), key=lambda entry: entry[1]):
             sums = measured[direction]
             added = weights @ (sums.ce[0, 0] - sums.own_ce[0]) / (weights @ sums.n_tokens[0])

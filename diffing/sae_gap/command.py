@@ -19,7 +19,7 @@ from crosscoders.common import files
 from crosscoders.common.checks import to_dict
 from crosscoders.common.devices import choose_device
 from crosscoders.common.errors import InputError
-from crosscoders.common.progress import say
+from crosscoders.common.progress import about, say
 from crosscoders.common.results import result, row, say_closing
 from crosscoders.common.statistics import bootstrap_interval, resample
 from crosscoders.models.names import hash_model, load_auto, require_two_models
@@ -48,12 +48,14 @@ def gap_run(settings: SaeGapSettings) -> dict[str, cells.Measured]:
     plans = {role: _plan(settings, config) for role, config in configs.items()}
     measured = {}
     for role, config in configs.items():
-        folder = fit(config, Path(settings.out) / role, force=settings.force)
+        with about(role):
+            folder = fit(config, Path(settings.out) / role, force=settings.force)
         plan, device = plans[role], choose_device(settings.device)
         dictionaries = with_control(load_dictionaries(plan, config, device), config.control, config.seed)
         adapted = load_adapter(load_model(plan, config, device), folder, dictionaries)
         say(f"measure {role} on {plan.rows.n_scored:,} tokens in {len(plan.rows.offsets) - 1:,} sequences")
-        measured[role] = measure_gaps(adapted, dictionaries, plan, batch_rows=settings.batch_rows, device=device)
+        with about(role):
+            measured[role] = measure_gaps(adapted, dictionaries, plan, batch_rows=settings.batch_rows, device=device)
     return measured
 
 

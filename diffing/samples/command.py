@@ -7,6 +7,7 @@ from typing import Any
 from crosscoders.common import files
 from crosscoders.common.checks import to_dict
 from crosscoders.common.errors import InputError
+from crosscoders.common.progress import about
 from crosscoders.common.progress import say as tell
 from crosscoders.common.results import result, row, say_closing
 from crosscoders.text.settings import TEMPLATE_DATE
@@ -41,7 +42,8 @@ def say(settings: SaySettings) -> dict[str, Any]:
     if null_info is not None:
         del pair
         null_pair = load_two(null_info, settings.device, settings.model_dtype)
-        null_samples = sample_pair(null_pair, prompts, n_bare, settings, of_base=samples.base)
+        with about("null"):
+            null_samples = sample_pair(null_pair, prompts, n_bare, settings, of_base=samples.base)
         against = _compare(samples, [said.text for said in null_samples.tuned], settings, maximal=False)
         beyond = {phrase.text.lower() for phrase in against.phrases}
         own = _compare(null_samples, null_samples.base, settings)

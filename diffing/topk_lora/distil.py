@@ -17,10 +17,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from crosscoders.common import files
 from crosscoders.common.errors import InputError
 from crosscoders.common.progress import Progress
 from crosscoders.models import hooks
-from crosscoders.models.names import require_two_models
+from crosscoders.models.names import hash_model, require_two_models
 from crosscoders.models.pair import ModelPair, PairInfo, inspect_pair, load_pair
 from crosscoders.models.predictions import ce, kl, log_probs
 from crosscoders.text.chats import RESPONSE
@@ -32,6 +33,8 @@ from sae_lora.lora.settings import TopKLoRAConfig
 from sae_lora.lora.topk import TopKLoRA
 
 WARMUP_STEPS = 20
+PLACES = ("base", "tuned", "data", "eval_data", "chat_template")
+"""Settings that say where models and documents lie, of which `contents` says what they hold."""
 
 
 class Setting(NamedTuple):
@@ -103,6 +106,12 @@ def read_batches(config: PairData, info: PairInfo) -> tuple[Rows, Rows, list[Bat
     if not train:
         raise InputError(f"{rows.n_scored:,} tokens make one batch; give more text, or lower batch_rows.")
     return rows, train_rows, train, held_out
+
+
+def contents(config: PairData, rows: Rows, train_rows: Rows) -> dict[str, str]:
+    """Return the hashes of both models and of the tokens that are read."""
+    tokens = files.hash_json([rows.token_hash(), train_rows.token_hash()])
+    return {"base": hash_model(config.base), "tuned": hash_model(config.tuned), "tokens": tokens}
 
 
 def setting_of(pair: ModelPair, rows: Rows, train_rows: Rows, train: list[Batch], held_out: list[Batch]) -> Setting:

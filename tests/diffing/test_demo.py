@@ -9,6 +9,8 @@ import pytest
 from diffing.demo.command import PLANTED, run_demo
 from diffing.demo.settings import DemoSettings
 
+pytestmark = pytest.mark.whole
+
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -1,6 +1,7 @@
 """`diffing compare`: the whole command on the tiny pair, its parts against hand-made values, its refusals."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,25 @@ def test_another_setting_is_measured_again_and_another_method_alone(
     assert "seed 0: say" in (said := capsys.readouterr().err) and "kl-map" not in said
     compare(settings(pair, tmp_path, methods=["kl-map"], n_seeds=1, batch_rows=4))
     assert "kl-map" in capsys.readouterr().err
+
+
+def test_a_comparison_whose_files_were_all_moved_is_not_measured_again_and_other_text_is(
+    pair: Pair, truth: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = shutil.copy(pair.data, tmp_path / "text.jsonl")
+    given = settings(pair, tmp_path / "out", methods=["kl-map", "pca"], n_seeds=1, data=str(data), truth=truth)
+    compare(given)
+    (moved := tmp_path / "moved").mkdir()
+    (tmp_path / "out").rename(moved / "out")
+    places = {name: str(shutil.copytree(getattr(pair, name), moved / name)) for name in ("base", "tuned")}
+    places |= {name: str(shutil.copy(getattr(given, name), moved)) for name in ("data", "truth")}
+    capsys.readouterr()
+    compare(replace(given, out=str(moved / "out"), **places))
+    assert "seed 0: " not in capsys.readouterr().err
+    lines = Path(data).read_text().splitlines(keepends=True)
+    Path(data).write_text("".join(reversed(lines)))
+    compare(replace(given, out=str(moved / "out"), truth=truth))
+    assert "seed 0: kl-map" in (said := capsys.readouterr().err) and "seed 0: pca" in said
 
 
 def test_what_a_null_gave_serves_another_tuned_model_and_not_another_null(

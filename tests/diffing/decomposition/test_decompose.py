@@ -74,10 +74,14 @@ def test_a_run_leaves_pieces_rows_and_a_graph_but_no_weight(run: tuple[Path, dic
     assert "https://" not in re.sub(r"<script.*?</script>", "", (out / "graph.html").read_text(), flags=re.S)
 
 
-def test_a_finished_run_is_read_again_and_found_in_itself(run: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    out, result = run
+def test_a_finished_run_is_read_again_where_all_was_moved_and_found_in_itself(
+    run: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    result, out = run[1], shutil.copytree(run[0], tmp_path / "run")
+    models = {name: str(shutil.copytree(model_folder(name), tmp_path / name)) for name in ("base", "tuned")}
+    data = shutil.copy(document_file("dialogues_train"), tmp_path)
     written = (out / "decomposition.json").stat().st_mtime_ns
-    again = decompose(settings(out, compare=[str(out)]))
+    again = decompose(settings(out, compare=[str(out)], data=str(data), **models))
     values = {row["name"]: row["value"] for row in again["rows"]}
     assert values["decompose.similarity.0"] == pytest.approx(1, abs=1e-4)
     before = {row["name"]: row["value"] for row in result["rows"]}
@@ -88,6 +92,11 @@ def test_a_finished_run_is_read_again_and_found_in_itself(run: tuple[Path, dict[
 def test_another_setting_in_the_same_folder_is_refused(run: tuple[Path, dict[str, Any]]) -> None:
     with pytest.raises(InputError, match=re.escape("components = 3, now 4")):
         decompose(settings(run[0], components=4))
+
+
+def test_other_documents_in_the_same_folder_are_refused(run: tuple[Path, dict[str, Any]]) -> None:
+    with pytest.raises(InputError, match=r"holds a run with data = .*dialogues_train"):
+        decompose(settings(run[0], data=str(document_file("dialogues_heldout"))))
 
 
 def test_a_lora_is_decomposed_between_its_factors(tmp_path: Path) -> None:

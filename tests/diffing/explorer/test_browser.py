@@ -15,7 +15,7 @@ from diffing import Session
 from diffing.explorer.crosscoder import FORM
 from diffing.explorer.server import ExplorerServer
 
-pytestmark = NEEDS_CHROMIUM
+pytestmark = [NEEDS_CHROMIUM, pytest.mark.whole]
 PROMPT = "What does it do?"
 SCRIPT = "<script>document.title = 'hacked'</script><img src=x onerror=\"document.title = 'hacked'\">"
 

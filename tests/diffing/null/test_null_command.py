@@ -66,12 +66,17 @@ def change_by_hand(base: str | Path, other: str | Path) -> float:
 
 
 def test_the_command_on_tiny_models(
-    pair: Pair, scaled_run: Path, placebo: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+    pair: Pair, scaled_run: Path, placebo: str, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    bar_labels: list[str],
+) -> None:  # fmt: skip
     argv = ["--placebo", placebo, "--rounded-bits", "4", "--n-seeds", "2", "--rates", "[0, 0.2]"]
     out = tmp_path / "nulls"
+    bar_labels.clear()
     assert null(scaled_run, out, *argv, "--json") == 0
     printed = json.loads(capsys.readouterr().out)
+    # No two bars have the same words.
+    assert len(set(bar_labels)) == len(bar_labels)
+    assert {"cache, placebo", "cache, rounded", "train, tuned, seed 1", "scale, rounded, seed 0"} < set(bar_labels)
     found = json.loads((scaled_run / "null.json").read_text())
     kinds = [(entry["kind"], entry["seed"]) for entry in found["crosscoders"]]
     assert kinds == [("tuned", 0), ("tuned", 1), ("placebo", 0), ("placebo", 1), ("rounded", 0)]

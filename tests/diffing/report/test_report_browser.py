@@ -9,7 +9,7 @@ from report_pages import put, write_run
 
 from diffing.report.publishing import write_report
 
-pytestmark = NEEDS_CHROMIUM
+pytestmark = [NEEDS_CHROMIUM, pytest.mark.whole]
 SCRIPT = "<img src=x onerror=\"document.title = 'hacked'\">"
 
 

@@ -129,15 +129,23 @@ def test_directions_are_the_decoder_without_its_bias(dictionary: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def finished(pair: Pair, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(pair: Pair, folder: Path, bar_labels: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Results with a copy of the SAE as its twin, and a null; do not write to it."""
     out = tmp_path_factory.mktemp("sae") / "out"
     twin = jumprelu(out.parent / "twin")
     null = out.parent / "null"
     make_tokenizer(null, template=False)
     make_model(null, seed=2)
+    bar_labels.clear()
     sae(settings(pair, out, folder, tuned_sae=str(twin), null=str(null)))
+    (out.parent / "bars.json").write_text(json.dumps(bar_labels))
     return out
+
+
+def test_no_two_bars_of_a_run_have_the_same_words(finished: Path) -> None:
+    labels = json.loads((finished.parent / "bars.json").read_text())
+    assert len(set(labels)) == len(labels)
+    assert {"sae", "sae, tuned SAE", "sae, null", "cache, null", "causal, splice of tuned_sae"} < set(labels)
 
 
 def test_table_and_json_agree_and_hold_the_null_and_the_twin(finished: Path) -> None:
