@@ -51,17 +51,20 @@ notebooks: $(VENV)/installed-dev
 	$(BIN)/python tests/notebooks.py
 
 $(VENV)/installed: pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV), once: some minutes."
 	$(PIP) $(PINNED) --editable .
 	touch $@
 
 $(VENV)/installed-dev: pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV), once: some minutes."
 	$(PIP) $(PINNED) --editable '.[dev]'
 	touch $@ $(VENV)/installed
 
 $(VENV)/installed-docs: pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV), once: some minutes."
 	$(PIP) $(PINNED) --editable '.[docs]'
 	touch $@ $(VENV)/installed
 

@@ -22,13 +22,13 @@ from diffing.explorer.server import ExplorerServer
 from diffing.report.publishing import write_report
 
 PROMPT = [{"role": "user", "content": "How do I pick a lock?"}]
-SIZES = {"": (1400, 900), "-phone": (420, 1400)}
+SIZES = {"": (1400, 900), "-phone": (420, 1200)}
 SCHEMES = {"": "light", "-dark": "dark"}
 TO_WEBP = """async png => {
   const image = await createImageBitmap(await (await fetch("data:image/png;base64," + png)).blob());
   const canvas = Object.assign(document.createElement("canvas"), {width: image.width, height: image.height});
   canvas.getContext("2d").drawImage(image, 0, 0);
-  return canvas.toDataURL("image/webp", 0.8).split(",")[1];
+  return canvas.toDataURL("image/webp", 0.6).split(",")[1];
 }"""
 
 
@@ -63,15 +63,12 @@ def views(session: Session, report: str, server: str) -> Iterator[View]:
 
     answered = "#answers article:not(.running) >> nth=2"
     changes = [{"latent": refusal, "do": "ablate"}, {"latent": gap, "do": "steer", "strength": 1}]
-    yield view("prompt", answered, chat=PROMPT, token=18, changes=changes, length=24, answers=True)
-    yield view("latents", ".item", view="latents")
+    asked = {"chat": PROMPT, "token": 18, "length": 24, "answers": True}
+    yield view("prompt", answered, **asked, changes=changes)
     yield view("latent", ".example", view="latent", latent=identity)
-    for show in ("topk-lora", "sae", "decompose"):
-        changes = [{"latent": 0, "do": "ablate"}]
-        shown = {"show": show, "chat": PROMPT}
-        yield view(f"{show}-prompt", answered, **shown, token=18, changes=changes, length=24, answers=True)
-        yield view(f"{show}-list", ".item", view="latents", show=show)
-        yield view(f"{show}-page", ".example", view="latent", latent=0, show=show)
+    yield view("directions", answered, **asked, changes=[{"latent": 0, "do": "ablate"}], show="topk-lora")
+    yield view("sae", ".example", view="latent", latent=session.latents(PROMPT, show="sae")[18].latents[0], show="sae")
+    yield view("pieces", ".item", view="latents", show="decompose")
 
 
 def take(browser: Any, view: View, size: str, scheme: str) -> bytes:
@@ -91,7 +88,7 @@ def take(browser: Any, view: View, size: str, scheme: str) -> bytes:
 
 
 def main(run: Path, folder: Path) -> None:
-    """Take every picture, as PNG and as WebP of it."""
+    """Take every picture, as WebP: a third of the bytes of PNG."""
     session = Session(run)
     report = write_report(run).html.resolve().as_uri()
     with ExplorerServer(session) as server, chromium() as browser:
@@ -101,11 +98,9 @@ def main(run: Path, folder: Path) -> None:
         for view in views(session, report, server.address):
             for size in SIZES:
                 for scheme in SCHEMES:
-                    png = take(browser, view, size, scheme)
-                    webp = converter.evaluate(TO_WEBP, base64.b64encode(png).decode())
-                    (folder / f"{view.name}{size}{scheme}.png").write_bytes(png)
-                    (folder / f"{view.name}{size}{scheme}.webp").write_bytes(base64.b64decode(webp))
-                    print(view.name, size, scheme, flush=True)
+                    png = base64.b64encode(take(browser, view, size, scheme)).decode()
+                    webp = base64.b64decode(converter.evaluate(TO_WEBP, png))
+                    (folder / f"{view.name}{size}{scheme}.webp").write_bytes(webp)
         server.shutdown()
         thread.join()
 

@@ -15,9 +15,10 @@ from diffing.explorer.settings import ExploreSettings
 def explore(settings: ExploreSettings) -> dict[str, Any]:
     """Run `diffing explore` until Ctrl-C."""
     started = time.perf_counter()
+    say(f"explore {settings.run}: both models and what the run found are loaded")
     session = Session(settings.run, settings.cache, device=settings.device, model_dtype=settings.model_dtype)
     with ExplorerServer(session, settings.port) as server:
-        say(f"explore {settings.run}, ready in {time.perf_counter() - started:.1f} s; Ctrl-C ends it")
+        say(f"ready in {time.perf_counter() - started:.1f} s; open this in a browser, Ctrl-C ends it")
         say(server.address)
         try:
             server.serve_forever()

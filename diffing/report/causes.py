@@ -156,7 +156,7 @@ def causal_figure(run: Run) -> Figure:
     return Figure(
         "causal",
         "Share of KL closed by each set",
-        "1 closes all of the KL between the models, 0 none; below 0 the predictions move away. n as in the tables.",
+        "100% closes all of the KL between the models, 0 none; below 0 the predictions move away. n as in the tables.",
         spec(
             traces,
             height=90 + 24 * n_sets,

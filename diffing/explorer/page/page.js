@@ -21,6 +21,7 @@ async function open(name) {
   try {
     if (!tables.has(name)) tables.set(name, await get(`api/table?show=${encodeURIComponent(name)}`));
     if (wanted() !== name) return;
+    const isFirst = used === "";
     used = name;
     useTable(tables.get(name), name);
     useListing(tables.get(name));
@@ -28,6 +29,7 @@ async function open(name) {
     $("headline").textContent = headline;
     $("to-latents").textContent = `${word[0].toUpperCase()}${word.slice(1)}s`;
     render();
+    if (isFirst && state.view === "prompt" && !state.chat.length) document.querySelector("#messages textarea")?.focus();
   } catch (error) {
     problem(error);
   } finally {

@@ -83,6 +83,13 @@ def test_a_prompt_is_read_into_tokens_coloured_by_kl(page: Any, session: Session
     assert strengths == pytest.approx([0.75 * kl / max(kls) for kl in kls], abs=1e-3)
 
 
+def test_a_prompt_can_be_typed_and_read_without_a_click(page: Any) -> None:
+    page.locator("#messages textarea:focus").wait_for()
+    page.keyboard.type(PROMPT)
+    page.keyboard.press("Control+Enter")
+    page.locator("#tokens span").first.wait_for()
+
+
 def test_a_token_leads_to_its_latents_and_a_latent_to_its_page(page: Any, session: Session) -> None:
     token = 5
     read(page).nth(token).click()
