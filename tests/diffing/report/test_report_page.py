@@ -40,6 +40,7 @@ def test_two_renders_of_a_run_give_equal_bytes(run: Path, tmp_path: Path) -> Non
     assert sorted(path.name for path in run.glob("*report*")) == ["report.html", "report.json"]
 
 
+@pytest.mark.whole
 def test_a_page_of_a_large_dictionary_stays_below_8_megabytes(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", 70_000, n_examples=64, tokens=['"<b>&"', " the", "\n"])
     files = write_report(run)
