@@ -3,6 +3,7 @@
 import dataclasses
 import shlex
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from diffing.topk_lora.settings import DistilConfig, TopKEvalSettings, TopKFitSe
 from sae_lora.lora.topk import TopKLoRA, n_directions
 
 RUN, ADAPTER, DIRECTIONS = "topk-run.json", "adapter", "directions.parquet"
+ELSEWHERE = ("base", "tuned", "device")
+"""Settings that may differ when a finished run is read again: models go by their hashes."""
 
 
 class RunRecord(Record):
@@ -44,7 +47,7 @@ def fit(settings: TopKFitSettings) -> dict[str, Any]:
         "config": to_dict(config), "base_hash": hash_model(config.base), "tuned_hash": hash_model(config.tuned),
     }  # fmt: skip
     if (out / RUN).is_file():
-        if files.read_model(out / RUN, RunRecord) != record:
+        if _without_places(files.read_model(out / RUN, RunRecord)) != _without_places(record):
             raise InputError(f"{out} holds a TopKLoRA with other settings or models. Choose another --out.")
         say(f"{out} is complete already")
         setting, adapter = _opened(config, out)
@@ -59,6 +62,10 @@ def fit(settings: TopKFitSettings) -> dict[str, Any]:
     say_closing(started, f"adapter in {out / ADAPTER}")
     say(f"next: diffing report {shlex.quote(settings.out)}")
     return result("topk-lora fit", to_dict(config), rows) | {"text": text}
+
+
+def _without_places(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {**record, "config": {key: value for key, value in record["config"].items() if key not in ELSEWHERE}}
 
 
 def evaluate(settings: TopKEvalSettings) -> dict[str, Any]:

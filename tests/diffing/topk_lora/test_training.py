@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,9 @@ def test_fit_closes_kl_and_eval_reads_it_again(pair: Any, tmp_path: Path) -> Non
     assert set(interpreted["latents"]) == {"0", "3"} and (tmp_path / "run" / "interpretation.json").is_file()
     with pytest.raises(InputError, match="other settings or models"):
         fit(TopKFitSettings(**{**fields, "k": 2}, out=str(tmp_path / "run")))
+    moved = shutil.copytree(fields["tuned"], tmp_path / "moved")
+    read_again = fit(TopKFitSettings(**{**fields, "tuned": str(moved)}, out=str(tmp_path / "run")))
+    assert {entry["name"]: entry["value"] for entry in read_again["rows"]} == rows
     with pytest.raises(InputError, match="holds no TopKLoRA"):
         evaluate(TopKEvalSettings(run=str(tmp_path)))
 
