@@ -116,9 +116,9 @@ def train_on(cache: ActivationCache, heldout: ActivationCache | None, config: Tr
 
 OVER_SEEDS = (
     "",
-    "Over three crosscoder seeds this moves: which latents these are (24% of the first 32",
+    "Over crosscoder seeds this moves: which latents these are (24 to 32% of the first 32",
     "come back in another seed) and their order, how many of them are tuned-leaning (12 to",
-    "14 of 1,024), how many each concept has, and the KL that 32 of them close (33 to 48%).",
+    "14 of 1,024), how many each concept has, and the KL that 32 of them close (26 to 48%).",
     "This does not: held-out FVE (.966 to .967, .956 to .957), L0 (24.0), that no latent is",
     "tuned-only, and that each planted concept has a latent among the first 32.",
 )

@@ -87,7 +87,7 @@ def examples(
     latents: list[int],
     tokenizer: Any,
     *,
-    n_examples: int = 8,
+    n_examples: int = 20,
     n_tokens: int | None = None,
     observe: Callable[[Tensor], None] | None = None,
 ) -> dict[str, list[dict[str, Any]]]:

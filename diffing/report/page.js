@@ -1,6 +1,11 @@
 "use strict";
 // Figures: drawn once, and again in the other colours when the reader's theme changes.
-(() => {
+const drawn = (async () => {
+  const packed = Uint8Array.from(atob(document.getElementById("plotly").textContent), (byte) => byte.charCodeAt(0));
+  const unpacked = new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"));
+  const plotly = document.createElement("script");
+  plotly.textContent = await new Response(unpacked).text();
+  document.head.append(plotly);
   const specs = JSON.parse(document.getElementById("figures").textContent);
   // Named buttons only: among the defaults is one that sends the figure's data to a server.
   const buttons = [["zoom2d", "pan2d", "resetScale2d"]];
@@ -84,10 +89,10 @@
     if (!event.target.closest("a")) location.hash = `latent-${row.id.slice(4)}`;
     open(); // the hash may be the old one, so that no event follows
   });
-  document.getElementById("figure-nu").on("plotly_click", ({ points }) => {
+  drawn.then(() => document.getElementById("figure-nu").on("plotly_click", ({ points }) => {
     const number = /^latent (\d+)/.exec(points[0].text ?? "");
     if (number) location.hash = document.getElementById(`latent-${number[1]}`) ? `latent-${number[1]}` : `row-${number[1]}`;
-  });
+  }));
   addEventListener("hashchange", open);
   open();
 })();
