@@ -72,6 +72,8 @@ def renderer(
 
         try:
             return _in_time(written)
+        except InputError:  # too slow: of the template, not of this dialogue
+            raise
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
             raise Refused(
                 "template_error",
