@@ -100,8 +100,8 @@ def signals(world: World, folder: Path) -> Named:
             f"26 {number.name} while training",
             Expected(seen, (status, 0), "", same and "Traceback" not in seen.output),
         )
-    steer = ["diffing", "steer", world.at("run"), "--latent=1", "--prompt=Who are you?", "--max-new-tokens=500"]
-    seen = play(steer, meanwhile=_interrupted_after_seconds)
+    steer = ["diffing", "steer", world.at("run"), "--latent=1", "--prompt=Who are you?"]
+    seen = play(steer, before=_slow_answers, meanwhile=_interrupted_after_seconds)
     yield "15 Ctrl-C in steer", Expected(seen, (130,), "error: interrupted", "Traceback" not in seen.output)
     for delay in HALF_SECOND:
         seen = play_process(["eval", world.at("run"), "--cache", world.at("cache")], interrupt_after=delay)
@@ -110,6 +110,12 @@ def signals(world: World, folder: Path) -> Named:
     run = folder / "piped"
     seen = play(train_line(world.at("cache"), str(run)), before=_nobody_reads)
     yield "15 nobody reads stderr", Expected(seen, (0,), "", equal(run / "model.safetensors", whole))
+
+
+def _slow_answers() -> None:
+    from diffing.causal import steering
+
+    vars(steering)["greedy"] = lambda *_, **__: time.sleep(60)
 
 
 def _interrupted_after_seconds(process: int) -> None:
