@@ -177,7 +177,9 @@ def test_a_dated_template_writes_that_day_whatever_the_clock_says(tokenizer: Any
 def test_a_template_that_loops_is_one_line(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(templates, "TIME_LIMIT", 0.2)
     loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
-    with pytest.raises(InputError, match=r"^the chat template has not ended after 0\.2 s on one dialogue; it may loop forever"):
+    with pytest.raises(
+        InputError, match=r"^the chat template has not ended after 0\.2 s on one dialogue; it may loop forever"
+    ):
         tokenize_chat(tokenizer, [said("user", "hi")], loop)
     with pytest.raises(Refused, match="Range too big"):
         tokenize_chat(tokenizer, [said("user", "hi")], "{% for i in range(10**12) %}{% endfor %}")
