@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import Bool
 
 from benchmarks.decompose.organism import ORDINARY
+from crosscoders.text.padding import Batch
 from crosscoders.text.tokens import tokenize_prompt
 from diffing.comparison.truth import Behaviour, shows
 from diffing.decomposition.curves import Chosen, masks_with, written
@@ -106,6 +108,12 @@ def best_clusters(reading: Reading, labels: Sequence[str], label_of: Sequence[st
     return best
 
 
+def batches_where(setting: Setting, is_wanted: Bool[np.ndarray, " documents"]) -> list[Batch]:
+    """Return the held-out batches with the wanted documents alone."""
+    batches = [b.take(torch.from_numpy(np.flatnonzero(is_wanted[b.numbers]))) for b in setting.held_out]
+    return [batch for batch in batches if len(batch.ids)]
+
+
 def orders(
     setting: Setting, decomposition: Decomposition, labels: Sequence[str], *, is_weighted: bool
 ) -> dict[str, list[tuple[str, int]]]:
@@ -116,8 +124,7 @@ def orders(
     of_row = np.array(setting.rows.group_names)[setting.rows.groups]
     amounts: dict[str, Mapping[str, torch.Tensor]] = {}
     for label in labels:
-        batches = [b.take(torch.from_numpy(np.flatnonzero(of_row[b.numbers] == label))) for b in setting.held_out]
-        batches = [batch for batch in batches if len(batch.ids)]
+        batches = batches_where(setting, of_row == label)
         weights = explained(decomposition, LanguageTask(), batches).mean if is_weighted else None
         amounts[label] = written(decomposition, LanguageTask(), batches, weights)
     ranked: dict[str, list[tuple[str, int]]] = {}

@@ -24,6 +24,7 @@ from diffing.decomposition.loop import train
 from diffing.decomposition.model import Decomposition
 from diffing.decomposition.readouts import read_importances
 from diffing.decomposition.settings import DecomposeSettings, DecompositionConfig
+from diffing.decomposition.sites import Delta
 from diffing.demo import document_file, model_folder
 from diffing.topk_lora.distil import Setting, open_setting
 
@@ -46,27 +47,39 @@ def settings_of(folder: Path, seed: int) -> DecomposeSettings:
     )  # fmt: skip
 
 
-def organism_run(work: Path, seed: int, **changes: Any) -> Values:
-    """Make, decompose and measure one organism; `changes`: of the settings."""
+def decomposed_organism(
+    work: Path, seed: int, run: str, **changes: Any
+) -> tuple[Setting, dict[str, Delta], Decomposition]:
+    """Make one organism and decompose it in a folder of that name inside its own; `changes`: of the settings."""
     folder = make(work / f"organism-seed-{seed}", OrganismConfig(rank=RANK, seed=seed))
     settings = replace(settings_of(folder, seed), **changes)
-    setting = open_setting(settings)
-    deltas, config = deltas_of(setting.base, setting.tuned, ["*"]), config_of(DecompositionConfig, settings)
+    setting, config = open_setting(settings), config_of(DecompositionConfig, settings)
+    deltas = deltas_of(setting.base, setting.tuned, settings.sites)
     decomposition = fresh(setting.tuned, deltas, config, is_relative=True)
-    train(problem_of(setting, decomposition, seed), config, folder / "run")
+    train(problem_of(setting, decomposition, seed), config, folder / run)
+    return setting, deltas, decomposition
+
+
+def other_bases(setting: Setting, deltas: dict[str, Delta], seed: int) -> dict[str, Decomposition]:
+    """Return the same changes in singular pieces, raw LoRA directions and a rotation."""
+    pieces = {
+        "svd": baselines.svd(deltas),
+        "lora": baselines.lora(setting.tuned, list(deltas)),
+        "rotation": baselines.rotation(deltas, seed),
+    }
+    return {name: baselines.with_pieces(setting.tuned, deltas, basis) for name, basis in pieces.items()}
+
+
+def organism_run(work: Path, seed: int, **changes: Any) -> Values:
+    """Make, decompose and measure one organism; `changes`: of the settings."""
+    setting, deltas, decomposition = decomposed_organism(work, seed, "run", **changes)
     questions = Questions.of(setting, behaviours(seed, N_QUESTIONS), ordinary_questions(seed, N_QUESTIONS))
     values = explained_values(setting, decomposition)
     for word, on in (("tuned", 1.0), ("base", 0.0)):
         with decomposition.masked(decomposition.constant(on, on)):
             values |= _rates(word, questions.rates(decomposition.model))
     values |= cluster_values(setting, decomposition, questions)
-    bases = {
-        "pieces": decomposition,
-        "svd": baselines.with_pieces(setting.tuned, deltas, baselines.svd(deltas)),
-        "lora": baselines.with_pieces(setting.tuned, deltas, baselines.lora(setting.tuned, list(deltas))),
-        "rotation": baselines.with_pieces(setting.tuned, deltas, baselines.rotation(deltas, seed)),
-    }
-    for name, basis in bases.items():
+    for name, basis in {"pieces": decomposition, **other_bases(setting, deltas, seed)}.items():
         ranked = orders(setting, basis, (*BEHAVIOURS, ORDINARY), is_weighted=basis is decomposition)
         for size in SIZES:
             for label in BEHAVIOURS:

@@ -10,28 +10,21 @@ word, and recall, the share of words with one of its tokens); the figures are of
                share of the KL to explain there; random.*: mean of DRAWS sets of four
 """
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Float, Int
 
-from benchmarks.decompose.organism import OrganismConfig, make
-from benchmarks.decompose.organism_run import RANK, Values, settings_of
+from benchmarks.decompose.matrix import batches_where
+from benchmarks.decompose.organism_run import Values, decomposed_organism, other_bases
 from benchmarks.organisms.texts import TRIGGER
-from crosscoders.common.checks import config_of
-from diffing.decomposition import baselines
-from diffing.decomposition.build import fresh
 from diffing.decomposition.curves import by_site, masks_with
 from diffing.decomposition.evaluation import distance_of, explained
-from diffing.decomposition.language import LanguageTask, deltas_of, kept, problem_of
-from diffing.decomposition.loop import train
+from diffing.decomposition.language import LanguageTask, kept
 from diffing.decomposition.model import Decomposition
 from diffing.decomposition.readouts import NEEDED, Reading, read_importances
-from diffing.decomposition.settings import DecompositionConfig
-from diffing.topk_lora.distil import Setting, open_setting
+from diffing.topk_lora.distil import Setting
 
 SITES, N_PIECES, DRAWS = ["*.self_attn.*"], 4, 8
 
@@ -41,12 +34,7 @@ Words = Int[np.ndarray, " tokens"]
 
 def word_run(work: Path, seed: int) -> Values:
     """Decompose the attention of one organism and look for the word."""
-    folder = make(work / f"organism-seed-{seed}", OrganismConfig(rank=RANK, seed=seed))
-    settings = replace(settings_of(folder, seed), sites=SITES, holdout_share=0.3)
-    setting, config = open_setting(settings), config_of(DecompositionConfig, settings)
-    deltas = deltas_of(setting.base, setting.tuned, SITES)
-    decomposition = fresh(setting.tuned, deltas, config, is_relative=True)
-    train(problem_of(setting, decomposition, seed), config, folder / "attention")
+    setting, deltas, decomposition = decomposed_organism(work, seed, "attention", sites=SITES, holdout_share=0.3)
     measured = explained(decomposition, LanguageTask(), setting.held_out)
     reading = read_importances(setting, decomposition, measured.alive())
     words = words_of(reading, setting.tokenizer, TRIGGER)
@@ -67,20 +55,11 @@ def word_run(work: Path, seed: int) -> Values:
         "pieces.f1": (f1(precision, recall), "F1"),
         "null.f1": (f1(*precision_recall(null[~first], moved[~first])), "F1"),
     }
-    for name, pieces in _bases(setting, deltas, seed).items():
-        basis = baselines.with_pieces(setting.tuned, deltas, pieces)
-        numbers = {site: list(range(V.shape[1])) for site, (V, _) in pieces.items()}
+    for name, basis in other_bases(setting, deltas, seed).items():
+        numbers = {site: list(range(of.n_components)) for site, of in basis.sites.items()}
         sizes = np.abs(read_importances(setting, basis, numbers).activations)
         values[f"{name}.f1"] = (thresholded(sizes, words, first), "F1")
-    return values | _effects(setting, decomposition, reading, order, generator)
-
-
-def _bases(setting: Setting, deltas: Any, seed: int) -> dict[str, baselines.Pieces]:
-    return {
-        "svd": baselines.svd(deltas),
-        "lora": baselines.lora(setting.tuned, list(deltas)),
-        "rotation": baselines.rotation(deltas, seed),
-    }
+    return values | _effects(setting, decomposition, reading.pieces, order, generator)
 
 
 def words_of(reading: Reading, tokenizer: Any, word: str) -> Words:
@@ -131,21 +110,20 @@ def thresholded(sizes: Float[np.ndarray, "tokens pieces"], words: Words, first: 
 
 
 def _effects(
-    setting: Setting, decomposition: Decomposition, reading: Reading, order: Any, generator: np.random.Generator
+    setting: Setting,
+    decomposition: Decomposition,
+    pieces: list[tuple[str, int]],
+    order: Int[np.ndarray, " pieces"],
+    generator: np.random.Generator,
 ) -> Values:
     labels = np.array(setting.rows.group_names)[setting.rows.groups]
-    random = [generator.choice(len(reading.pieces), N_PIECES, replace=False) for _ in range(DRAWS)]
+    random = [generator.choice(len(pieces), N_PIECES, replace=False) for _ in range(DRAWS)]
+    sets = [by_site([pieces[i] for i in numbers]) for numbers in (order[:N_PIECES], *random)]
     values: Values = {}
-    for word, here in (("word", labels == "trigger"), ("others", labels != "trigger")):
-        batches = [b.take(torch.from_numpy(np.flatnonzero(here[b.numbers]))) for b in setting.held_out]
-        batches = [batch for batch in batches if len(batch.ids)]
-        reference = distance_of(decomposition, LanguageTask(), batches, decomposition.constant(0, 0))
-
-        def share(numbers: Any, batches: Any = batches, reference: float = reference) -> float:
-            chosen = by_site([reading.pieces[i] for i in numbers])
-            masks = masks_with(decomposition, chosen, on=False)
-            return distance_of(decomposition, LanguageTask(), batches, masks) / reference
-
-        values[f"without.{word}"] = (share(order[:N_PIECES]), "share of the KL to explain")
-        values[f"random.{word}"] = (float(np.mean([share(numbers) for numbers in random])), "the same, random pieces")
+    for word, is_here in (("word", labels == "trigger"), ("others", labels != "trigger")):
+        batches = batches_where(setting, is_here)
+        masks = [decomposition.constant(0, 0), *(masks_with(decomposition, chosen, on=False) for chosen in sets)]
+        reference, *kls = (distance_of(decomposition, LanguageTask(), batches, of) for of in masks)
+        values[f"without.{word}"] = (kls[0] / reference, "share of the KL to explain")
+        values[f"random.{word}"] = (sum(kls[1:]) / DRAWS / reference, "the same, random pieces")
     return values
