@@ -1,6 +1,7 @@
 """What a comparison has checked before weights load, and the pairs, rows and chats that its parts read."""
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from crosscoders.common import files
@@ -62,11 +63,18 @@ class Inputs:
         return settings.data if settings.train_data is None else settings.train_data
 
     def documents(self, seed: int) -> Documents:
-        """Return what one seed reads.
+        """Return what one seed reads; the first seed's, which the check before weights load reads too, is read once.
 
         Raises:
             InputError: too few tokens or chats, or ids that a model does not have.
         """
+        return self._first if seed == self.settings.seed else self._read(seed)
+
+    @cached_property
+    def _first(self) -> Documents:
+        return self._read(self.settings.seed)
+
+    def _read(self, seed: int) -> Documents:
         info = self.infos["tuned"]
         rows = tokenize_documents(self.data_config(seed, self.settings.n_tokens), info.tokenizer)
         require_readable(rows, info.models(), info.tokenizer)
